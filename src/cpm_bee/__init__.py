@@ -1,0 +1,3 @@
+"""Fine-tuning, evaluation and generation for the CPM-Bee language models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,81 @@
+"""What all entry scripts share: the argument parser and its number types."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with this project's conventions.
+
+    Flags are declared with hyphens and accepted with underscores too (`--eval_dataset`,
+    `--eval-dataset`); abbreviations are refused; `--debug` is always there (see
+    `errors.run_command`).
+    """
+
+    def __init__(self, **kwargs: object) -> None:
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)  # type: ignore[arg-type]
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        arguments = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args([_hyphenate(a) for a in arguments], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\nsee: python {self.prog} --help\n")
+
+
+def _hyphenate(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+def whole_number(text: str) -> int:
+    """An integer; `1.` and `1.0` are accepted, as copied tutorial scripts contain them."""
+    try:
+        value = float(text)
+        if value != int(value):
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    return int(text) if text.lstrip("+-").isdigit() else int(value)
+
+
+def positive(text: str) -> int:
+    value = whole_number(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
+def not_negative(text: str) -> int:
+    value = whole_number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def real_number(minimum: float, *, exclusive: bool = False):  # type: ignore[no-untyped-def]
+    """A type for argparse: a finite float, at least (or, if exclusive, above) `minimum`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not minimum <= value < float("inf") or (exclusive and value == minimum):
+            relation = "above" if exclusive else "at least"
+            raise argparse.ArgumentTypeError(f"{text} is not {relation} {minimum:g} and finite")
+        return value
+
+    return parse
+
+
+def comma_list(text: str) -> Sequence[str]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -1,0 +1,89 @@
+"""The errors a person can cause, and how a command reports them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+
+class CpmBeeError(Exception):
+    """Base of all errors that are reported by message instead of traceback."""
+
+    exit_status = 1
+
+
+class RunError(CpmBeeError):
+    """A run that started well and failed (exit status 1)."""
+
+
+class InputError(CpmBeeError):
+    """Wrong usage or bad input: a flag, a file, a record (exit status 2)."""
+
+    exit_status = 2
+
+
+class Problems:
+    """Collects everything wrong with one input, to report it in one go.
+
+    Keeps at most `shown` lines of text (a broken file can have millions of bad lines), but
+    counts all of them.
+    """
+
+    def __init__(self, shown: int = 1000) -> None:
+        self._shown = shown
+        self._lines: list[str] = []
+        self.count = 0
+
+    def add(self, where: str, reason: str) -> None:
+        self.count += 1
+        if len(self._lines) < self._shown:
+            self._lines.append(f"  {where}: {reason}")
+
+    def extend(self, where: str, reasons: Iterable[str]) -> None:
+        for reason in reasons:
+            self.add(where, reason)
+
+    def text(self) -> str:
+        more = self.count - len(self._lines)
+        return "\n".join(self._lines + ([f"  ... and {more} more"] if more else []))
+
+    def raise_if_any(self, header: str, remedy: str = "") -> None:
+        """Raise `InputError` with the header, one line a problem and the remedy, if any."""
+        if self.count:
+            raise InputError("\n".join(filter(None, [f"{header}", self.text(), remedy])))
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Run an entry script's `main` and exit: errors of people become a message, not a traceback.
+
+    Exit status: what `main` returns (None is 0), 2 for wrong usage or bad input, 1 for a failed
+    run, 130 after Ctrl-C. `--debug` on the command line shows the traceback of any of them.
+    """
+    debug = "--debug" in sys.argv
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("interrupted", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:
+        # The reader of our output went away (`... | head`): end quietly. Without this the
+        # interpreter would complain once more while flushing stdout.
+        sys.stderr.close()
+        status = 1
+    except (CpmBeeError, OSError) as error:
+        if debug:
+            raise
+        print(f"error: {_describe(error)}", file=sys.stderr)
+        status = error.exit_status if isinstance(error, CpmBeeError) else 1
+    sys.stdout.flush()
+    sys.exit(status or 0)
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror.lower()}"
+    return str(error)

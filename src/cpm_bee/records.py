@@ -1,0 +1,96 @@
+"""A record: a nested dictionary of strings with the answer under `<ans>`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from cpm_bee.errors import InputError
+from cpm_bee.tokenizer import MarkupError, split_markup
+
+ANSWER = "<ans>"
+Tree: TypeAlias = "str | dict[str, Tree]"
+Record: TypeAlias = dict[str, Tree]
+
+# Deeper trees than any real one: walking recurses, and a bin record's unpickling does too.
+MAX_DEPTH = 64
+
+
+def parse_line(line: str) -> tuple[Any, str | None]:
+    """Parse one line of JSON: (value, None), or (None, the reason why it is not JSON)."""
+    try:
+        return json.loads(line), None
+    except json.JSONDecodeError as error:
+        return None, f"not valid JSON ({error.msg} at column {error.colno})"
+    except RecursionError:
+        return None, "not valid JSON (nested too deeply)"
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """The non-blank lines of a UTF-8 text file with their numbers from 1.
+
+    A byte order mark at the beginning and carriage returns are dropped. Raises `InputError`, with
+    file:line, where the text is not UTF-8 or the file does not exist.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, start=1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start})"
+                ) from None
+            if line.strip():
+                yield number, line
+
+
+def validate(record: Any) -> list[str]:
+    """Everything that keeps a value from being a record; empty if it is one.
+
+    Checks the shape (dictionary of dictionaries and strings), that `<ans>` is there, and that
+    special tokens are well formed (SPEC §1, §2). Whether their names exist is the vocabulary's
+    business.
+    """
+    if not isinstance(record, dict):
+        return [f"a record is a JSON object, this is {_kind(record)}"]
+    problems = list(_tree_problems(record, "", 1))
+    if ANSWER not in record:
+        problems.append(f'there is no "{ANSWER}" (use "" where the answer is not known)')
+    return problems
+
+
+def _tree_problems(node: dict, path: str, depth: int) -> Iterator[str]:
+    for key, value in node.items():
+        place = f"{path}/{key}"
+        yield from _text_problems(key, f"key {place}")
+        if isinstance(value, str):
+            yield from _text_problems(value, f"value of {place}")
+        elif not isinstance(value, dict):
+            yield f"value of {place}: expected text or an object, this is {_kind(value)}"
+        elif depth == MAX_DEPTH:
+            yield f"value of {place}: nested more than {MAX_DEPTH} deep"
+        else:
+            yield from _tree_problems(value, place, depth + 1)
+
+
+def _text_problems(text: Any, place: str) -> Iterator[str]:
+    if not isinstance(text, str):
+        yield f"{place}: expected text, this is {_kind(text)}"
+        return
+    try:
+        for _ in split_markup(text):
+            pass
+    except MarkupError as error:
+        yield f"{place}: {error}"
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        yield f"{place}: holds half of a surrogate pair, which is not text"
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "true or false", int: "a number", float: "a number", list: "a list"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)

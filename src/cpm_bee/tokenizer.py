@@ -1,0 +1,245 @@
+"""Text <-> token ids by greedy longest match over the CPM-Bee vocabulary."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from cpm_bee.errors import InputError
+
+NEWLINE, SPACE = "</n>", "</_>"
+REQUIRED = ("<pad>", "<unk>", "<s>", "</s>", "<root>", "<ans>", NEWLINE, SPACE)
+
+
+class MarkupError(InputError):
+    """A `<` in a text that neither escapes itself nor opens a well-formed special token."""
+
+
+class Piece(NamedTuple):
+    """A stretch of text: a special token, a vocabulary entry or a run of unknown characters."""
+
+    text: str
+    is_unknown: bool
+    is_special: bool
+
+
+def split_markup(text: str) -> Iterator[tuple[str, bool]]:
+    """Split a text into (plain part, False) and (special token, True), without any vocabulary.
+
+    `<<` stands for a literal `<` of a plain part. Raises `MarkupError` for a `<` inside a special
+    token and for a special token that is not closed; positions count characters from 0.
+    """
+    start = 0
+    plain = ""
+    while (begin := text.find("<", start)) >= 0:
+        plain += text[start:begin]
+        if text.startswith("<<", begin):
+            plain += "<"
+            start = begin + 2
+            continue
+        end = text.find(">", begin)
+        inner = text.find("<", begin + 1, end if end >= 0 else len(text))
+        if inner >= 0:
+            raise MarkupError(
+                f"'<' at position {inner} stands inside the special token that "
+                f"begins at position {begin} (write a literal '<' as '<<')"
+            )
+        if end < 0:
+            raise MarkupError(
+                f"the special token that begins with '<' at position {begin} is "
+                "not closed by '>' (write a literal '<' as '<<')"
+            )
+        if plain:
+            yield plain, False
+            plain = ""
+        yield text[begin : end + 1], True
+        start = end + 1
+    plain += text[start:]
+    if plain:
+        yield plain, False
+
+
+def escape(text: str) -> str:
+    """Write every `<` of a plain text as `<<`."""
+    return text.replace("<", "<<")
+
+
+class ExtensionTable:
+    """Ids at or above the vocabulary size, in order of first appearance within one record."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self.pieces: list[Piece] = []
+        self._ids: dict[tuple[str, bool], int] = {}
+
+    def id_of(self, piece: Piece) -> int:
+        key = (piece.text, piece.is_special)
+        if key not in self._ids:
+            self._ids[key] = self._vocab_size + len(self.pieces)
+            self.pieces.append(piece)
+        return self._ids[key]
+
+    def __getitem__(self, token_id: int) -> Piece:
+        return self.pieces[token_id - self._vocab_size]
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+
+class Tokenizer:
+    """The tokenizer of SPEC §2.
+
+    Args:
+        tokens: the vocabulary in id order.
+        source: where it came from, for messages.
+    """
+
+    def __init__(self, tokens: Iterable[str], source: str = "vocabulary") -> None:
+        self.tokens = list(tokens)
+        self.source = source
+        self.ids = {token: i for i, token in enumerate(self.tokens)}
+        if len(self.ids) != len(self.tokens):
+            twice = [t for i, t in enumerate(self.tokens) if self.ids[t] != i]
+            raise InputError(f"{source}: {len(twice)} tokens stand there twice, e.g. {twice[0]!r}")
+        missing = [t for t in REQUIRED if t not in self.ids]
+        if missing:
+            raise InputError(f"{source}: not a CPM-Bee vocabulary, it lacks {' '.join(missing)}")
+        self.pad, self.unk = self.ids["<pad>"], self.ids["<unk>"]
+        self.bos, self.eos = self.ids["<s>"], self.ids["</s>"]
+        self.specials = {
+            t: i
+            for t, i in self.ids.items()
+            if t.startswith("<") and t.endswith(">") and t not in (NEWLINE, SPACE)
+        }
+        self._trie = self._build_trie()
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Read a vocabulary file: UTF-8, one token a line; empty lines take no id."""
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(
+                f"{path}: no such vocabulary file "
+                "(bash scripts/fetch_vocab.sh gets the one of the released models)"
+            )
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not UTF-8 text ({error.reason})") from None
+        # Only "\n" ends a line: some entries are other characters that splitlines() breaks at.
+        return cls([line for line in text.split("\n") if line], source=str(path))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the tokens in order: the key of everything that depends on the ids."""
+        return hashlib.sha256("\n".join(self.tokens).encode()).hexdigest()
+
+    def _build_trie(self) -> dict:
+        # Nested dictionaries, character -> node; the id of a complete entry stands under "".
+        root: dict = {}
+        special = {*self.specials, NEWLINE, SPACE}
+        entries = [(t, i) for t, i in self.ids.items() if t not in special]
+        entries += [("\n", self.ids[NEWLINE]), (" ", self.ids[SPACE])]
+        for token, token_id in entries:
+            node = root
+            for character in token:
+                node = node.setdefault(character, {})
+            node[""] = token_id
+        return root
+
+    def _match(self, text: str) -> Iterator[tuple[int, int, int | None]]:
+        """Greedy longest matches as (begin, end, id), id None for a run of unknown characters."""
+        root = self._trie
+        length = len(text)
+        start = unknown = 0
+        while start < length:
+            node = root
+            position, best, best_end = start, None, start
+            while position < length:
+                child = node.get(text[position])
+                if child is None:
+                    break
+                node = child
+                position += 1
+                if "" in node:
+                    best, best_end = node[""], position
+            if best is None:
+                start += 1
+                continue
+            if unknown < start:
+                yield unknown, start, None
+            yield start, best_end, best
+            start = unknown = best_end
+        if unknown < length:
+            yield unknown, length, None
+
+    def pieces(self, text: str) -> list[Piece]:
+        """Split a text into pieces. Raises `MarkupError`."""
+        result = []
+        for part, is_special in split_markup(text):
+            if is_special:
+                result.append(Piece(part, False, True))
+            else:
+                result += [Piece(part[a:b], i is None, False) for a, b, i in self._match(part)]
+        return result
+
+    def encode(self, text: str, extension: ExtensionTable | None = None) -> list[int]:
+        """The ids of a text; unknown runs and unlisted specials take ids from `extension`.
+
+        Raises `MarkupError` for a malformed special token.
+        """
+        extension = ExtensionTable(len(self)) if extension is None else extension
+        if "<" not in text:
+            return self._encode_plain(text, extension)
+        ids: list[int] = []
+        for part, is_special in split_markup(text):
+            if not is_special:
+                ids += self._encode_plain(part, extension)
+            elif part in self.specials:
+                ids.append(self.specials[part])
+            else:
+                ids.append(extension.id_of(Piece(part, False, True)))
+        return ids
+
+    def _encode_plain(self, text: str, extension: ExtensionTable) -> list[int]:
+        return [
+            extension.id_of(Piece(text[a:b], True, False)) if i is None else i
+            for a, b, i in self._match(text)
+        ]
+
+    def decode(self, ids: Iterable[int], extension: ExtensionTable | None = None) -> str:
+        """Join the texts of ids, literal `<` written as `<<`."""
+        return "".join(self._decode_one(i, extension) for i in ids)
+
+    def _decode_one(self, token_id: int, extension: ExtensionTable | None) -> str:
+        if token_id >= len(self):
+            if extension is None:
+                raise ValueError(f"id {token_id} needs the extension table of its record")
+            piece = extension[token_id]
+            return piece.text if piece.is_special else escape(piece.text)
+        token = self.tokens[token_id]
+        if token == NEWLINE:
+            return "\n"
+        if token == SPACE:
+            return " "
+        return token if token in self.specials else escape(token)
+
+    def category(self, piece: Piece) -> int:
+        """The vocabulary id that an extension entry shares: `<unk>`, or `<name>` of `<name_x>`.
+
+        Raises `MarkupError` if the vocabulary has no such special token.
+        """
+        if not piece.is_special:
+            return self.unk
+        name = "<" + piece.text[1:-1].partition("_")[0] + ">"
+        if name not in self.specials:
+            raise MarkupError(
+                f"special token {piece.text}: {name} is not in the vocabulary {self.source} "
+                "(write a literal '<' as '<<')"
+            )
+        return self.specials[name]
