@@ -1,0 +1,1 @@
+"""The CPM-Bee network in plain PyTorch."""

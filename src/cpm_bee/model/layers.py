@@ -1,0 +1,160 @@
+"""The layers of SPEC §5. Module names make up the native checkpoint names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cpm_bee.model.config import ModelConfig
+
+# Computes attention of one layer: (layer, q, k, v) -> output, all [T, heads, dim_head].
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+RESIDUAL_SCALE = 1 / 1.05
+
+
+class Linear(nn.Module):
+    """y = (x Wᵀ) / sqrt(dim_in), plus the low-rank path of a delta where one is inserted."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim_out, dim_in))
+        self.scale = 1 / math.sqrt(dim_in)
+        self.lora: nn.Module | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x, self.weight) * self.scale
+        return y if self.lora is None else y + self.lora(x)
+
+
+class RMSNorm(nn.Module):
+    """x * rsqrt(mean(x²) + eps) in fp32, cast back, times weight."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight
+
+
+class Embedding(nn.Module):
+    """The tied token embedding; a sub turns it by a rotary angle."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.dim_model))
+        self.dim = config.dim_model
+        self.scale = 1 / math.sqrt(config.dim_model)
+        self.distance_scale = config.distance_scale
+
+    def forward(self, ids: torch.Tensor, subs: torch.Tensor) -> torch.Tensor:
+        """ids, subs [T] -> [T, dim_model]."""
+        e = F.embedding(ids, self.weight) * self.scale
+        turned = torch.nonzero(subs).squeeze(1)  # sub 0 changes nothing
+        if len(turned):
+            e = e.index_copy(0, turned, self._turn(e[turned], subs[turned]))
+        return e
+
+    def _turn(self, e: torch.Tensor, subs: torch.Tensor) -> torch.Tensor:
+        exponent = torch.arange(0, self.dim, 2, device=e.device, dtype=torch.float32) / self.dim
+        angle = self.distance_scale * subs.float()[:, None] * 10000.0**-exponent  # (T, dim/2)
+        angle = torch.cat([angle, angle], dim=-1)
+        first, second = e.chunk(2, dim=-1)
+        rotated = torch.cat([-second, first], dim=-1)
+        return (e * angle.cos() + rotated * angle.sin()).to(e.dtype)
+
+    def logits(
+        self, h: torch.Tensor, extension_ids: torch.Tensor, extension_subs: torch.Tensor
+    ) -> torch.Tensor:
+        """h [N, dim_model] -> [N, vocab_size + E]: vocabulary, then the extension entries."""
+        vocabulary = F.linear(h * self.scale, self.weight)
+        if not len(extension_ids):
+            return vocabulary
+        table = self(extension_ids, extension_subs)  # (E, dim_model), scaled already
+        return torch.cat([vocabulary, F.linear(h, table.to(h.dtype))], dim=-1)
+
+
+class Attention(nn.Module):
+    """The projections around an attention that the caller computes."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        inner = config.num_heads * config.dim_head
+        self.project_q = Linear(config.dim_model, inner)
+        self.project_k = Linear(config.dim_model, inner)
+        self.project_v = Linear(config.dim_model, inner)
+        self.attention_out = Linear(inner, config.dim_model)
+        self.heads = (config.num_heads, config.dim_head)
+
+    def forward(self, x: torch.Tensor, layer: int, attend: Attend) -> torch.Tensor:
+        q = self.project_q(x).unflatten(-1, self.heads)  # (T, H, D)
+        k = self.project_k(x).unflatten(-1, self.heads)
+        v = self.project_v(x).unflatten(-1, self.heads)
+        return self.attention_out(attend(layer, q, k, v).flatten(-2))
+
+
+class AttentionBlock(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layernorm_before_attention = RMSNorm(config.dim_model, config.eps)
+        self.self_attention = Attention(config)
+        self.dropout = nn.Dropout(config.dropout_p)
+
+    def forward(self, h: torch.Tensor, layer: int, attend: Attend) -> torch.Tensor:
+        x = self.self_attention(self.layernorm_before_attention(h), layer, attend)
+        return (h + self.dropout(x)) * RESIDUAL_SCALE
+
+
+class GatedInput(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w_0 = Linear(config.dim_model, config.dim_ff)
+        self.w_1 = Linear(config.dim_model, config.dim_ff)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(self.w_0(x)) * self.w_1(x)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w_in = GatedInput(config)
+        self.dropout = nn.Dropout(config.dropout_p)
+        self.w_out = Linear(config.dim_ff, config.dim_model)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w_out(self.dropout(self.w_in(x)))
+
+
+class FeedForwardBlock(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layernorm_before_ffn = RMSNorm(config.dim_model, config.eps)
+        self.ffn = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout_p)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return (h + self.dropout(self.ffn(self.layernorm_before_ffn(h)))) * RESIDUAL_SCALE
+
+
+class TransformerBlock(nn.Module):
+    """One layer; pruned releases lack its attention, its FFN or both."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.self_att = AttentionBlock(config) if config.has_attention(layer) else None
+        self.ffn = FeedForwardBlock(config) if config.has_ffn(layer) else None
+
+    def forward(self, h: torch.Tensor, attend: Attend) -> torch.Tensor:
+        if self.self_att is not None:
+            h = self.self_att(h, self.layer, attend)
+        return h if self.ffn is None else self.ffn(h)
