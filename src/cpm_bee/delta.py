@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cpm_bee.errors import InputError
+from cpm_bee import __version__
+from cpm_bee.checkpoint import load_tensors, save_tensors
+from cpm_bee.errors import InputError, Problems
+from cpm_bee.files import atomic_file
 from cpm_bee.model.layers import Linear
 from cpm_bee.model.network import CPMBee
 
 # The Linear layers that can carry a delta, by the last part of their name.
 TARGETS = ("project_q", "project_k", "project_v", "attention_out", "w_0", "w_1", "w_out")
+
+_INFIX = ".lora."
 
 
 @dataclass(frozen=True)
@@ -57,9 +65,9 @@ class LoRA(nn.Module):
         self.lora_B.zero_()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.lora_A.dtype)
-        return F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B) * self.scale
+        y = x if torch.is_autocast_enabled(x.device.type) else x.to(self.lora_A.dtype)
+        y = F.linear(F.linear(self.dropout(y), self.lora_A), self.lora_B) * self.scale
+        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
 
 def insert(model: CPMBee, config: DeltaConfig, seed: int) -> None:
@@ -72,6 +80,92 @@ def insert(model: CPMBee, config: DeltaConfig, seed: int) -> None:
             module.lora.initialize(generator)
 
 
-def state(model: CPMBee) -> dict[str, torch.Tensor]:
+def tensors(model: CPMBee) -> dict[str, torch.Tensor]:
     """The delta's tensors by their names in a delta file (SPEC §7)."""
-    return {name: p.detach() for name, p in model.named_parameters() if ".lora." in name}
+    return {name: p.detach().cpu() for name, p in model.named_parameters() if _INFIX in name}
+
+
+def save(
+    path: Path, tensors: dict[str, torch.Tensor], config: DeltaConfig, base_fingerprint: str
+) -> None:
+    """Write a delta file, and beside it `.json` with what it was made with."""
+    save_tensors(path, tensors)
+    note = {
+        "rank": config.rank,
+        "alpha": config.alpha,
+        "targets": list(config.targets),
+        "base_fingerprint": base_fingerprint,
+        "written_by": f"cpm_bee {__version__}",
+    }
+    with atomic_file(path.with_suffix(".json"), "w") as file:
+        file.write(json.dumps(note, indent=2) + "\n")
+
+
+def load(model: CPMBee, path: str | Path, base_fingerprint: str) -> DeltaConfig:
+    """Insert a delta file of this or another CPM-Bee tool into a model.
+
+    Without a `.json` beside it, rank and targets are read from the tensors and alpha is 16.
+
+    Raises:
+        InputError: the delta was trained on another base, or its tensors do not fit; all that do
+            not are listed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such delta file")
+    loaded = load_tensors(path, "a delta file")
+    note = _read_note(path)
+    made_on = note.get("base_fingerprint")
+    if made_on is not None and made_on != base_fingerprint:
+        raise InputError(
+            f"{path}: was trained on another base model (fingerprint {str(made_on)[:12]}..., "
+            f"the loaded one has {base_fingerprint[:12]}...); name its own base with --load"
+        )
+    config = _config_of(path, loaded, note)
+    insert(model, config, seed=0)
+    expected = dict(model.named_parameters())
+    problems = Problems()
+    for name in sorted({*loaded, *(n for n in expected if _INFIX in n)}):
+        if name not in loaded:
+            problems.add(name, "is missing")
+        elif name not in expected or _INFIX not in name:
+            problems.add(str(name), "is unexpected")
+        elif loaded[name].shape != expected[name].shape:
+            problems.add(
+                name, f"has shape {list(loaded[name].shape)}, expected {list(expected[name].shape)}"
+            )
+    problems.raise_if_any(f"{path}: does not fit the model:")
+    with torch.no_grad():
+        for name, value in loaded.items():
+            expected[name].copy_(value)
+    return config
+
+
+def _read_note(path: Path) -> dict[str, Any]:
+    beside = path.with_suffix(".json")
+    if not beside.is_file():
+        return {}
+    try:
+        note = json.loads(beside.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{beside}: not a JSON file: {error}") from None
+    if not isinstance(note, dict):
+        raise InputError(f"{beside}: a JSON object is expected")
+    return note
+
+
+def _config_of(path: Path, loaded: dict[str, Any], note: dict[str, Any]) -> DeltaConfig:
+    lora_a = {
+        name.split(_INFIX)[0].rpartition(".")[2]: value
+        for name, value in loaded.items()
+        if isinstance(name, str) and name.endswith(f"{_INFIX}lora_A") and torch.is_tensor(value)
+    }
+    if not lora_a or not all(torch.is_tensor(v) and v.dim() == 2 for v in loaded.values()):
+        raise InputError(f"{path}: not a delta file (no tensors named ...{_INFIX}lora_A)")
+    ranks = {value.shape[0] for value in lora_a.values()}
+    if len(ranks) > 1:
+        raise InputError(f"{path}: holds LoRA of several ranks {sorted(ranks)}, expected one")
+    alpha = note.get("alpha", DeltaConfig.alpha)
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or alpha <= 0:
+        raise InputError(f"{path.with_suffix('.json')}: alpha {alpha!r} is not a number above 0")
+    return DeltaConfig(rank=ranks.pop(), alpha=alpha, targets=tuple(sorted(lora_a)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,11 @@ class ModelConfig:
         masks = known.pop("mask_modules", ())
         config = cls(**known, mask_modules=tuple((bool(a), bool(b)) for a, b in masks))
         if config.mask_modules and len(config.mask_modules) != config.num_layers:
-            problems.add(source, f'"mask_modules" has {len(config.mask_modules)} pairs for '
-                                 f"{config.num_layers} layers")  # fmt: skip
+            problems.add(
+                source,
+                f'"mask_modules" has {len(config.mask_modules)} pairs for '
+                f"{config.num_layers} layers",
+            )
         if config.dim_model % 2:
             problems.add(source, f'"dim_model" is odd: {config.dim_model}')
         problems.raise_if_any("the model config cannot be used:")
@@ -97,9 +100,6 @@ class ModelConfig:
 
     def has_ffn(self, layer: int) -> bool:
         return not self.mask_modules or not self.mask_modules[layer][1]
-
-    def with_layers(self, masks: tuple[tuple[bool, bool], ...]) -> ModelConfig:
-        return replace(self, num_layers=len(masks), mask_modules=masks)
 
 
 def _check(name: str, value: Any) -> str | None:

@@ -1,0 +1,168 @@
+"""The base model of a run: config, vocabulary and weights, checked against each other."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cpm_bee.checkpoint import Checkpoint, fingerprint
+from cpm_bee.derive import check_agreement, derive_config
+from cpm_bee.errors import InputError, Problems
+from cpm_bee.model.config import ModelConfig
+from cpm_bee.model.network import CPMBee
+from cpm_bee.tokenizer import Tokenizer
+
+AUTO = "auto"
+_FETCH = "bash scripts/fetch_vocab.sh gets the vocabulary of the released models"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model with its vocabulary; `fingerprint` identifies the weights it started from."""
+
+    model: CPMBee
+    tokenizer: Tokenizer
+    fingerprint: str
+
+
+def choose_device(name: str = AUTO) -> torch.device:
+    """The device of a name; `auto` is the GPU where there is one."""
+    if name == AUTO:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name}: no such device") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: this machine has no usable GPU (--device cpu works)")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute type of `--dtype`; `auto` is fp32 on a CPU and bf16, else fp16, on a GPU."""
+    if name != AUTO:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def load_base(
+    load: str | None,
+    model_config: str,
+    vocab: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    seed: int = 0,
+) -> Base:
+    """Load a model, or make one with random weights where `load` is None.
+
+    Args:
+        model_config: a config file, or "auto" to derive it from the checkpoint.
+        vocab: a vocabulary file; None looks beside the checkpoint.
+        dtype: the type of the weights in memory.
+        seed: of the random weights.
+
+    Raises:
+        InputError: checkpoint, config and vocabulary do not fit each other; says all of it.
+    """
+    if load is None:
+        return _random_base(model_config, vocab, dtype, device, seed)
+    checkpoint = Checkpoint(load)
+    note = _sidecar(checkpoint.path)
+    derived = derive_config(checkpoint, note)
+    config = derived
+    if model_config != AUTO:
+        config = ModelConfig.load(model_config)
+        check_agreement(config, derived, model_config, checkpoint.path)
+    tokenizer = _vocabulary(vocab, checkpoint.path, note, config)
+    model = _meta_model(config)
+    load_weights(model, checkpoint, dtype, device)
+    return Base(model, tokenizer, checkpoint.fingerprint())
+
+
+def _random_base(
+    model_config: str, vocab: str | None, dtype: torch.dtype, device: torch.device, seed: int
+) -> Base:
+    if model_config == AUTO or vocab is None:
+        raise InputError("a random start (no --load) needs --model-config FILE and --vocab FILE")
+    config = ModelConfig.load(model_config)
+    tokenizer = _checked_vocabulary(Path(vocab), config)
+    model = _meta_model(config).to_empty(device="cpu")
+    model.initialize(seed)
+    weights = {name: (lambda p=p: p) for name, p in model.named_parameters()}
+    return Base(model.to(device=device, dtype=dtype), tokenizer, fingerprint(weights))
+
+
+def _meta_model(config: ModelConfig) -> CPMBee:
+    with torch.device("meta"):
+        return CPMBee(config)
+
+
+def _sidecar(path: Path) -> dict[str, Any]:
+    """What was noted beside a checkpoint that this project saved; else an empty dictionary."""
+    try:
+        note = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+def _vocabulary(
+    vocab: str | None, checkpoint: Path, note: dict[str, Any], config: ModelConfig
+) -> Tokenizer:
+    if vocab is not None:
+        return _checked_vocabulary(Path(vocab), config)
+    noted = note.get("vocab")
+    if isinstance(noted, str) and Path(noted).is_file():
+        return _checked_vocabulary(Path(noted), config)
+    beside = checkpoint.parent / "vocab.txt"
+    if not beside.is_file():
+        raise InputError(f"no vocabulary: give --vocab FILE, or put it at {beside} ({_FETCH})")
+    return _checked_vocabulary(beside, config)
+
+
+def _checked_vocabulary(path: Path, config: ModelConfig) -> Tokenizer:
+    tokenizer = Tokenizer.load(path)
+    if len(tokenizer) != config.vocab_size:
+        raise InputError(
+            f"{path}: has {len(tokenizer)} tokens, the model has {config.vocab_size}; "
+            f"give the model's own with --vocab FILE ({_FETCH})"
+        )
+    return tokenizer
+
+
+def load_weights(
+    model: CPMBee, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Fill a model on the meta device, tensor by tensor.
+
+    Where type and device are the file's own, the tensors stay memory-mapped (copy on write).
+
+    Raises:
+        InputError: lists all missing, unexpected and misshapen tensors.
+    """
+    problems = Problems()
+    expected = dict(model.named_parameters())
+    for name in sorted({*expected, *checkpoint.entries}):
+        if name not in checkpoint.entries:
+            problems.add(name, "is missing")
+        elif name not in expected:
+            problems.add(name, "is unexpected")
+        elif checkpoint.entries[name].shape != tuple(expected[name].shape):
+            problems.add(
+                name,
+                f"has shape {list(checkpoint.entries[name].shape)}, "
+                f"expected {list(expected[name].shape)}",
+            )
+    problems.raise_if_any(f"{checkpoint.path}: does not fit the model:")
+    for name in expected:
+        owner, _, leaf = name.rpartition(".")
+        tensor = checkpoint.entries[name].read().to(device=device, dtype=dtype)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))

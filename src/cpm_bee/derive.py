@@ -1,0 +1,101 @@
+"""The config that a checkpoint's own tensors tell, and its comparison with a given one."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from cpm_bee.checkpoint import Checkpoint, layers_present
+from cpm_bee.errors import InputError, Problems
+from cpm_bee.model.config import ModelConfig
+
+_BUCKETS = ("buckets", "segment_buckets")
+
+
+def derive_config(checkpoint: Checkpoint, note: dict[str, Any] | None = None) -> ModelConfig:
+    """The config of a checkpoint from its tensors; what they do not tell, from `config.json`.
+
+    The tensors decide on sizes and pruned blocks (SPEC §6); split of the buckets, max_distance,
+    eps, dropout and distance_scale come from the config beside the checkpoint, else are usual.
+    """
+    shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
+    blocks = layers_present(shapes)
+    embedding = shapes.get("input_embedding.weight", ())
+    bias = shapes.get("position_bias.relative_attention_bias", ())
+    query = _first_shape(shapes, "project_q.weight")
+    if len(embedding) != 2 or len(bias) != 2 or not blocks or bias[1] == 0:
+        raise InputError(
+            f"{checkpoint.path}: not a CPM-Bee model: it lacks input_embedding.weight, "
+            "position_bias.relative_attention_bias or the encoder's layers"
+        )
+    beside = checkpoint.path.parent / "config.json"
+    values: dict[str, Any] = dict((note or {}).get("config", {}))
+    if not values and beside.is_file():
+        values = _known_fields(ModelConfig.load(beside))
+    gate = _first_shape(shapes, "w_in.w_0.weight")
+    values |= {
+        "vocab_size": embedding[0],
+        "dim_model": embedding[1],
+        "num_heads": bias[1],
+        "dim_head": query[0] // bias[1] if query else values.get("dim_head", 1),
+        "dim_ff": gate[0] if gate else values.get("dim_ff", 1),
+        "num_layers": len(blocks),
+    }
+    split = [values.setdefault(f"position_bias_num_{kind}", 256) for kind in _BUCKETS]
+    if sum(split) != bias[0]:
+        values |= {
+            "position_bias_num_buckets": bias[0] // 2,
+            "position_bias_num_segment_buckets": bias[0] - bias[0] // 2,
+        }
+    whole = all(attention and ffn for attention, ffn in blocks)
+    values["mask_modules"] = () if whole else tuple((not a, not f) for a, f in blocks)
+    return ModelConfig.from_dict(values, str(checkpoint.path))
+
+
+def _known_fields(config: ModelConfig) -> dict[str, Any]:
+    return {f.name: getattr(config, f.name) for f in fields(config)}
+
+
+def _first_shape(shapes: dict[str, tuple[int, ...]], ending: str) -> tuple[int, ...]:
+    return next((s for n, s in shapes.items() if n.endswith(ending) and len(s) == 2), ())
+
+
+def check_agreement(given: ModelConfig, derived: ModelConfig, source: str, path: Path) -> None:
+    """Raise `InputError` with all differences between a given config and the checkpoint's own."""
+    sizes = ["vocab_size", "dim_model", "num_heads", "dim_head", "dim_ff"]
+    problems = Problems()
+    for name in sizes:
+        if getattr(given, name) != getattr(derived, name):
+            problems.add(
+                name,
+                f"{getattr(given, name)} in the config, {getattr(derived, name)} in the checkpoint",
+            )
+    rows = given.position_bias_num_buckets + given.position_bias_num_segment_buckets
+    found = derived.position_bias_num_buckets + derived.position_bias_num_segment_buckets
+    if rows != found:
+        problems.add("position buckets", f"{rows} in the config, {found} in the checkpoint")
+    expected, actual = _blocks(given), _blocks(derived)
+    if len(expected) != len(actual):
+        problems.add(
+            "num_layers", f"{len(expected)} in the config, {len(actual)} in the checkpoint"
+        )
+    for i, (wanted, present) in enumerate(zip(expected, actual, strict=False)):
+        if wanted != present:
+            problems.add(f"layer {i}", f"{wanted} in the config, {present} in the checkpoint")
+    problems.raise_if_any(
+        f"{source} does not describe {path}:",
+        "--model-config auto takes the sizes from the checkpoint",
+    )
+    def _blocks(config: ModelConfig) -> list[str]:
+    names = {
+        (True, True): "attention and FFN",
+        (True, False): "attention only",
+        (False, True): "FFN only",
+        (False, False): "neither",
+    }
+    blocks = [names[config.has_attention(i), config.has_ffn(i)] for i in range(config.num_layers)]
+    # Layers at the end that are pruned whole leave no trace in a checkpoint.
+    while blocks and blocks[-1] == "neither":
+        blocks.pop()
+    return blocks

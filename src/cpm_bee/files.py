@@ -1,0 +1,149 @@
+"""Files and folders that appear whole or not at all.
+
+Everything is written under a temporary name beside its destination (a rename is atomic only
+within one file system), brought to the disk, and renamed. POSIX only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from cpm_bee.errors import InputError
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """A file to write to that takes the name `path` only when the block ends without exception.
+
+    Args:
+        path: destination; missing parent folders are made, an existing file is replaced. A device
+            or pipe (`/dev/stdout`) is written to directly.
+        mode: "w" (UTF-8, lines end with "\\n") or "wb".
+
+    Raises:
+        InputError: `path` is a folder.
+    """
+    path = Path(path)
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    if path.is_dir():
+        raise InputError(f"{path}: this is a folder, a file was to be written")
+    if path.exists() and not path.is_file():
+        with open(path, mode, **text) as file:  # type: ignore[call-overload]
+            yield file
+        return
+    path = path.resolve()  # a link stays a link, its target is replaced
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with _parent_folders(path):
+        try:
+            with open(temporary, mode, **text) as file:  # type: ignore[call-overload]
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
+    """An empty folder to fill that takes the name `path` when the block ends without exception.
+
+    What a killed run left behind is removed first, or put back if it was the replaced folder.
+
+    Args:
+        path: destination; missing parent folders are made.
+        replace: an existing folder is removed, once the new one is whole.
+
+    Raises:
+        InputError: `path` exists (and `replace` is false or it is a file), or another process is
+            writing it at this moment.
+    """
+    path = Path(path).resolve()
+    temporary = path.with_name(f".{path.name}.partial")
+    old = path.with_name(f".{path.name}.old")
+    with _parent_folders(path):
+        lock = _claim(temporary, path)
+        try:
+            if old.exists() and not path.exists():
+                os.rename(old, path)  # killed between the two renames below
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists() and not (replace and path.is_dir()):
+                raise InputError(f"{path}: exists already")
+            yield temporary
+            _sync_tree(temporary)
+            if path.exists():
+                os.rename(path, old)
+            os.rename(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if old.exists() and not path.exists():
+                os.rename(old, path)
+            raise
+        finally:
+            os.close(lock)
+    _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _claim(temporary: Path, path: Path) -> int:
+    """Make the temporary folder, empty and locked: a descriptor that holds the lock until closed.
+
+    Without the lock a second run would take the folder of a first, living one for the leavings of
+    a killed one. The kernel drops it when a process is killed.
+    """
+    temporary.mkdir(exist_ok=True)
+    lock = os.open(temporary, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The other run may have renamed or removed the folder between our opening and locking.
+        ours = temporary.exists() and os.path.samestat(os.fstat(lock), temporary.stat())
+    except BlockingIOError:
+        ours = False
+    except OSError:
+        ours = True  # a file system without locks
+    if not ours:
+        os.close(lock)
+        raise InputError(f"{path}: another process is writing it at this moment")
+    for entry in temporary.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    return lock
+
+
+@contextlib.contextmanager
+def _parent_folders(path: Path) -> Iterator[None]:
+    """Make the folders above `path`; on an exception remove those made, where they are empty."""
+    made = [folder for folder in path.parents if not folder.exists()]  # innermost first
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _sync(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(folder: Path) -> None:
+    for place, _, names in os.walk(folder):
+        for name in names:
+            _sync(os.path.join(place, name))
+        _sync(place)
