@@ -87,7 +87,9 @@ def check_agreement(given: ModelConfig, derived: ModelConfig, source: str, path:
         f"{source} does not describe {path}:",
         "--model-config auto takes the sizes from the checkpoint",
     )
-    def _blocks(config: ModelConfig) -> list[str]:
+
+
+def _blocks(config: ModelConfig) -> list[str]:
     names = {
         (True, True): "attention and FFN",
         (True, False): "attention only",
