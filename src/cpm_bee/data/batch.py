@@ -51,7 +51,7 @@ class Batch:
             for f in fields(self)
             if torch.is_tensor(value := getattr(self, f.name))
         }
-        return replace(self, **tensors)
+        return replace(self, **tensors)  # type: ignore[arg-type]
 
 
 class _Targets(NamedTuple):
