@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from cpm_bee.errors import InputError
+
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with this project's conventions.
@@ -26,7 +28,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_known_args([_hyphenate(a) for a in arguments], namespace)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\nsee: python {self.prog} --help\n")
+        raise InputError(f"{message}\nsee: python {self.prog} --help")
 
 
 def _hyphenate(argument: str) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
+
+from cpm_bee.launch import Place, end_torchrun_quietly
 
 
 class CpmBeeError(Exception):
@@ -58,11 +61,14 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run an entry script's `main` and exit: errors of people become a message, not a traceback.
 
     Exit status: what `main` returns (None is 0), 2 for wrong usage or bad input, 1 for a failed
-    run, 130 after Ctrl-C. `--debug` on the command line shows the traceback of any of them.
+    run, 130 after Ctrl-C. `--debug` on the command line shows the traceback of any of them. Under
+    torchrun the first worker of a machine reports for all.
     """
     debug = "--debug" in sys.argv
+    status: int | None
     try:
         status = main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         if debug:
             raise
@@ -71,14 +77,15 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:
         # The reader of our output went away (`... | head`): end quietly. Without this the
         # interpreter would complain once more while flushing stdout.
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except (CpmBeeError, OSError) as error:
         if debug:
             raise
-        print(f"error: {_describe(error)}", file=sys.stderr)
         status = error.exit_status if isinstance(error, CpmBeeError) else 1
-    sys.stdout.flush()
+        if Place.of_this_process().local_rank == 0:
+            print(f"error: {_describe(error)}", file=sys.stderr, flush=True)
+        end_torchrun_quietly(status)
     sys.exit(status or 0)
 
 

@@ -17,6 +17,10 @@ from typing import IO, Any
 from cpm_bee.errors import InputError
 
 
+class BusyError(InputError):
+    """Another process is writing the same folder."""
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """A file to write to that takes the name `path` only when the block ends without exception.
@@ -111,7 +115,7 @@ def _claim(temporary: Path, path: Path) -> int:
         ours = True  # a file system without locks
     if not ours:
         os.close(lock)
-        raise InputError(f"{path}: another process is writing it at this moment")
+        raise BusyError(f"{path}: another process is writing it at this moment")
     for entry in temporary.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,6 +17,7 @@ Record: TypeAlias = dict[str, Tree]
 
 # Deeper trees than any real one: walking recurses, and a bin record's unpickling does too.
 MAX_DEPTH = 64
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def parse_line(line: str) -> tuple[Any, str | None]:
@@ -26,6 +28,8 @@ def parse_line(line: str) -> tuple[Any, str | None]:
         return None, f"not valid JSON ({error.msg} at column {error.colno})"
     except RecursionError:
         return None, "not valid JSON (nested too deeply)"
+    except ValueError as error:  # e.g. a number of more digits than Python reads
+        return None, f"not valid JSON ({error})"
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
@@ -82,12 +86,13 @@ def _text_problems(text: Any, place: str) -> Iterator[str]:
     if not isinstance(text, str):
         yield f"{place}: expected text, this is {_kind(text)}"
         return
-    try:
-        for _ in split_markup(text):
-            pass
-    except MarkupError as error:
-        yield f"{place}: {error}"
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if "<" in text:
+        try:
+            for _ in split_markup(text):
+                pass
+        except MarkupError as error:
+            yield f"{place}: {error}"
+    if _SURROGATE.search(text):
         yield f"{place}: holds half of a surrogate pair, which is not text"
 
 

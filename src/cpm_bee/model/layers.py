@@ -16,6 +16,9 @@ Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 RESIDUAL_SCALE = 1 / 1.05
 
+# Up to so many rows h, E hᵀ takes a quarter to a half of the time of h Eᵀ on a CPU.
+_FEW_ROWS = 8
+
 
 class Linear(nn.Module):
     """y = (x Wᵀ) / sqrt(dim_in), plus the low-rank path of a delta where one is inserted."""
@@ -75,7 +78,11 @@ class Embedding(nn.Module):
         self, h: torch.Tensor, extension_ids: torch.Tensor, extension_subs: torch.Tensor
     ) -> torch.Tensor:
         """h [N, dim_model] -> [N, vocab_size + E]: vocabulary, then the extension entries."""
-        vocabulary = F.linear(h * self.scale, self.weight)
+        h_scaled = h * self.scale
+        if len(h) <= _FEW_ROWS:
+            vocabulary = (self.weight @ h_scaled.mT).mT
+        else:
+            vocabulary = F.linear(h_scaled, self.weight)
         if not len(extension_ids):
             return vocabulary
         table = self(extension_ids, extension_subs)  # (E, dim_model), scaled already

@@ -1,0 +1,1 @@
+"""Binary datasets, the token index beside them, the plan of batches, and the batch."""

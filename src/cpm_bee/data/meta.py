@@ -1,0 +1,109 @@
+"""`meta.bin`: what a binary dataset consists of, one JSON object a line (SPEC §9)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from cpm_bee import records
+from cpm_bee.errors import InputError, Problems
+
+META = "meta.bin"
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """One line of `meta.bin`; the field names are those of the format."""
+
+    file_name: str
+    block_begin: int
+    block_end: int
+    nbytes: int
+    nlines: int
+    mask: bool
+    block_size: int
+
+
+def _preprocess_command(folder: Path) -> str:
+    return (
+        f"python preprocess_dataset.py --input bee_data --output_path {folder.parent} "
+        "--output_name ccpm_data"
+    )
+
+
+def remedy(folder: Path) -> str:
+    """What mends a damaged dataset, for messages."""
+    return f"make {folder} again from its records: {_preprocess_command(folder)} --overwrite"
+
+
+def write_meta(folder: Path, info: FileInfo) -> None:
+    with open(folder / META, "x", encoding="utf-8", newline="\n") as file:
+        file.write(json.dumps(asdict(info)) + "\n")
+
+
+def read_meta(folder: Path) -> list[FileInfo]:
+    """The data files of a dataset. Raises `InputError` with everything that is wrong."""
+    path = folder / META
+    if not path.is_file():
+        kind = "there is no such folder" if not folder.exists() else f"it holds no {META}"
+        raise InputError(
+            f"{folder}: expected a binary dataset, a folder with {META} and data files, but {kind}"
+            f"\nmake one with: {_preprocess_command(folder)}"
+        )
+    problems = Problems()
+    files = []
+    for number, line in records.read_lines(path):
+        value, reason = records.parse_line(line)
+        found = [reason] if reason else _info_problems(value)
+        problems.extend(f"{path}:{number}", found)
+        if not found:
+            files.append(FileInfo(**{field.name: value[field.name] for field in fields(FileInfo)}))
+    if not files and not problems.count:
+        problems.add(str(path), "names no data files")
+    problems.raise_if_any(f"{folder}: {META} is not that of a binary dataset", remedy(folder))
+    return files
+
+
+def _info_problems(value: Any) -> list[str]:
+    if not isinstance(value, dict):
+        return ["expected a JSON object"]
+    missing = [field.name for field in fields(FileInfo) if field.name not in value]
+    if missing:
+        return [f"lacks {', '.join(missing)}"]
+    found = []
+    name = value["file_name"]
+    # A name that leads out of the folder would make a foreign dataset read anything.
+    if (
+        not isinstance(name, str)
+        or not name
+        or Path(name).is_absolute()
+        or ".." in Path(name).parts
+    ):
+        found.append(f"file_name: expected the name of a file in the folder, this is {name!r}")
+    if not isinstance(value["mask"], bool):
+        found.append(f"mask: expected true or false, this is {value['mask']!r}")
+    for key in ("block_begin", "block_end", "nbytes", "nlines", "block_size"):
+        least = 1 if key == "block_size" else 0
+        if type(value[key]) is not int or value[key] < least:
+            found.append(f"{key}: expected a number from {least}, this is {value[key]!r}")
+    if not found and value["block_end"] < value["block_begin"]:
+        found.append("block_end is less than block_begin")
+    return found
+
+
+def size_problems(folder: Path, info: FileInfo) -> list[str]:
+    """What a look at the file system tells against a data file; nothing if it is masked."""
+    path = folder / info.file_name
+    if info.mask:
+        return []
+    if not path.is_file():
+        return ["no such file"]
+    expected = (info.block_end - info.block_begin) * info.block_size
+    size = path.stat().st_size
+    if size != expected:
+        return [
+            f"has {size} bytes, {META} says {expected}" + (": cut off" if size < expected else "")
+        ]
+    return []

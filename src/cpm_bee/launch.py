@@ -1,0 +1,65 @@
+"""This process's place among those that torchrun started, and how a mistake is reported there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+# How long the other workers of a machine leave the reporting to the first one, in seconds.
+_PATIENCE = 30.0
+
+
+class Place(NamedTuple):
+    """Rank among all processes, rank on this machine, and the number of processes."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+    @classmethod
+    def of_this_process(cls) -> Place:
+        """Read what torchrun set; a process of its own is rank 0 of 1."""
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        rank, local_rank, world_size = (os.environ.get(n, "") for n in names)
+        if not (rank and local_rank and world_size):
+            return cls(0, 0, 1)
+        return cls(int(rank), int(local_rank), int(world_size))
+
+
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def end_torchrun_quietly(exit_status: int) -> None:
+    """After an error was reported by message: end the torchrun above us without its traceback.
+
+    torchrun answers every failing worker with a traceback of its own, which would bury the line
+    that says what to mend. All workers of a machine come to the same error, so the first one ends
+    torchrun by a signal that it does not handle, and the others wait for that. A shell sees
+    status 128 + SIGUSR1 for exit status 2 and 128 + SIGUSR2 for 1.
+    """
+    if not under_torchrun():
+        return
+    parent = os.getppid()
+    is_first = Place.of_this_process().local_rank == 0
+    if is_first:
+        os.kill(parent, signal.SIGUSR1 if exit_status == 2 else signal.SIGUSR2)
+    deadline = time.monotonic() + _PATIENCE
+    while os.getppid() == parent and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if is_first:
+        _remove_empty_log_folders()
+
+
+def _remove_empty_log_folders() -> None:
+    """torchrun makes a folder for the workers' error files and leaves it behind on failure."""
+    error_file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))
+    top = next((p for p in error_file.parents if p.name.startswith("torchelastic_")), None)
+    if top is not None:
+        for folder, _, _ in os.walk(top, topdown=False):
+            with contextlib.suppress(OSError):  # not empty
+                os.rmdir(folder)

@@ -1,0 +1,1 @@
+"""Training: the loop, evaluation, schedules, and what a run writes."""

@@ -1,0 +1,66 @@
+"""Evaluation over a whole data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from cpm_bee.data.batch import Batch
+from cpm_bee.engine import Engine
+from cpm_bee.model.network import CPMBee, target_loss
+from cpm_bee.train.feed import Feed
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over all targets (loss, token accuracy) and all records (exact match)."""
+
+    loss: float
+    token_accuracy: float
+    exact_match: float  # share of records with every token of the answer right
+    records: int
+
+
+def score(logits: torch.Tensor, batch: Batch) -> list[float]:
+    """Sums over a batch: loss, targets, right tokens, right records, records."""
+    right = logits.argmax(dim=-1) == batch.targets  # (N,)
+    wrong = torch.zeros(len(batch.lengths), dtype=torch.int64, device=right.device)
+    wrong.index_add_(0, batch.target_records, (~right).long())
+    return [
+        target_loss(logits, batch).item(),
+        batch.num_targets,
+        right.sum().item(),
+        (wrong == 0).sum().item(),
+        len(batch.lengths),
+    ]
+
+
+@torch.no_grad()
+def evaluate(model: CPMBee, engine: Engine, feed: Feed) -> Evaluation:
+    """Evaluate in eval mode; collective, with the same exact figures on every rank.
+
+    Exact match compares the most probable token at every target, which is what greedy decoding
+    writes.
+    """
+    model.eval()
+    sums = [0.0] * 5
+    bar = tqdm(
+        total=feed.num_records,
+        desc="evaluation",
+        unit=" records",
+        disable=None if engine.rank == 0 else True,
+        leave=False,
+    )
+    with bar:
+        for step in feed.epoch(0):
+            for batch in feed.micro_batches(step, 0):
+                if batch is not None:
+                    with engine.autocast():
+                        logits = model(batch)
+                    sums = [a + b for a, b in zip(sums, score(logits, batch), strict=True)]
+            bar.update(len(step.numbers))
+    loss, targets, right, exact, records = engine.reduce(sums)
+    model.train()
+    return Evaluation(loss / targets, right / targets, exact / records, int(records))

@@ -1,0 +1,182 @@
+"""Sets up a run from its options: engine, model, data, files."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from cpm_bee import delta
+from cpm_bee.base import Base, choose_device, choose_dtype, load_base
+from cpm_bee.data.container import BinaryDataset
+from cpm_bee.data.index import TokenIndex
+from cpm_bee.engine import Engine, OptimizerSettings
+from cpm_bee.engine.torch_engine import TorchEngine
+from cpm_bee.errors import Problems
+from cpm_bee.tokenizer import Tokenizer
+from cpm_bee.train.feed import Feed
+from cpm_bee.train.loop import Trainer
+from cpm_bee.train.options import Options
+from cpm_bee.train.reporting import Reporter, say
+from cpm_bee.train.saving import Identity, RunFiles
+
+
+def finetune(options: Options) -> None:
+    """Run a fine-tuning.
+
+    Raises:
+        InputError: flags or files are wrong; found before any process waits for another.
+        RunError: the run failed; its last good state is saved.
+    """
+    _check(options)
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    datasets = [BinaryDataset(d) for d in (options.dataset, options.eval_dataset) if d]
+    delta_config = _delta_config(options)
+    # Full fine-tuning updates fp32 weights; a frozen base is held in the compute type.
+    base = load_base(
+        options.load,
+        options.model_config,
+        options.vocab,
+        dtype if options.use_delta else torch.float32,
+        torch.device("cpu"),
+        seed=options.seed,
+    )
+    if delta_config is not None:
+        delta.insert(base.model, delta_config, options.seed)
+    identity = Identity(base.model.config, base.tokenizer.source, base.fingerprint, delta_config)
+    files = RunFiles(options.save, options.save_name, identity)
+    if options.resume:
+        files.load_state()  # fail now, not after the data was read
+    engine: Engine = TorchEngine(device, dtype)
+    try:
+        _train(options, engine, base, datasets, files)
+    finally:
+        engine.close()
+
+
+def _train(
+    options: Options, engine: Engine, base: Base, datasets: list[BinaryDataset], files: RunFiles
+) -> None:
+    model = base.model.to(engine.device)
+    model.encoder.checkpointing = options.checkpointing == "full" or (
+        options.checkpointing == "auto" and engine.device.type == "cuda"
+    )
+    feeds = _feeds(options, engine, datasets, base.tokenizer)
+    engine.prepare(
+        model,
+        OptimizerSettings(
+            weight_decay=options.weight_decay,
+            clip_grad=options.clip_grad,
+            loss_scale=options.loss_scale,
+            loss_scale_factor=options.loss_scale_factor,
+            loss_scale_steps=options.loss_scale_steps,
+        ),
+    )
+    if engine.rank == 0 and not options.resume and (previous := files.set_aside()):
+        say(f"the files of the run before are in {previous}")
+    reporter = Reporter(
+        files.log if engine.rank == 0 else None,
+        append=options.resume,
+        task=options.task_name,
+        tensorboard=options.tensorboard,
+    )
+    evaluation = feeds[1] if len(feeds) > 1 else None
+    trainer = Trainer(model, engine, feeds[0], evaluation, options, files, reporter)
+    if options.resume:
+        trainer.resume()
+        reporter.line(f"resumed after step {trainer.progress.step}")
+    for line in _summary(options, engine, base, feeds):
+        reporter.line(line)
+    reporter.start({"options": asdict(options), "world_size": engine.world_size})
+    try:
+        trainer.run()
+    finally:
+        reporter.close()
+    reporter.line(f"saved: {files.best}, {files.last}")
+
+
+def _check(options: Options) -> None:
+    """Raise `InputError` with everything that flags alone or missing files make impossible."""
+    problems = Problems()
+    for flag, path in (("--dataset", options.dataset), ("--eval-dataset", options.eval_dataset)):
+        if path is not None and not Path(path).is_dir():
+            problems.add(f"{flag} {path}", "no such folder; preprocess_dataset.py makes it")
+    if options.load is not None and not Path(options.load).exists():
+        problems.add(
+            f"--load {options.load}",
+            "no such checkpoint; put a CPM-Bee model there, or use the one that comes with this "
+            "project: --model-config auto --load ckpts/cpm-bee-tiny",
+        )
+    for flag, path in (("--model-config", options.model_config), ("--vocab", options.vocab)):
+        if path not in (None, "auto") and not Path(path).is_file():
+            problems.add(f"{flag} {path}", "no such file")
+    if options.load is None and options.use_delta:
+        problems.add("--use-delta", "needs a base model (--load CHECKPOINT)")
+    if options.delta_dropout >= 1:
+        problems.add("--delta-dropout", "must be less than 1")
+    if options.engine == "bmtrain":
+        problems.add("--engine bmtrain", "is not there yet; --engine torch runs on GPUs too")
+    if options.save_name != Path(options.save_name).name or not options.save_name:
+        problems.add(f"--save-name {options.save_name}", "is a name, the folder is --save")
+    problems.raise_if_any("this run cannot start:")
+
+
+def _delta_config(options: Options) -> delta.DeltaConfig | None:
+    if not options.use_delta:
+        return None
+    return delta.DeltaConfig(
+        rank=options.delta_rank,
+        alpha=options.delta_alpha,
+        targets=options.delta_targets,
+        dropout=options.delta_dropout,
+    )
+
+
+def _feeds(
+    options: Options, engine: Engine, datasets: list[BinaryDataset], tokenizer: Tokenizer
+) -> list[Feed]:
+    indexes = []
+    for dataset in datasets:
+        if engine.rank == 0:
+            TokenIndex.of(dataset, tokenizer)
+        engine.barrier()
+        indexes.append(TokenIndex.of(dataset, tokenizer))
+    rows = options.batch_size * engine.world_size
+    training = Feed(
+        indexes[0],
+        tokenizer,
+        engine,
+        rows=rows * options.accumulate,
+        max_length=options.max_length,
+        accumulate=options.accumulate,
+        drop_last=options.drop_last,
+        shuffle_seed=options.seed,
+    )
+    return [training] + [
+        Feed(index, tokenizer, engine, rows=rows, max_length=options.max_length)
+        for index in indexes[1:]
+    ]
+
+
+def _summary(options: Options, engine: Engine, base: Base, feeds: list[Feed]) -> list[str]:
+    trained = sum(p.numel() for p in base.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in base.model.parameters())
+    scale = engine.loss_scale if engine.dtype == torch.float16 else "not needed"
+    lines = [
+        f"engine torch, {engine.world_size} process(es) on {engine.device.type}, "
+        f"{str(engine.dtype).removeprefix('torch.')}, loss scale {scale}, "
+        f"{torch.get_num_threads()} threads of {os.cpu_count()}",
+        f"model with {total:,} parameters, {trained:,} of them trained",
+    ]
+    for name, feed in zip(("training", "evaluation"), feeds, strict=False):
+        lines.append(f"{name}: {feed.num_records} records")
+        if feed.num_too_long:
+            share = feed.num_too_long / (feed.num_records + feed.num_too_long)
+            lines.append(
+                f"warning: {feed.num_too_long} {name} records ({share:.2%}) are longer than "
+                f"--max-length {options.max_length} and left out"
+            )
+    return lines

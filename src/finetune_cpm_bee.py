@@ -1,0 +1,15 @@
+"""Fine-tune a CPM-Bee model: see `python finetune_cpm_bee.py --help` and README.md."""
+
+from cpm_bee.errors import run_command
+from cpm_bee.train.options import Options
+
+
+def main() -> None:
+    options = Options.parse()
+    from cpm_bee.train.run import finetune  # here, so that --help need not import torch
+
+    finetune(options)
+
+
+if __name__ == "__main__":
+    run_command(main)

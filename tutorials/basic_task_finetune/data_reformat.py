@@ -1,0 +1,267 @@
+"""Raw multiple-choice data -> CPM-Bee records: raw_data/*.jsonl -> bee_data/*.jsonl.
+
+A raw line has one of two forms (two to 26 options; without an answer, "<ans>" becomes ""):
+  {"target": "1", "input": "[翻译]TEXT[0]OPTION[1]OPTION[答案]"}
+  {"translation": "TEXT", "choices": ["OPTION", "OPTION"], "answer": 1}
+Both become
+  {"input": "TEXT", "options": {"<option_0>": "OPTION", "<option_1>": "OPTION"},
+   "question": "QUESTION", "<ans>": "<option_1>"}
+
+Needs nothing but Python's standard library, so that the file can be copied and changed.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).absolute().parent
+QUESTION = "这段话形容了哪句诗的意境？"
+BEGIN, END = "[翻译]", "[答案]"
+MARKER = re.compile(r"\[(0|[1-9][0-9]?)\]")
+LEAST, MOST = 2, 26
+
+
+class BadInput(Exception):
+    """What a person gave is wrong; the text says what."""
+
+
+# ------------------------------------------------------------------ one record
+
+
+def reformat(raw: Any, question: str = QUESTION) -> dict[str, Any]:
+    """Turn a raw record into a CPM-Bee record. Raises `BadInput` with the reason."""
+    if not isinstance(raw, dict):
+        raise BadInput("expected a JSON object")
+    tutorial, release = "input" in raw, "translation" in raw or "choices" in raw
+    if tutorial == release:
+        raise BadInput('expected either "input" or both "translation" and "choices"')
+    text, options = split_input(raw["input"]) if tutorial else split_release(raw)
+    if not LEAST <= len(options) <= MOST:
+        raise BadInput(f"has {len(options)} options, expected {LEAST} to {MOST}")
+    for name, part in [("text", text), *((f"option [{i}]", o) for i, o in enumerate(options))]:
+        if not part.strip():
+            raise BadInput(f"the {name} is empty")
+        if any("\ud800" <= character <= "\udfff" for character in part):
+            raise BadInput(f"the {name} holds half of a surrogate pair, which is not text")
+    answer = find_answer(raw, len(options))
+    return {
+        "input": escape(text),
+        "options": {f"<option_{i}>": escape(option) for i, option in enumerate(options)},
+        "question": escape(question),
+        "<ans>": "" if answer is None else f"<option_{answer}>",
+    }
+
+
+def escape(text: str) -> str:
+    """A `<` begins a special token of CPM-Bee; `<<` stands for the character itself."""
+    return text.replace("<", "<<")
+
+
+def split_input(line: Any) -> tuple[str, list[str]]:
+    """Split "[翻译]TEXT[0]OPTION[1]OPTION[答案]" into the text and the options.
+
+    From the first [0] on, every number in brackets is a marker and must be the next one: a marker
+    that is wrong, missing or doubled would else move text from one option to another unnoticed.
+    Before it, and for other brackets, it is just text.
+    """
+    if not isinstance(line, str):
+        raise BadInput('"input" is not a text')
+    line = line.strip()
+    if not line.startswith(BEGIN):
+        raise BadInput(f'"input" does not begin with {BEGIN}')
+    if not line.endswith(END):
+        raise BadInput(f'"input" does not end with {END}')
+    body = line[len(BEGIN) : -len(END)]
+    for marker in (BEGIN, END):
+        if marker in body:
+            raise BadInput(f'"input" holds {marker} more than once')
+    start = body.find("[0]")
+    if start < 0:
+        raise BadInput(f"there is no [0] between {BEGIN} and {END}")
+    markers = [match for match in MARKER.finditer(body, start) if int(match[1]) <= MOST]
+    for expected, match in enumerate(markers):
+        if int(match[1]) != expected:
+            raise BadInput(f"{match[0]} stands where [{expected}] or {END} should come")
+    ends = [match.start() for match in markers[1:]] + [len(body)]
+    return body[:start], [body[m.end() : end] for m, end in zip(markers, ends, strict=True)]
+
+
+def split_release(raw: dict[str, Any]) -> tuple[str, list[str]]:
+    text, choices = raw.get("translation"), raw.get("choices")
+    if not isinstance(text, str):
+        raise BadInput('"translation" is missing or not a text')
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise BadInput('"choices" is missing or not a list of texts')
+    return text, choices
+
+
+def find_answer(raw: dict[str, Any], count: int) -> int | None:
+    given = {key: raw[key] for key in ("target", "answer") if raw.get(key) not in (None, "")}
+    if not given:
+        return None
+    if len(given) > 1:
+        raise BadInput('has both "target" and "answer"')
+    [(key, value)] = given.items()
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value):
+        value = int(value)
+    if type(value) is not int:  # a bool is an int to isinstance
+        raise BadInput(f'"{key}" is not the number of an option: {json.dumps(value)[:40]}')
+    if not 0 <= value < count:
+        raise BadInput(f'"{key}" is {value}, the options are [0] to [{count - 1}]')
+    return value
+
+
+# ------------------------------------------------------------------ files
+
+
+def convert(source: Path, target: Path, question: str) -> tuple[int, list[str]]:
+    """Write the good records of `source` to `target`.
+
+    Returns their number, and `file:line: reason` of each bad line.
+    """
+    good, bad = 0, []
+    with open(source, "rb") as lines, open(target, "w", encoding="utf-8", newline="\n") as out:
+        for number, line in enumerate(lines, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                record = reformat(json.loads(text), question) if text.strip() else None
+            except BadInput as error:
+                bad.append(f"{source}:{number}: {error}")
+            except UnicodeDecodeError as error:
+                bad.append(f"{source}:{number}: not UTF-8 text (at byte {error.start})")
+            except json.JSONDecodeError as error:
+                bad.append(f"{source}:{number}: not valid JSON ({error.msg}, column {error.colno})")
+            except (ValueError, RecursionError):  # a number or a nesting beyond all measure
+                bad.append(f"{source}:{number}: not valid JSON")
+            else:
+                if record is not None:
+                    out.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    good += 1
+            if number % 100_000 == 0 and sys.stderr.isatty():
+                print(f"\r{source}: {number:,} lines read", end="", file=sys.stderr)
+        out.flush()
+        os.fsync(out.fileno())
+    return good, bad
+
+
+def find_sources(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise BadInput(f"{path}: no such file or folder (--input is a folder with *.jsonl files)")
+    found = [p for p in path.glob("*.jsonl") if p.is_file() and not p.name.startswith(".")]
+    if not found:
+        raise BadInput(f"{path}: looked for *.jsonl files, found none")
+    return sorted(found)
+
+
+def temporary_beside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial-{os.getpid()}")
+
+
+@contextlib.contextmanager
+def folder_for_output(folder: Path) -> Iterator[None]:
+    """Make a folder; after an exception, remove the folders that were made."""
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder}: --output is a folder, this is a file")
+    folder = folder.resolve()  # it may be a link to a folder that is not there yet
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def reformat_files(source: Path, output: Path, question: str, skip_bad: bool) -> None:
+    """Convert all files and print what was made; nothing is written if anything is wrong."""
+    sources = find_sources(source)
+    targets = [output / f"{path.stem}.jsonl" for path in sources]
+    for path, target in zip(sources, targets, strict=True):
+        if target.exists() and target.samefile(path):
+            raise BadInput(f"{target}: this is the raw file itself, give another --output")
+        if target.is_dir():
+            raise BadInput(f"{target}: this is a folder, a file was to be written")
+    with folder_for_output(output):
+        try:
+            results = [
+                convert(path, temporary_beside(target), question)
+                for path, target in zip(sources, targets, strict=True)
+            ]
+            refuse(sources, results, skip_bad)
+            for target in targets:
+                os.replace(temporary_beside(target), target)
+        finally:
+            for target in targets:
+                temporary_beside(target).unlink(missing_ok=True)
+    for target, (good, bad) in zip(targets, results, strict=True):
+        print(f"{target}: {good:,} records" + (f", {len(bad):,} bad lines skipped" if bad else ""))
+    print(
+        "next, in tutorials/basic_task_finetune: python ../../src/preprocess_dataset.py "
+        f"--input {output} --output_path bin_data --output_name ccpm_data"
+    )
+
+
+def refuse(sources: list[Path], results: list[tuple[int, list[str]]], skip_bad: bool) -> None:
+    bad = [line for _, lines in results for line in lines]
+    if bad and not skip_bad:
+        raise BadInput(
+            "\n".join(bad) + f"\n{len(bad)} bad lines, nothing was written "
+            "(mend them, or leave them out with --skip-bad)"
+        )
+    for source, (good, lines) in zip(sources, results, strict=True):
+        if not good:
+            detail = f", all of its {len(lines)} lines are bad" if lines else ", it is empty"
+            raise BadInput(f"{source}: holds no records{detail}; nothing was written")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--input",
+        type=Path,
+        default=HERE / "raw_data",
+        help="folder with *.jsonl files, or one file (default: raw_data beside this script)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=HERE / "bee_data",
+        help="folder of the results (default: bee_data beside this script)",
+    )
+    parser.add_argument("--question", default=QUESTION, help=f"(default: {QUESTION})")
+    parser.add_argument(
+        "--skip-bad", "--skip_bad", action="store_true", help="leave out bad lines, count them"
+    )
+    arguments = parser.parse_args()
+    if any("\ud800" <= character <= "\udfff" for character in arguments.question):
+        parser.error("--question is not UTF-8 text")
+    try:
+        reformat_files(arguments.input, arguments.output, arguments.question, arguments.skip_bad)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or arguments.output}: {error.strerror}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
