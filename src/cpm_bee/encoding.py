@@ -115,18 +115,25 @@ def _relations(depths: tuple[int, ...]) -> np.ndarray:
     return result
 
 
+class Extension(NamedTuple):
+    """A record's extension table and the (id, sub) pair of each of its entries."""
+
+    table: ExtensionTable
+    pairs: tuple[tuple[int, int], ...]
+
+
 class _Subs:
     """Turns ids of a record's extension table into (id, sub) pairs."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self.extension = ExtensionTable(len(tokenizer))
+        self.table = ExtensionTable(len(tokenizer))
         self.pairs: list[tuple[int, int]] = []
         self._counts: dict[int, int] = {}
 
     def encode(self, text: str) -> list[int]:
-        ids = self._tokenizer.encode(text, self.extension)
-        for piece in self.extension.pieces[len(self.pairs) :]:
+        ids = self._tokenizer.encode(text, self.table)
+        for piece in self.table.pieces[len(self.pairs) :]:
             category = self._tokenizer.category(piece)
             sub = self._counts.get(category, 0)
             self._counts[category] = sub + 1
@@ -159,8 +166,8 @@ class Encoder:
 
     def encode_segments(
         self, segments: list[Segment], *, answers: bool = True
-    ) -> tuple[EncodedRecord, ExtensionTable]:
-        """Like `encode`, from segments; also returns the extension table, for decoding."""
+    ) -> tuple[EncodedRecord, Extension]:
+        """Like `encode`, from segments; also returns the record's extension, for decoding."""
         bos, eos, vocab_size = self.tokenizer.bos, self.tokenizer.eos, len(self.tokenizer)
         subs_of = _Subs(self.tokenizer)
         ids: list[int] = []
@@ -188,7 +195,7 @@ class Encoder:
             segments=np.repeat(np.arange(len(segments), dtype=np.uint16), lengths),
             shape=Shape(tuple(s.depth for s in segments), tuple(s.is_predicted for s in segments)),
         )
-        return encoded, subs_of.extension
+        return encoded, Extension(subs_of.table, tuple(subs_of.pairs))
 
     def _ids(self, text: str, subs_of: _Subs) -> list[int]:
         cached = self._ordinary.get(text)

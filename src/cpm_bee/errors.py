@@ -79,6 +79,16 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         # interpreter would complain once more while flushing stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
+    except ModuleNotFoundError as error:
+        if debug:
+            raise
+        print(
+            f"error: the package {error.name!r} is not installed for {sys.executable}; "
+            "in the project's folder: pip install -e . -c constraints.txt, or, after "
+            "bash scripts/quickstart.sh: source .venv/bin/activate",
+            file=sys.stderr,
+        )
+        status = 1
     except (CpmBeeError, OSError) as error:
         if debug:
             raise

@@ -10,18 +10,18 @@ import contextlib
 import json
 import random
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from cpm_bee.data.batch import Pair
 from cpm_bee.data.container import BinaryDataset, decode
 from cpm_bee.encoding import EncodedRecord, Encoder, Shape, is_shuffled
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.files import BusyError, atomic_folder
+from cpm_bee.progress import progress
 from cpm_bee.records import Record
 from cpm_bee.tokenizer import Tokenizer
 
@@ -196,10 +196,13 @@ def build(folder: Path, dataset: BinaryDataset, tokenizer: Tokenizer) -> None:
     """
     encoder = Encoder(tokenizer)
     problems = Problems()
+    bar = progress(
+        dataset, total=len(dataset), description=f"tokens of {dataset.folder.name}", unit="records"
+    )
     with contextlib.ExitStack() as stack:
         files = {n: stack.enter_context(open(folder / n, "wb")) for n in _ARRAYS}
         writer = _Writer(folder, files)
-        for file, offset, payload in _progress(dataset):
+        for file, offset, payload in bar:
             try:
                 record = decode(payload)
                 encoded = encoder.encode(record)
@@ -209,16 +212,3 @@ def build(folder: Path, dataset: BinaryDataset, tokenizer: Tokenizer) -> None:
             writer.add(encoded, file, offset, is_shuffled(record))
     problems.raise_if_any(f"{dataset.folder}: records that this model cannot read:")
     writer.close(dataset, tokenizer)
-
-
-def _progress(dataset: BinaryDataset) -> Iterator[tuple[int, int, bytes]]:
-    return iter(
-        tqdm(
-            dataset,
-            total=len(dataset),
-            desc=f"tokens of {dataset.folder.name}",
-            unit=" records",
-            disable=None,
-            leave=False,
-        )
-    )

@@ -7,13 +7,12 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
 from cpm_bee import records
 from cpm_bee.data.container import LENGTH, BinaryDataset, DatasetWriter, encode, payload_limit
 from cpm_bee.data.meta import META
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.files import atomic_folder
+from cpm_bee.progress import progress
 
 BUCKET_BYTES = 64 << 20
 MAX_BUCKETS = 256  # all are open at once; systems allow as few as 1024 open files
@@ -67,7 +66,7 @@ def preprocess(
         )
         for file, part, rng, paths in zip(files, parts, rngs, buckets, strict=True):
             with DatasetWriter(part, output_name, block_size) as writer:
-                for path in tqdm(paths, desc=f"writing {file.stem}", unit="bucket", disable=None):
+                for path in progress(paths, description=f"writing {file.stem}", unit="buckets"):
                     _append_shuffled(path, rng, writer)
     return [BinaryDataset(folder) for folder in folders]
 
@@ -136,9 +135,7 @@ def _spread(
 def _lines(file: Path, problems: Problems) -> Iterator[tuple[int, str]]:
     """The lines of a file with a progress bar; what is not UTF-8 becomes a problem and ends it."""
     total = file.stat().st_size
-    with tqdm(
-        total=total, desc=f"reading {file.stem}", unit="B", unit_scale=True, disable=None
-    ) as bar:
+    with progress(total=total, description=f"reading {file.stem}", unit="B") as bar:
         try:
             for number, line in records.read_lines(file):
                 yield number, line

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 from cpm_bee.data.batch import Batch
 from cpm_bee.engine import Engine
 from cpm_bee.model.network import CPMBee, target_loss
+from cpm_bee.progress import progress
 from cpm_bee.train.feed import Feed
 
 
@@ -46,12 +46,11 @@ def evaluate(model: CPMBee, engine: Engine, feed: Feed) -> Evaluation:
     """
     model.eval()
     sums = [0.0] * 5
-    bar = tqdm(
+    bar = progress(
         total=feed.num_records,
-        desc="evaluation",
-        unit=" records",
-        disable=None if engine.rank == 0 else True,
-        leave=False,
+        description="evaluation",
+        unit="records",
+        quiet=engine.rank > 0,
     )
     with bar:
         for step in feed.epoch(0):

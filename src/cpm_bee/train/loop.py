@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
-from tqdm import tqdm
 
 from cpm_bee.data.planning import Step
 from cpm_bee.engine import Engine, StepResult
 from cpm_bee.errors import RunError
 from cpm_bee.model.network import CPMBee, target_loss
+from cpm_bee.progress import progress
 from cpm_bee.train.evaluate import evaluate
 from cpm_bee.train.feed import Feed
 from cpm_bee.train.options import Options
@@ -113,13 +113,12 @@ class Trainer:
 
     def _remaining_steps(self) -> Iterator[Step]:
         epoch, done = self.progress.epoch, self.progress.step_in_epoch
-        bar = tqdm(
+        bar = progress(
             total=self._training.num_steps(epoch),
             initial=done,
-            desc=f"epoch {epoch + 1}/{self._options.epoch}",
-            unit=" steps",
-            disable=None if self._engine.rank == 0 else True,
-            leave=False,
+            description=f"epoch {epoch + 1}/{self._options.epoch}",
+            unit="steps",
+            quiet=self._engine.rank > 0,
         )
         with bar:
             for number, step in enumerate(self._training.epoch(epoch)):

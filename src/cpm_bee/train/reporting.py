@@ -6,16 +6,10 @@ import json
 from pathlib import Path
 from typing import IO, Any
 
-from tqdm import tqdm
-
 from cpm_bee.engine import TensorStatistics
 from cpm_bee.errors import InputError
+from cpm_bee.progress import say
 from cpm_bee.train.evaluate import Evaluation
-
-
-def say(text: str) -> None:
-    """Print a line, above a progress bar where one is shown."""
-    tqdm.write(text)
 
 
 class Reporter:

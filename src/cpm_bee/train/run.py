@@ -15,11 +15,12 @@ from cpm_bee.data.index import TokenIndex
 from cpm_bee.engine import Engine, OptimizerSettings
 from cpm_bee.engine.torch_engine import TorchEngine
 from cpm_bee.errors import Problems
+from cpm_bee.progress import say
 from cpm_bee.tokenizer import Tokenizer
 from cpm_bee.train.feed import Feed
 from cpm_bee.train.loop import Trainer
 from cpm_bee.train.options import Options
-from cpm_bee.train.reporting import Reporter, say
+from cpm_bee.train.reporting import Reporter
 from cpm_bee.train.saving import Identity, RunFiles
 
 

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Fine-tune CPM-Bee. Run it from src/:   bash scripts/finetune_cpm_bee.sh [more flags]
+# Every setting can be given in the environment, e.g.   LR=0.001 EPOCH=3 bash scripts/...
+# and any flag of finetune_cpm_bee.py can follow, e.g.  bash scripts/... --delta-rank 16
+set -uo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+use_venv
+
+GPUS="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')"
+GPUS_PER_NODE="${GPUS_PER_NODE:-$GPUS}"               # processes on this machine; 0 GPUs: one
+[ "$GPUS_PER_NODE" = 0 ] && GPUS_PER_NODE=1
+NNODES="${NNODES:-1}"                                 # machines
+MASTER_ADDR="${MASTER_ADDR:-localhost}"               # the first of them
+MASTER_PORT="${MASTER_PORT:-$([ "$NNODES" = 1 ] && echo 0 || echo 12345)}"   # 0: any free port
+
+LOAD="${LOAD:-ckpts/pytorch_model.bin}"               # base model
+MODEL_CONFIG="${MODEL_CONFIG:-}"                      # default: derived from the checkpoint
+if [ "$LOAD" = ckpts/pytorch_model.bin ] && [ ! -e "$LOAD" ] && [ -d ckpts/cpm-bee-tiny ]; then
+    echo "ckpts/pytorch_model.bin is not there: using the tiny model that comes with this project."
+    echo "It shows the whole job, but it knows little; put a CPM-Bee checkpoint there for real work."
+    LOAD=ckpts/cpm-bee-tiny
+    # A tiny model wants more steps at a higher rate than a large one.
+    EPOCH="${EPOCH:-8}" BATCH_SIZE="${BATCH_SIZE:-1}" LR="${LR:-0.01}" WARMUP_ITERS="${WARMUP_ITERS:-50}"
+    EVAL_INTERVAL="${EVAL_INTERVAL:-200}"
+fi
+
+OPTS=(
+    --use-delta                                                # delta tuning (LoRA)
+    --model-config "${MODEL_CONFIG:-auto}"
+    --load "$LOAD"
+    --dataset "${DATASET:-../tutorials/basic_task_finetune/bin_data/train}"
+    --eval_dataset "${EVAL_DATASET:-../tutorials/basic_task_finetune/bin_data/eval}"
+    --epoch "${EPOCH:-5}"
+    --batch-size "${BATCH_SIZE:-5}"                            # rows of MAX_LENGTH tokens a process
+    --max-length "${MAX_LENGTH:-2048}"
+    --train-iters "${TRAIN_ITERS:-100}"                        # end of the schedule
+    --lr "${LR:-0.0001}"
+    --lr-decay-style "${LR_DECAY_STYLE:-noam}"
+    --warmup-iters "${WARMUP_ITERS:-1}"
+    --weight-decay "${WEIGHT_DECAY:-0.01}"
+    --clip-grad "${CLIP_GRAD:-1.0}"
+    --loss-scale "${LOSS_SCALE:-32768}"                        # first loss scale (fp16 only)
+    --start-step "${START_STEP:-0}"                            # where in the schedule to begin
+    --inspect-iters "${INSPECT_ITERS:-100}"                    # statistics of the trained tensors
+    --eval-interval "${EVAL_INTERVAL:-50}"
+    --early-stop-patience "${EARLY_STOP_PATIENCE:-5}"          # evaluations without a lower loss
+    --save "${SAVE:-results/}"
+    --save-name "${SAVE_NAME:-cpm_bee_finetune}"
+)
+[ -n "${VOCAB:-}" ] && OPTS+=(--vocab "$VOCAB")                # default: vocab.txt beside LOAD
+
+CMD=(
+    torchrun --nnodes="$NNODES" --nproc_per_node="$GPUS_PER_NODE" --rdzv_id="${RDZV_ID:-1}"
+    --rdzv_backend=c10d --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT"
+    "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../src/finetune_cpm_bee.py" "${OPTS[@]}" "$@"
+)
+echo "${CMD[*]}"
+"${CMD[@]}"
+status=$?
+# Our errors end torchrun by a signal (see src/cpm_bee/launch.py).
+case $status in
+    138) exit 2 ;;
+    140) exit 1 ;;
+    *) exit $status ;;
+esac

@@ -1,0 +1,33 @@
+# Sourced by the other scripts: makes .venv in the project's folder and installs into it.
+#   make_venv [EXTRA]   e.g. make_venv dev; returns at once where nothing has changed
+#   use_venv            puts an existing .venv on the PATH, unless another one is active
+
+project="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+
+use_venv() {
+    if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$project/.venv/bin/python" ]; then
+        export PATH="$project/.venv/bin:$PATH"
+    fi
+}
+
+make_venv() {
+    local extra="${1:-}" python="${PYTHON:-python3}" stamp fingerprint
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+        echo "error: $python is older than Python 3.10; name a newer one: PYTHON=python3.11 bash ..." >&2
+        exit 2
+    fi
+    stamp="$project/.venv/.installed-${extra:-base}"
+    fingerprint="$(cat "$project/setup.py" "$project/constraints.txt" | cksum)"
+    if [ ! -x "$project/.venv/bin/pip" ]; then
+        echo "making $project/.venv"
+        "$python" -m venv --clear "$project/.venv"
+    fi
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$fingerprint" ]; then
+        echo "installing into $project/.venv (PyTorch is large: this takes some minutes)"
+        (cd "$project" && .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+            -c constraints.txt -e ".${extra:+[$extra]}")
+        echo "$fingerprint" > "$stamp"
+    fi
+    unset VIRTUAL_ENV
+    use_venv
+}

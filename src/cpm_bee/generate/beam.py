@@ -1,0 +1,207 @@
+"""Beam search as the reference does it (SPEC §10)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from cpm_bee.encoding import Encoder
+from cpm_bee.errors import InputError, RunError
+from cpm_bee.generate.decoder import Decoder, Token
+from cpm_bee.generate.prompt import Prompt, fill
+from cpm_bee.model.network import CPMBee
+from cpm_bee.records import Record
+from cpm_bee.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How to search.
+
+    Attributes:
+        beam_size: hypotheses kept; 1 is greedy search.
+        max_length: at most this many tokens, and two more, are written in all answers together.
+        repetition_penalty: divides positive and multiplies negative logits of ids that were
+            written before (Keskar et al. 2019, CTRL, section 4.1); 1 is none.
+        repetition_window: how many of the last ids count for that; None is all.
+
+    Raises:
+        InputError: an option is out of range; names the flag.
+    """
+
+    beam_size: int = 3
+    max_length: int = 100
+    repetition_penalty: float = 1.0
+    repetition_window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.beam_size < 1:
+            raise InputError(f"--beam-size: {self.beam_size} is less than 1")
+        if self.max_length < 1:
+            raise InputError(f"--max-length: {self.max_length} is less than 1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise InputError(f"--repetition-penalty: {self.repetition_penalty} is not above 0")
+        if self.repetition_window is not None and self.repetition_window < 1:
+            raise InputError(f"--repetition-window: {self.repetition_window} is less than 1")
+
+
+class Beam(NamedTuple):
+    """A running hypothesis: summed log probability, and its tokens with the `<s>` of answers."""
+
+    log_p: float
+    tokens: tuple[Token, ...]
+
+
+class Finished:
+    """The best `size` finished hypotheses, by mean log probability of their tokens."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._hypotheses: list[tuple[float, tuple[Token, ...]]] = []  # best first
+
+    def add(self, score: float, tokens: tuple[Token, ...]) -> None:
+        self._hypotheses.append((score, tokens))
+        # Stable: of equals the first found is the best.
+        self._hypotheses.sort(key=lambda hypothesis: -hypothesis[0])
+        del self._hypotheses[self._size :]
+
+    def cannot_improve(self, best_log_p: float, step: int) -> bool:
+        """Whether to stop: all found, and the worst at least the best running sum / step."""
+        full = len(self._hypotheses) == self._size
+        return full and self._hypotheses[-1][0] >= best_log_p / step
+
+    def best(self) -> tuple[Token, ...]:
+        return self._hypotheses[0][1]
+
+
+def penalize_repetition(
+    logits: torch.Tensor, ids: torch.Tensor, penalty: float, window: int | None
+) -> torch.Tensor:
+    """Penalize once each id that stands among the last `window` of a beam.
+
+    Args:
+        logits: [B, candidates].
+        ids: vocabulary ids written so far, [B, A]; an entry of the extension table counts as the
+            id that it shares.
+    """
+    if penalty == 1:
+        return logits
+    ids = ids[:, -window:] if window else ids
+    found = logits.gather(1, ids)
+    # Scattering the same value twice is harmless, so each id is penalized once.
+    return logits.scatter(1, ids, torch.where(found < 0, found * penalty, found / penalty))
+
+
+class Generator:
+    """Writes the answers of records with a model."""
+
+    def __init__(self, model: CPMBee, tokenizer: Tokenizer) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.encoder = Encoder(tokenizer)
+
+    def generate(self, record: Record, options: GenerationOptions) -> dict:
+        """A copy of a valid record whose answers are the model's; None where none was reached.
+
+        Texts that the record has as answers are ignored. Sets the model to eval mode.
+
+        Raises:
+            InputError: a special token of the record has a name that the vocabulary lacks.
+            RunError: the model's logits are not finite.
+        """
+        prompt = Prompt.of(record, self.encoder)
+        texts: list[str | None] = [None] * len(prompt.answers)
+        if texts:
+            for i, pairs in enumerate(self._search(prompt, options)):
+                texts[i] = prompt.text(pairs)
+        return fill(record, texts)
+
+    @torch.inference_mode()
+    def _search(self, prompt: Prompt, options: GenerationOptions) -> list[list[tuple[int, int]]]:
+        """The (id, sub) pairs of each answer reached, without `<s>` and `</s>`."""
+        self.model.eval()
+        decoder = Decoder(self.model, self.tokenizer, prompt)
+        tokens = _Search(decoder, self.tokenizer, len(prompt.answers), options).run()
+        answers: list[list[tuple[int, int]]] = [[] for _ in range(tokens[-1].answer + 1)]
+        for token in tokens:
+            if token.position > 0:  # `<s>` stands at 0
+                answers[token.answer].append((token.id, token.sub))
+        return answers
+
+
+class _Search:
+    """The beam search of one prompt."""
+
+    def __init__(
+        self, decoder: Decoder, tokenizer: Tokenizer, num_answers: int, options: GenerationOptions
+    ) -> None:
+        self._decoder = decoder
+        self._bos, self._eos = tokenizer.bos, tokenizer.eos
+        self._num_answers = num_answers
+        self._options = options
+        self._finished = Finished(options.beam_size)
+
+    def run(self) -> tuple[Token, ...]:
+        """The tokens of the best hypothesis, with the `<s>` but without the `</s>` of answers."""
+        beams = [Beam(0.0, (Token(self._bos, 0, 0, 0),))]
+        parents = [0]
+        last_step = self._options.max_length + 1
+        for step in range(last_step + 1):
+            candidates = self._candidates(beams, parents)
+            if self._finished.cannot_improve(candidates[0][0], step):
+                break
+            beams, parents = self._advance(beams, candidates, is_last=step == last_step)
+            if not beams:
+                break
+        return self._finished.best()
+
+    def _candidates(
+        self, beams: Sequence[Beam], parents: Sequence[int]
+    ) -> list[tuple[float, int, int]]:
+        """The 2 * beam_size best continuations: summed log p, beam, number; best first."""
+        logits = self._decoder.logits([beam.tokens for beam in beams], parents)
+        ids = torch.tensor([[t.id for t in beam.tokens] for beam in beams], device=logits.device)
+        logits = penalize_repetition(
+            logits, ids, self._options.repetition_penalty, self._options.repetition_window
+        )
+        before = torch.tensor([beam.log_p for beam in beams], device=logits.device)
+        total = (logits.log_softmax(dim=-1) + before[:, None]).flatten()
+        top, places = total.topk(min(2 * self._options.beam_size, len(total)))
+        values = top.tolist()
+        if not values[0] > float("-inf"):  # topk puts NaN first
+            raise RunError(
+                "the model's logits are not finite: the weights are broken, or --dtype is too "
+                "narrow for them (--dtype fp32 is the widest)"
+            )
+        return [
+            (value, *divmod(place, logits.shape[1]))
+            for value, place in zip(values, places.tolist(), strict=True)
+            if value > float("-inf")
+        ]
+
+    def _advance(
+        self, beams: Sequence[Beam], candidates: list[tuple[float, int, int]], *, is_last: bool
+    ) -> tuple[list[Beam], list[int]]:
+        """Finish hypotheses and make the next beams, with the index of the beam each continues."""
+        next_beams: list[Beam] = []
+        parents: list[int] = []
+        for log_p, parent, number in candidates:
+            tokens = beams[parent].tokens
+            closes = number == self._eos
+            last = tokens[-1]
+            following = Token(*self._decoder.pair(number), last.answer, last.position + 1)
+            if is_last or (closes and last.answer + 1 == self._num_answers):
+                # Each token before, `<s>` included, stands for one that was predicted after it.
+                score = log_p / len(tokens)
+                self._finished.add(score, tokens if closes else (*tokens, following))
+                continue
+            if closes:
+                following = Token(self._bos, 0, last.answer + 1, 0)
+            next_beams.append(Beam(log_p, (*tokens, following)))
+            parents.append(parent)
+            if len(next_beams) == self._options.beam_size:
+                break
+        return next_beams, parents

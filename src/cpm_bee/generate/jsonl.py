@@ -1,0 +1,127 @@
+"""Generation for a file of records: JSON lines in, JSON lines out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from cpm_bee import records
+from cpm_bee.encoding import Encoder
+from cpm_bee.errors import InputError, Problems
+from cpm_bee.files import atomic_file
+from cpm_bee.generate.beam import GenerationOptions, Generator
+from cpm_bee.generate.prompt import Prompt
+from cpm_bee.progress import progress
+from cpm_bee.records import ANSWER, Record, Tree
+
+STANDARD = "-"  # names standard input and output
+
+
+class PlacedRecord(NamedTuple):
+    """A record and where it stands, as file:line."""
+
+    place: str
+    record: Record
+
+
+class Score(NamedTuple):
+    """How many of the records that came with an answer were answered with exactly that."""
+
+    correct: int
+    answered: int
+
+    def __str__(self) -> str:
+        share = self.correct / self.answered
+        return f"exact match: {self.correct:,} of {self.answered:,} answers ({share:.1%})"
+
+
+def read_records(path: str) -> list[PlacedRecord]:
+    """The records of a file, or of standard input where `path` is "-".
+
+    Raises `InputError` with all problems of all lines.
+    """
+    placed: list[PlacedRecord] = []
+    problems = Problems()
+    name = "standard input" if path == STANDARD else path
+    for number, line in _lines(path):
+        value, reason = records.parse_line(line)
+        found = [reason] if reason else records.validate(value)
+        problems.extend(f"{name}:{number}", found)
+        if not found:
+            placed.append(PlacedRecord(f"{name}:{number}", value))
+    problems.raise_if_any(
+        f"{name}: {problems.count} problems, nothing was written",
+        'a record is one line: {"input": "...", "<ans>": ""}, a literal < written <<',
+    )
+    if not placed:
+        raise InputError(f"{name}: holds no records")
+    return placed
+
+
+def _lines(path: str) -> Iterator[tuple[int, str]]:
+    if path != STANDARD:
+        yield from records.read_lines(path)
+        return
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input: not UTF-8 text ({error.reason})") from None
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, line
+
+
+def check_vocabulary(placed: Sequence[PlacedRecord], encoder: Encoder) -> None:
+    """Raises `InputError` with all records that the vocabulary cannot express."""
+    problems = Problems()
+    for place, record in placed:
+        try:
+            Prompt.of(record, encoder)
+        except InputError as error:
+            problems.add(place, str(error))
+    problems.raise_if_any(f"{problems.count} records cannot be encoded, nothing was written")
+
+
+def generate_file(
+    generator: Generator,
+    placed: Sequence[PlacedRecord],
+    options: GenerationOptions,
+    output: str,
+) -> Score:
+    """Write each record with the model's answer in place of its own, one a line.
+
+    Args:
+        output: a file, which appears when it is complete; "-" is standard output, written line
+            by line.
+
+    Raises:
+        InputError: a record cannot be encoded (all are listed), or `output` is a folder.
+    """
+    check_vocabulary(placed, generator.encoder)
+    correct = answered = 0
+    with _output(output) as file:
+        for _, record in progress(placed, description="generating", unit="records"):
+            result = generator.generate(record, options)
+            file.write(json.dumps(result, ensure_ascii=False) + "\n")
+            if output == STANDARD:
+                file.flush()
+            if _has_text(record[ANSWER]):
+                answered += 1
+                correct += result[ANSWER] == record[ANSWER]
+    return Score(correct, answered)
+
+
+def _output(path: str) -> AbstractContextManager[IO[Any]]:
+    if path != STANDARD:
+        return atomic_file(Path(path))
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    return contextlib.nullcontext(sys.stdout)
+
+
+def _has_text(answer: Tree) -> bool:
+    return any(map(_has_text, answer.values())) if isinstance(answer, dict) else answer != ""

@@ -1,0 +1,65 @@
+"""A record as a prompt, and the way from generated tokens back to its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from cpm_bee.data.batch import Pair
+from cpm_bee.encoding import EncodedRecord, Encoder, walk
+from cpm_bee.records import ANSWER, Record, Tree
+from cpm_bee.tokenizer import ExtensionTable, Tokenizer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A record without its answer texts.
+
+    Attributes:
+        encoded: the context; answer leaves are segments without tokens.
+        answers: the segment of each answer leaf, in walk order.
+    """
+
+    encoded: EncodedRecord
+    answers: tuple[int, ...]
+    _tokenizer: Tokenizer
+    _extension: ExtensionTable
+    _extension_numbers: dict[Pair, int]  # (id, sub) -> its id in the extension table
+
+    @classmethod
+    def of(cls, record: Record, encoder: Encoder) -> Prompt:
+        """Encode a valid record (see `records.validate`); answer texts are ignored.
+
+        Raises `InputError` for a special token whose name the vocabulary lacks.
+        """
+        segments = list(walk(record))
+        encoded, extension = encoder.encode_segments(segments, answers=False)
+        answers = tuple(i for i, segment in enumerate(segments) if segment.is_predicted)
+        first = len(encoder.tokenizer)
+        numbers = {pair: first + i for i, pair in enumerate(extension.pairs)}
+        return cls(encoded, answers, encoder.tokenizer, extension.table, numbers)
+
+    @property
+    def has_unknown(self) -> bool:
+        """Whether the context holds text that the vocabulary lacks: `<unk>` then stands for it."""
+        return (self._tokenizer.unk, 0) in self._extension_numbers
+
+    def text(self, tokens: Sequence[Pair]) -> str:
+        """The text of (id, sub) pairs, with the record's own meaning of extension entries.
+
+        That holds for sub 0 too: where the record has an unknown run 𠮷, `<unk>` is 𠮷.
+        """
+        ids = [self._extension_numbers.get(pair, pair[0]) for pair in tokens]
+        return self._tokenizer.decode(ids, self._extension)
+
+
+def fill(record: Record, texts: Sequence[str | None]) -> dict:
+    """A copy of a record with its answer leaves, in walk order, replaced."""
+    remaining = iter(texts)
+    return {k: _fill(v, remaining) if k == ANSWER else v for k, v in record.items()}
+
+
+def _fill(node: Tree, texts: Iterator[str | None]) -> dict | str | None:
+    if isinstance(node, str):
+        return next(texts)
+    return {key: _fill(value, texts) for key, value in node.items()}

@@ -1,0 +1,92 @@
+import io
+import json
+
+import pytest
+
+from cpm_bee.errors import InputError
+from cpm_bee.generate import jsonl
+from cpm_bee.generate.beam import GenerationOptions, Generator
+
+OPTIONS = GenerationOptions(beam_size=2, max_length=2)
+
+
+def write(path, *lines):
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+def test_all_bad_lines_are_listed_at_once(tmp_path):
+    path = write(
+        tmp_path / "in.jsonl",
+        '{"input": "a<", "<ans>": ""}',
+        "",
+        '{"input": "good", "<ans>": ""}',
+        "not json",
+        '{"input": 3}',
+    )
+    with pytest.raises(InputError) as error:
+        jsonl.read_records(path)
+    message = str(error.value)
+    assert "4 problems" in message and f"{path}:3" not in message
+    assert f"{path}:1: value of /input" in message
+    assert f"{path}:4: not valid JSON" in message
+    assert message.count(f"{path}:5: ") == 2
+
+
+def test_an_input_without_records_is_refused(tmp_path):
+    with pytest.raises(InputError, match="holds no records"):
+        jsonl.read_records(write(tmp_path / "in.jsonl", "", " "))
+
+
+def test_records_from_standard_input(monkeypatch):
+    text = '\ufeff{"<ans>": "甲"}\r\n\n{"<ans>": "\u2028"}'
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    assert jsonl.read_records("-") == [
+        ("standard input:1", {"<ans>": "甲"}),
+        ("standard input:3", {"<ans>": "\u2028"}),
+    ]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
+    with pytest.raises(InputError, match="not UTF-8"):
+        jsonl.read_records("-")
+
+
+def test_results_are_written_in_order_and_scored(tmp_path, tiny_model, tiny_tokenizer):
+    generator = Generator(tiny_model, tiny_tokenizer)
+    prompts = [{"input": text, "<ans>": {"x": ""}} for text in ("甲", "乙", "丙")]
+    results = [generator.generate(prompt, OPTIONS) for prompt in prompts]
+    placed = [
+        jsonl.PlacedRecord("f:1", results[0]),  # comes with the answer the model gives
+        jsonl.PlacedRecord("f:2", prompts[1]),  # with none
+        jsonl.PlacedRecord("f:3", {**prompts[2], "<ans>": {"x": "another"}}),
+    ]
+    output = tmp_path / "out.jsonl"
+    score = jsonl.generate_file(generator, placed, OPTIONS, str(output))
+    assert [json.loads(line) for line in output.read_text("utf-8").splitlines()] == results
+    assert score == (1, 2)
+    assert str(score) == "exact match: 1 of 2 answers (50.0%)"
+
+
+def test_what_the_vocabulary_lacks_is_listed_and_nothing_written(
+    tmp_path, tiny_model, tiny_tokenizer
+):
+    placed = [
+        jsonl.PlacedRecord("f:1", {"input": "<wrong_1>", "<ans>": ""}),
+        jsonl.PlacedRecord("f:2", {"input": "甲", "<ans>": ""}),
+        jsonl.PlacedRecord("f:3", {"<also>": "甲", "<ans>": ""}),
+    ]
+    generator = Generator(tiny_model, tiny_tokenizer)
+    with pytest.raises(InputError) as error:
+        jsonl.generate_file(generator, placed, OPTIONS, str(tmp_path / "out.jsonl"))
+    assert "2 records" in str(error.value)
+    assert "f:1: special token <wrong_1>" in str(error.value) and "f:3: " in str(error.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_nothing_is_left_where_generation_fails(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
+    generator = Generator(tiny_model, tiny_tokenizer)
+    placed = [jsonl.PlacedRecord("f:1", {"<ans>": ""})] * 2
+    calls = iter([{"<ans>": "x"}])  # the second call fails
+    monkeypatch.setattr(generator, "generate", lambda record, options: next(calls))
+    with pytest.raises(StopIteration):
+        jsonl.generate_file(generator, placed, OPTIONS, str(tmp_path / "made" / "out.jsonl"))
+    assert not any(tmp_path.iterdir())
