@@ -52,12 +52,14 @@ OPTS=(
 CMD=(
     torchrun --nnodes="$NNODES" --nproc_per_node="$GPUS_PER_NODE" --rdzv_id="${RDZV_ID:-1}"
     --rdzv_backend=c10d --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT"
-    "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../src/finetune_cpm_bee.py" "${OPTS[@]}" "$@"
+    "$project/src/finetune_cpm_bee.py" "${OPTS[@]}" "$@"
 )
 echo "${CMD[*]}"
-"${CMD[@]}"
+# Errors of ours end torchrun by a signal (see src/cpm_bee/launch.py), which this shell need not
+# announce: the message is on the screen already.
+exec 3>&2
+(exec 2>/dev/null; "${CMD[@]}" 2>&3; exit $?)
 status=$?
-# Our errors end torchrun by a signal (see src/cpm_bee/launch.py).
 case $status in
     138) exit 2 ;;
     140) exit 1 ;;

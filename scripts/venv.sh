@@ -2,7 +2,7 @@
 #   make_venv [EXTRA]   e.g. make_venv dev; returns at once where nothing has changed
 #   use_venv            puts an existing .venv on the PATH, unless another one is active
 
-project="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+project="$(cd -P "$(dirname "${BASH_SOURCE[0]}")" && cd -P .. && pwd)"
 
 use_venv() {
     if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$project/.venv/bin/python" ]; then

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -39,20 +40,34 @@ def end_torchrun_quietly(exit_status: int) -> None:
 
     torchrun answers every failing worker with a traceback of its own, which would bury the line
     that says what to mend. All workers of a machine come to the same error, so the first one ends
-    torchrun by a signal that it does not handle, and the others wait for that. A shell sees
-    status 128 + SIGUSR1 for exit status 2 and 128 + SIGUSR2 for 1.
+    the others and torchrun, by a signal that it does not handle; the others wait for that. A shell
+    sees status 128 + SIGUSR1 for exit status 2 and 128 + SIGUSR2 for 1.
+
+    Does not return under torchrun, and does nothing elsewhere.
     """
     if not under_torchrun():
         return
     parent = os.getppid()
-    is_first = Place.of_this_process().local_rank == 0
-    if is_first:
+    if Place.of_this_process().local_rank == 0:
+        siblings = _children(parent) - {os.getpid()}
+        _remove_empty_log_folders()
         os.kill(parent, signal.SIGUSR1 if exit_status == 2 else signal.SIGUSR2)
+        for sibling in siblings:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(sibling, signal.SIGKILL)
     deadline = time.monotonic() + _PATIENCE
     while os.getppid() == parent and time.monotonic() < deadline:
-        time.sleep(0.05)
-    if is_first:
-        _remove_empty_log_folders()
+        time.sleep(0.01)
+    sys.stdout.flush()
+    os._exit(exit_status)  # at once: the shell has its prompt back already
+
+
+def _children(parent: int) -> set[int]:
+    """The processes that a process has started; empty where the kernel does not tell."""
+    try:
+        return set(map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split()))
+    except OSError:
+        return set()
 
 
 def _remove_empty_log_folders() -> None:

@@ -1,0 +1,80 @@
+"""A vocabulary, models and records small enough for slow references and many examples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from cpm_bee.encoding import EncodedRecord, Encoder
+from cpm_bee.model.config import ModelConfig
+from cpm_bee.model.network import CPMBee
+from cpm_bee.records import Record
+from cpm_bee.tokenizer import Tokenizer
+
+SPECIALS = "<pad> <unk> <mask> <sep> </n> </_> <s> </s> <root> <ans> <option>".split()
+PLAIN = ["<", ">", "input", "question", "a", "b", "ab", "x", "春", "天", "春天", "风"]
+TOKENIZER = Tokenizer([*SPECIALS, *PLAIN], source="tiny vocabulary")
+
+
+def make_config(**changes: Any) -> ModelConfig:
+    """Sizes that all differ; distances from 4 on share buckets, with no tie at a bucket's border."""
+    values: dict[str, Any] = {
+        "vocab_size": len(TOKENIZER),
+        "dim_model": 12,
+        "num_heads": 2,
+        "dim_head": 5,
+        "dim_ff": 14,
+        "num_layers": 2,
+        "position_bias_num_buckets": 16,
+        "position_bias_num_segment_buckets": 64,
+        "position_bias_max_distance": 50,
+    }
+    return ModelConfig(**{**values, **changes})
+
+
+def make_model(seed: int = 0, **changes: Any) -> CPMBee:
+    model = CPMBee(make_config(**changes))
+    model.initialize(seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layernorm" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def encode(records: list[Record]) -> list[EncodedRecord]:
+    encoder = Encoder(TOKENIZER)
+    return [encoder.encode(record) for record in records]
+
+
+def write_vocabulary(path: Path, tokenizer: Tokenizer = TOKENIZER) -> Path:
+    path.write_text("\n".join(tokenizer.tokens), encoding="utf-8")
+    return path
+
+
+# Known and unknown stretches, specials in and beyond the vocabulary; any sequence is well formed.
+_STRETCHES = [*PLAIN[1:], " ", "\n", "<<", "é", "ü", "éü", "漢", "<mask>", "<ans>", "</s>"]
+_STRETCHES += [f"<{name}_{i}>" for name in ("mask", "option", "sep") for i in range(3)]
+texts = st.lists(st.sampled_from(_STRETCHES), max_size=5).map("".join)
+
+
+def _chain(key: str, depth: int, tree: Any) -> Any:
+    for _ in range(depth):
+        tree = {key: tree}
+    return tree
+
+
+_wide = st.recursive(texts, lambda inner: st.dictionaries(texts, inner, max_size=3), max_leaves=5)
+_deep = st.builds(_chain, texts, st.integers(6, 14), _wide)
+trees = _wide | _deep
+
+
+@st.composite
+def records(draw: st.DrawFn) -> Record:
+    """Records with the answer anywhere; trees of more than 8 levels, nested and empty answers."""
+    context = draw(st.dictionaries(texts.filter(lambda key: key != "<ans>"), trees, max_size=3))
+    return dict(draw(st.permutations([*context.items(), ("<ans>", draw(trees))])))
