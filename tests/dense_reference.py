@@ -5,6 +5,7 @@ Shares only the splitting of texts into pieces with the library.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -44,6 +45,7 @@ def nodes_of(record: Record) -> list[Node]:
     return [Node((), "<root>", True), *below((), record, False)]
 
 
+@functools.cache
 def bucket(a: Path, b: Path) -> int:
     if a == b:
         return 0
@@ -101,11 +103,10 @@ def position_row(config: ModelConfig, r: int) -> int:
     return row + min(half - 1, exact + int(share * (half - exact)))
 
 
-def bias_row(config: ModelConfig, record: Record, tokens: list[Token], q: int, k: int) -> int:
+def bias_row(config: ModelConfig, nodes: list[Node], tokens: list[Token], q: int, k: int) -> int:
     """Row of the bias table for a pair of positions, -1 where q does not see k."""
     if not (tokens[k].is_context or (not tokens[q].is_context and k <= q)):
         return -1
-    nodes = nodes_of(record)
     relation = bucket(nodes[tokens[q].node].path, nodes[tokens[k].node].path)
     if relation == 0:
         return position_row(config, k - q)
@@ -140,9 +141,9 @@ def states(
     n = len(tokens)
     table = weights["position_bias.relative_attention_bias"]
     embedding = weights["input_embedding.weight"]
-    rows = torch.tensor(
-        [[bias_row(config, record, tokens, q, k) for k in range(n)] for q in range(n)]
-    )
+    nodes = nodes_of(record)
+    row = functools.partial(bias_row, config, nodes, tokens)
+    rows = torch.tensor([[row(q, k) for k in range(n)] for q in range(n)])
     h = torch.stack([embed(config, embedding, t.id, t.sub) for t in tokens])
     for i in range(config.num_layers):
         own = {

@@ -14,13 +14,14 @@ from cpm_bee.model.network import CPMBee
 from cpm_bee.records import Record
 from cpm_bee.tokenizer import Tokenizer
 
-SPECIALS = "<pad> <unk> <mask> <sep> </n> </_> <s> </s> <root> <ans> <option>".split()
+SPECIALS = ["<pad>", "<unk>", "<mask>", "<sep>", "</n>", "</_>", "<s>", "</s>"]
+SPECIALS += ["<root>", "<ans>", "<option>"]
 PLAIN = ["<", ">", "input", "question", "a", "b", "ab", "x", "春", "天", "春天", "风"]
 TOKENIZER = Tokenizer([*SPECIALS, *PLAIN], source="tiny vocabulary")
 
 
 def make_config(**changes: Any) -> ModelConfig:
-    """Sizes that all differ; distances from 4 on share buckets, with no tie at a bucket's border."""
+    """Sizes that all differ; distances from 4 on share buckets."""
     values: dict[str, Any] = {
         "vocab_size": len(TOKENIZER),
         "dim_model": 12,
@@ -56,20 +57,26 @@ def write_vocabulary(path: Path, tokenizer: Tokenizer = TOKENIZER) -> Path:
     return path
 
 
+def anonymous_memory() -> int:
+    """Bytes of this process that are no mapped file's."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
+
+
 # Known and unknown stretches, specials in and beyond the vocabulary; any sequence is well formed.
 _STRETCHES = [*PLAIN[1:], " ", "\n", "<<", "é", "ü", "éü", "漢", "<mask>", "<ans>", "</s>"]
 _STRETCHES += [f"<{name}_{i}>" for name in ("mask", "option", "sep") for i in range(3)]
 texts = st.lists(st.sampled_from(_STRETCHES), max_size=5).map("".join)
 
 
-def _chain(key: str, depth: int, tree: Any) -> Any:
+def chain(key: str, depth: int, tree: Any) -> Any:
     for _ in range(depth):
         tree = {key: tree}
     return tree
 
 
 _wide = st.recursive(texts, lambda inner: st.dictionaries(texts, inner, max_size=3), max_leaves=5)
-_deep = st.builds(_chain, texts, st.integers(6, 14), _wide)
+_deep = st.builds(chain, texts, st.integers(6, 14), _wide)
 trees = _wide | _deep
 
 

@@ -18,6 +18,7 @@ from cpm_bee.files import atomic_file
 
 _PREFIX = "cpmbee."
 _TIED = "lm_head.weight"
+_INDEX = ".index.json"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # What a folder may hold, most complete first.
 _IN_FOLDER = (
@@ -26,6 +27,8 @@ _IN_FOLDER = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
+# The first bytes of what `torch.save` writes: a zip archive; a pickle, before torch 1.6.
+_MAGIC = (b"PK\x03\x04", b"\x80")
 # Values at each end of a tensor that go into a fingerprint.
 _SAMPLED = 256
 
@@ -106,7 +109,7 @@ def _resolve(path: Path) -> Path:
 
 
 def _read_entries(path: Path) -> dict[str, Entry]:
-    if path.name.endswith(".index.json"):
+    if path.name.endswith(_INDEX):
         return _read_shards(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
@@ -125,6 +128,8 @@ def _read_shards(path: Path) -> dict[str, Entry]:
         # A shard lies beside its index: an index that points elsewhere is not to be trusted.
         if not isinstance(name, str) or Path(name).name != name:
             problems.add(str(name), "is not the name of a file beside the index")
+        elif name.endswith(_INDEX):
+            problems.add(name, "is an index, not a shard")
         elif not (path.parent / name).is_file():
             problems.add(name, "is missing")
         else:
@@ -143,15 +148,24 @@ def _read_safetensors(path: Path) -> dict[str, Entry]:
         raise InputError(f"{path}: not a safetensors file ({error})") from None
     types = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
     entries = {}
+    problems = Problems()
     for name in file.keys():  # noqa: SIM118 - not a mapping
         slice_ = file.get_slice(name)
-        dtype = types.get(slice_.get_dtype(), torch.uint8)
+        if slice_.get_dtype() not in types:
+            problems.add(name, f"has type {slice_.get_dtype()}, expected F32, F16 or BF16")
+            continue
+        dtype = types[slice_.get_dtype()]
         entries[name] = Entry(tuple(slice_.get_shape()), dtype, partial(file.get_tensor, name))
+    problems.raise_if_any(f"{path}: cannot be loaded:")
     return entries
 
 
 def load_tensors(path: Path, kind: str) -> dict[str, Any]:
     """`torch.load` of a flat dictionary, memory-mapped where the file allows it; runs no code."""
+    with open(path, "rb") as file:
+        begin = file.read(16)
+    if not begin.startswith(_MAGIC):
+        raise InputError(f"{path}: not {kind}, but a file that begins with {begin!r}")
     try:
         try:
             values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -165,7 +179,7 @@ def load_tensors(path: Path, kind: str) -> dict[str, Any]:
             f"{path}: holds something else than plain tensors, which {kind} does not "
             "need; it is not opened, since it could run code"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file raises nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not {kind}, or a damaged one ({reason})") from None
     if not isinstance(values, dict):
@@ -181,10 +195,14 @@ def _read_bin(path: Path) -> dict[str, Entry]:
     problems = Problems()
     entries = {}
     for name, value in load_tensors(path, "a checkpoint").items():
-        if torch.is_tensor(value) and isinstance(name, str):
-            entries[name] = Entry(tuple(value.shape), value.dtype, partial(_same, value))
+        if not isinstance(name, str):
+            problems.add(repr(name), "is not a name")
+        elif not torch.is_tensor(value):
+            problems.add(name, f"is a {type(value).__name__}, not a tensor")
+        elif value.layout != torch.strided or value.is_meta:
+            problems.add(name, "is sparse or holds no values")
         else:
-            problems.add(str(name), f"is a {type(value).__name__}, not a tensor")
+            entries[name] = Entry(tuple(value.shape), value.dtype, partial(_same, value))
     problems.raise_if_any(f"{path}: not a flat dictionary of tensors:")
     return entries
 
@@ -195,7 +213,8 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Any]) -> None:
         torch.save(dict(tensors), file)
 
 
-_LAYER = re.compile(r"encoder\.layers\.(\d+)\.(self_att|ffn)\.")
+# Four digits: the number of layers that a file claims must not fill the memory.
+_LAYER = re.compile(r"encoder\.layers\.(\d{1,4})\.(self_att|ffn)\.")
 
 
 def layers_present(names: Iterable[str]) -> list[tuple[bool, bool]]:

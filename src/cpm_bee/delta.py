@@ -74,10 +74,13 @@ def insert(model: CPMBee, config: DeltaConfig, seed: int) -> None:
     """Freeze the model and add a LoRA, the only part to be trained, to each target layer."""
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for name, module in model.named_modules():
-        if isinstance(module, Linear) and name.rpartition(".")[2] in config.targets:
-            module.lora = LoRA(module, config)
-            module.lora.initialize(generator)
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, Linear)]
+    for name, linear in linears:
+        linear.lora = None  # of a delta before this one
+        if name.rpartition(".")[2] in config.targets:
+            lora = LoRA(linear, config)
+            lora.initialize(generator)
+            linear.lora = lora.train(linear.training)
 
 
 def tensors(model: CPMBee) -> dict[str, torch.Tensor]:
@@ -129,7 +132,7 @@ def load(model: CPMBee, path: str | Path, base_fingerprint: str) -> DeltaConfig:
         if name not in loaded:
             problems.add(name, "is missing")
         elif name not in expected or _INFIX not in name:
-            problems.add(str(name), "is unexpected")
+            problems.add(name, "is unexpected")
         elif loaded[name].shape != expected[name].shape:
             problems.add(
                 name, f"has shape {list(loaded[name].shape)}, expected {list(expected[name].shape)}"
@@ -155,17 +158,30 @@ def _read_note(path: Path) -> dict[str, Any]:
 
 
 def _config_of(path: Path, loaded: dict[str, Any], note: dict[str, Any]) -> DeltaConfig:
-    lora_a = {
-        name.split(_INFIX)[0].rpartition(".")[2]: value
-        for name, value in loaded.items()
-        if isinstance(name, str) and name.endswith(f"{_INFIX}lora_A") and torch.is_tensor(value)
-    }
-    if not lora_a or not all(torch.is_tensor(v) and v.dim() == 2 for v in loaded.values()):
-        raise InputError(f"{path}: not a delta file (no tensors named ...{_INFIX}lora_A)")
+    if not all(_is_matrix(name, value) for name, value in loaded.items()):
+        raise InputError(f"{path}: not a delta file, which holds only matrices by name")
+    ending = f"{_INFIX}lora_A"
+    lora_a = {name.removesuffix(ending): v for name, v in loaded.items() if name.endswith(ending)}
+    targets = {name.rpartition(".")[2] for name in lora_a} & set(TARGETS)
+    if not targets:
+        raise InputError(
+            f"{path}: not a delta file: it has no tensors named LAYER{ending} "
+            f"with a layer of {', '.join(TARGETS)}"
+        )
     ranks = {value.shape[0] for value in lora_a.values()}
     if len(ranks) > 1:
         raise InputError(f"{path}: holds LoRA of several ranks {sorted(ranks)}, expected one")
     alpha = note.get("alpha", DeltaConfig.alpha)
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or alpha <= 0:
+    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+    if not number or not 0 < alpha < math.inf:
         raise InputError(f"{path.with_suffix('.json')}: alpha {alpha!r} is not a number above 0")
-    return DeltaConfig(rank=ranks.pop(), alpha=alpha, targets=tuple(sorted(lora_a)))
+    return DeltaConfig(rank=ranks.pop(), alpha=alpha, targets=tuple(sorted(targets)))
+
+
+def _is_matrix(name: Any, value: Any) -> bool:
+    return (
+        isinstance(name, str)
+        and torch.is_tensor(value)
+        and value.dim() == 2
+        and value.is_floating_point()
+    )

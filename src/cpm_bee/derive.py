@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,8 @@ def derive_config(checkpoint: Checkpoint, note: dict[str, Any] | None = None) ->
             f"{checkpoint.path}: not a CPM-Bee model: it lacks input_embedding.weight, "
             "position_bias.relative_attention_bias or the encoder's layers"
         )
-    beside = checkpoint.path.parent / "config.json"
-    values: dict[str, Any] = dict((note or {}).get("config", {}))
-    if not values and beside.is_file():
-        values = _known_fields(ModelConfig.load(beside))
+    source, noted = _noted_config(checkpoint.path, note)
+    values = ModelConfig.native_names(noted)
     gate = _first_shape(shapes, "w_in.w_0.weight")
     values |= {
         "vocab_size": embedding[0],
@@ -43,18 +40,26 @@ def derive_config(checkpoint: Checkpoint, note: dict[str, Any] | None = None) ->
         "num_layers": len(blocks),
     }
     split = [values.setdefault(f"position_bias_num_{kind}", 256) for kind in _BUCKETS]
-    if sum(split) != bias[0]:
+    # What is no number at all is refused below, by name.
+    if all(isinstance(size, int) for size in split) and sum(split) != bias[0]:
         values |= {
             "position_bias_num_buckets": bias[0] // 2,
             "position_bias_num_segment_buckets": bias[0] - bias[0] // 2,
         }
     whole = all(attention and ffn for attention, ffn in blocks)
     values["mask_modules"] = () if whole else tuple((not a, not f) for a, f in blocks)
-    return ModelConfig.from_dict(values, str(checkpoint.path))
+    return ModelConfig.from_dict(values, source)
 
 
-def _known_fields(config: ModelConfig) -> dict[str, Any]:
-    return {f.name: getattr(config, f.name) for f in fields(config)}
+def _noted_config(path: Path, note: dict[str, Any] | None) -> tuple[str, dict[str, Any]]:
+    """What is written down about a checkpoint's config, and where; maybe not all fields."""
+    noted = (note or {}).get("config")
+    if isinstance(noted, dict):
+        return str(path.with_suffix(".json")), noted
+    beside = path.parent / "config.json"
+    if beside.is_file():
+        return str(beside), ModelConfig.read(beside)
+    return str(path), {}
 
 
 def _first_shape(shapes: dict[str, tuple[int, ...]], ending: str) -> tuple[int, ...]:

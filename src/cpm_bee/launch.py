@@ -10,6 +10,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+# Taken at import, before anything slow: a process whose torchrun is gone has another parent by
+# the time it reports an error, usually process 1, whose children are none of our business.
+_PARENT = os.getppid()
 # How long the other workers of a machine leave the reporting to the first one, in seconds.
 _PATIENCE = 30.0
 
@@ -47,16 +50,18 @@ def end_torchrun_quietly(exit_status: int) -> None:
     """
     if not under_torchrun():
         return
-    parent = os.getppid()
+    if os.getppid() != _PARENT or _PARENT == 1:
+        sys.stdout.flush()
+        os._exit(exit_status)
     if Place.of_this_process().local_rank == 0:
-        siblings = _children(parent) - {os.getpid()}
+        siblings = _children(_PARENT) - {os.getpid()}
         _remove_empty_log_folders()
-        os.kill(parent, signal.SIGUSR1 if exit_status == 2 else signal.SIGUSR2)
+        os.kill(_PARENT, signal.SIGUSR1 if exit_status == 2 else signal.SIGUSR2)
         for sibling in siblings:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(sibling, signal.SIGKILL)
     deadline = time.monotonic() + _PATIENCE
-    while os.getppid() == parent and time.monotonic() < deadline:
+    while os.getppid() == _PARENT and time.monotonic() < deadline:
         time.sleep(0.01)
     sys.stdout.flush()
     os._exit(exit_status)  # at once: the shell has its prompt back already

@@ -7,6 +7,7 @@ made again. Its folder is named after the vocabulary; the dataset itself is neve
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import random
 import tempfile
@@ -43,6 +44,8 @@ _ARRAYS: dict[str, tuple[type, str]] = {
     "extension_subs": (np.uint16, "extensions"),
 }
 _INFO = "index.json"
+# How the system refuses to write; a read-only file system gives no PermissionError.
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class TokenIndex:
@@ -85,7 +88,9 @@ class TokenIndex:
             with atomic_folder(folder, replace=True) as new:
                 build(new, dataset, tokenizer)
             return cls(folder, dataset, tokenizer)
-        except (PermissionError, BusyError):
+        except (OSError, BusyError) as error:
+            if isinstance(error, OSError) and error.errno not in _READ_ONLY:
+                raise
             # Read-only data, or another run is making the same index: have one of our own.
             own = tempfile.TemporaryDirectory(prefix="cpm_bee-token_index-")
             build(Path(own.name), dataset, tokenizer)

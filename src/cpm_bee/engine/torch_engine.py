@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,6 +21,16 @@ _BETAS, _EPS = (0.9, 0.999), 1e-8
 # Below this an overflow is no question of scale: the gradients themselves are broken.
 _SMALLEST_SCALE = 2.0**-20
 _TIMEOUT = datetime.timedelta(minutes=30)  # the first rank may be making a token index
+
+
+@contextlib.contextmanager
+def _lost_processes() -> Iterator[None]:
+    """The end of one process shows in the others as an error of their next exchange."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(f"another process of this run has ended ({reason})") from error
 
 
 class TorchEngine:
@@ -94,7 +104,7 @@ class TorchEngine:
             group["lr"] = lr
         self._optimizer.step()
         self._good_steps += 1
-        if self.dtype == torch.float16 and self._good_steps == self._settings.loss_scale_steps:
+        if self.dtype == torch.float16 and self._good_steps >= self._settings.loss_scale_steps:
             self._loss_scale *= self._settings.loss_scale_factor
             self._good_steps = 0
         return StepResult(norm, skipped=False)
@@ -114,7 +124,8 @@ class TorchEngine:
         if self.world_size == 1:
             return
         flat = torch.cat([g.reshape(-1) for g in gradients])
-        dist.all_reduce(flat)
+        with _lost_processes():
+            dist.all_reduce(flat)
         parts = flat.split([g.numel() for g in gradients])
         for gradient, summed in zip(gradients, parts, strict=True):
             gradient.copy_(summed.view_as(gradient))
@@ -123,12 +134,14 @@ class TorchEngine:
         if self.world_size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
+        with _lost_processes():
+            dist.all_reduce(tensor)
         return tensor.tolist()
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            dist.barrier()
+            with _lost_processes():
+                dist.barrier()
 
     def trained_tensors(self) -> dict[str, torch.Tensor]:
         return {name: p.detach().cpu().clone() for name, p in self._trained.items()}
@@ -150,8 +163,11 @@ class TorchEngine:
             for name, parameter in self._trained.items():
                 parameter.copy_(state["tensors"][name])
         self._optimizer.load_state_dict(state["optimizer"])
-        self._loss_scale = state["loss_scale"]
-        self._good_steps = state["good_steps"]
+        for group in self._optimizer.param_groups:
+            group["weight_decay"] = self._settings.weight_decay
+        if self.dtype == torch.float16:
+            self._loss_scale = state["loss_scale"]
+            self._good_steps = state["good_steps"]
 
     @torch.no_grad()
     def statistics(self) -> list[TensorStatistics]:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from cpm_bee.data.batch import Batch
+from cpm_bee.encoding import MAX_DEPTH
+from cpm_bee.errors import InputError
 from cpm_bee.model.config import ModelConfig
 
 # Records of one attention call are padded to the longest; a group takes records down to this
@@ -25,7 +27,8 @@ class PositionBias(nn.Module):
         super().__init__()
         self.num_buckets = config.position_bias_num_buckets
         self.max_distance = config.position_bias_max_distance
-        self.num_rows = self.num_buckets + config.position_bias_num_segment_buckets
+        self.num_segment_buckets = config.position_bias_num_segment_buckets
+        self.num_rows = self.num_buckets + self.num_segment_buckets
         self.relative_attention_bias = nn.Parameter(torch.empty(self.num_rows, config.num_heads))
 
     def position_rows(self, relative: torch.Tensor) -> torch.Tensor:
@@ -40,7 +43,19 @@ class PositionBias(nn.Module):
         return (relative > 0).long() * half + torch.where(distance < exact, distance, far)
 
     def rows(self, position: torch.Tensor, relation: torch.Tensor) -> torch.Tensor:
-        """Rows from positions k - q and segment relations of the same shape."""
+        """Rows from positions k - q and segment relations of the same shape.
+
+        Raises:
+            InputError: a relation that the table has no row for (only a table of fewer segment
+                buckets than there are relations can lack one).
+        """
+        if self.num_segment_buckets < MAX_DEPTH * MAX_DEPTH and relation.numel():
+            largest = int(relation.max())
+            if largest > self.num_segment_buckets:
+                raise InputError(
+                    f"a record needs segment bucket {largest} of the position bias, this model "
+                    f"has {self.num_segment_buckets}: its fields are nested too deeply"
+                )
         same = relation == 0
         return torch.where(same, self.position_rows(position), self.num_buckets - 1 + relation)
 

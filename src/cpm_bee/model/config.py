@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ _HUGGING_FACE = {
     "num_hidden_layers": "num_layers",
     "num_attention_heads": "num_heads",
 }
+_REQUIRED = ("vocab_size", "dim_model", "num_heads", "dim_head", "dim_ff", "num_layers")
+# A quarter of them is for exact distances: SPEC §5 divides by their number.
+_LEAST = {"position_bias_num_buckets": 4}
 
 
 @dataclass(frozen=True)
@@ -43,48 +47,46 @@ class ModelConfig:
     @classmethod
     def load(cls, path: str | Path) -> ModelConfig:
         """Read a config file, native or Hugging Face's; fields of no interest are ignored."""
+        return cls.from_dict(cls.read(path), str(path))
+
+    @staticmethod
+    def read(path: str | Path) -> dict[str, Any]:
+        """The fields of a config file as they stand there, not checked and maybe not complete."""
         path = Path(path)
         if not path.is_file():
             raise InputError(f"{path}: no such model config (see --model-config)")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not a JSON file: {error}") from None
         if not isinstance(values, dict):
             raise InputError(f"{path}: a model config is a JSON object")
-        return cls.from_dict(values, str(path))
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str) -> ModelConfig:
         """Raises `InputError` with all that is missing or wrong."""
         problems = Problems()
-        known = {}
-        names = {f.name: f for f in fields(cls)}
-        for key, value in values.items():
-            name = _HUGGING_FACE.get(key, key)
-            if name in names and value is not None:
-                known[name] = value
-        required = ("vocab_size", "dim_model", "num_heads", "dim_head", "dim_ff", "num_layers")
-        for name in required:
+        known = cls.native_names(values)
+        for name in _REQUIRED:
             if name not in known:
                 problems.add(source, f'"{name}" is missing')
-        for name, value in known.items():
-            reason = _check(name, value)
+        reasons = {name: _check(name, value) for name, value in known.items()}
+        for name, reason in reasons.items():
             if reason:
-                problems.add(source, f'"{name}" {reason}, this is {value!r}')
+                problems.add(source, f'"{name}" {reason}, this is {known[name]!r}')
+        sound = {name: value for name, value in known.items() if not reasons[name]}
+        problems.extend(source, _contradictions(sound))
         problems.raise_if_any("the model config cannot be used:")
         masks = known.pop("mask_modules", ())
-        config = cls(**known, mask_modules=tuple((bool(a), bool(b)) for a, b in masks))
-        if config.mask_modules and len(config.mask_modules) != config.num_layers:
-            problems.add(
-                source,
-                f'"mask_modules" has {len(config.mask_modules)} pairs for '
-                f"{config.num_layers} layers",
-            )
-        if config.dim_model % 2:
-            problems.add(source, f'"dim_model" is odd: {config.dim_model}')
-        problems.raise_if_any("the model config cannot be used:")
-        return config
+        return cls(**known, mask_modules=tuple((bool(a), bool(b)) for a, b in masks))
+
+    @classmethod
+    def native_names(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a config, native or Hugging Face's, by native name; others are left out."""
+        names = {f.name for f in fields(cls)}
+        known = {_HUGGING_FACE.get(key, key): value for key, value in values.items()}
+        return {key: value for key, value in known.items() if key in names and value is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields for a native config file."""
@@ -112,8 +114,27 @@ def _check(name: str, value: Any) -> str | None:
         return None if is_number and value > 0 else "must be a number above 0"
     if name == "mask_modules":
         pairs = isinstance(value, (list, tuple)) and all(
-            isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value
+            isinstance(pair, (list, tuple)) and len(pair) == 2 and all(p in (0, 1) for p in pair)
+            for pair in value
         )
-        return None if pairs else "must be a list of pairs"
-    whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    return None if whole else "must be a whole number above 0"
+        return None if pairs else "must be a list of pairs of true or false"
+    least = _LEAST.get(name, 1)
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    if name == "dim_model":
+        # The rotary turn works on two halves.
+        return None if whole and value % 2 == 0 else "must be an even whole number above 0"
+    return None if whole else f"must be a whole number from {least}"
+
+
+def _contradictions(values: dict[str, Any]) -> Iterator[str]:
+    """What is wrong between fields that are right by themselves; some may be missing."""
+    masks, layers = values.get("mask_modules"), values.get("num_layers")
+    if masks and layers and len(masks) != layers:
+        yield f'"mask_modules" has {len(masks)} pairs for {layers} layers'
+    buckets = values.get("position_bias_num_buckets", ModelConfig.position_bias_num_buckets)
+    distance = values.get("position_bias_max_distance", ModelConfig.position_bias_max_distance)
+    if distance <= buckets // 4:
+        yield (
+            f'"position_bias_max_distance" must be more than a quarter of the {buckets} '
+            f"position_bias_num_buckets, this is {distance}"
+        )

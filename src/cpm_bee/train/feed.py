@@ -50,6 +50,14 @@ class Feed:
             drop_last=drop_last,
             shuffle_seed=shuffle_seed,
         )
+        # What makes the plan: with other values, a step of it is another one.
+        self.settings = {
+            "records of --dataset": index.dataset.fingerprint,
+            "rows of a step (--batch-size, --accumulate, processes)": rows,
+            "--max-length": max_length,
+            "--drop-last": drop_last,
+            "--seed": shuffle_seed,
+        }
         self.capacity = rows * max_length
         self.num_too_long = int(np.count_nonzero(index.lengths > max_length))
         self.num_records = len(index) - self.num_too_long

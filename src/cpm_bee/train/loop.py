@@ -24,6 +24,11 @@ from cpm_bee.train.saving import RunFiles
 from cpm_bee.train.schedules import learning_rate
 
 
+def _require_finite(loss: float, name: str) -> None:
+    if not math.isfinite(loss):
+        raise RunError(f"the {name} is {loss}; a lower --lr or a longer --warmup-iters may help")
+
+
 @dataclass
 class Progress:
     """Where a run stands; with the engine's state, all that resuming needs."""
@@ -35,6 +40,10 @@ class Progress:
     evaluations_without_gain: int = 0
     evaluated_step: int = -1
     saved_step: int = -1
+
+
+class _Interrupted(RunError):
+    """A signal ended the run; unlike after other errors, its state is good and is saved."""
 
 
 class _Stop(Exception):
@@ -71,8 +80,8 @@ class Trainer:
         self.progress = Progress()
 
     def resume(self) -> None:
-        """Take up the state saved in the run's folder."""
-        state, progress = self._files.load_state()
+        """Take up the state saved in the run's folder. Raises `InputError` if it does not fit."""
+        state, progress = self._files.load_state(self._training.settings)
         self._engine.load_training_state(state)
         self.progress = Progress(**progress)
 
@@ -88,18 +97,32 @@ class Trainer:
             try:
                 if self.progress.step == 0:
                     self._evaluate()
-                self._epochs()
-                reason = f"all {self._options.epoch} epochs are done"
-            except _Stop as stop:
-                reason = str(stop)
-            except RunError as error:
+                    self._save()  # what a run that breaks at once falls back to
+                reason = self._train()
+            except _Interrupted as error:
                 self._save()
                 self._reporter.end(str(error), self.progress.step)
                 raise
+            except RunError as error:
+                reason = self._broken(error)
+                self._reporter.end(reason, self.progress.step)
+                raise RunError(reason) from error
+            self._save()
+        self._reporter.end(reason, self.progress.step)
+        return reason
+
+    def _broken(self, error: RunError) -> str:
+        saved = self.progress.saved_step
+        return f"{error}; the state saved after {saved} steps is kept" if saved >= 0 else str(error)
+
+    def _train(self) -> str:
+        try:
+            self._epochs()
+            reason = f"all {self._options.epoch} epochs are done"
+        except _Stop as stop:
+            reason = str(stop)
         if self.progress.evaluated_step != self.progress.step:
             self._evaluate()
-        self._save()
-        self._reporter.end(reason, self.progress.step)
         return reason
 
     def _epochs(self) -> None:
@@ -137,11 +160,7 @@ class Trainer:
         # Dropout: other masks on every rank and step, and the same ones after a resume.
         torch.manual_seed((options.seed + progress.step) * engine.world_size + engine.rank)
         loss = self._forward_backward(step)
-        if not math.isfinite(loss):
-            raise RunError(
-                f"the loss is {loss} in step {progress.step + 1}; the state before it is saved. "
-                "A lower --lr or a longer --warmup-iters may help"
-            )
+        _require_finite(loss, f"loss of step {progress.step + 1}")
         rate = learning_rate(
             options.lr_decay_style,
             options.lr,
@@ -210,17 +229,19 @@ class Trainer:
         if step % (options.save_interval or options.eval_interval) == 0:
             self._save()
         if self._interrupted:
-            raise RunError(f"interrupted after step {step}; --resume goes on from there")
+            raise _Interrupted(f"interrupted after step {step}; --resume goes on from there")
         patience = options.early_stop_patience
         if self.progress.evaluations_without_gain >= patience:
             raise _Stop(f"early stop: {patience} evaluations in a row without a lower loss")
 
     def _evaluate(self) -> None:
         progress = self.progress
-        progress.evaluated_step = progress.step
         if self._evaluation is None:
+            progress.evaluated_step = progress.step
             return
         result = evaluate(self._model, self._engine, self._evaluation)
+        progress.evaluated_step = progress.step
+        _require_finite(result.loss, f"evaluation loss after {progress.step} steps")
         best = result.loss < progress.best_loss
         if best:
             progress.best_loss = result.loss
@@ -241,7 +262,7 @@ class Trainer:
             self._save_weights("best")  # nothing to choose by
         state = self._engine.training_state()
         if self._engine.rank == 0:
-            self._files.save_state(state, asdict(progress))
+            self._files.save_state(state, asdict(progress), self._training.settings)
         self._engine.barrier()
 
     def _save_weights(self, which: str) -> None:

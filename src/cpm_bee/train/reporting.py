@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import IO, Any
 
 from cpm_bee.engine import TensorStatistics
-from cpm_bee.errors import InputError
 from cpm_bee.progress import say
 from cpm_bee.train.evaluate import Evaluation
 
@@ -38,6 +38,7 @@ class Reporter:
 
     def _log(self, event: str, values: dict[str, Any]) -> None:
         if self._file is not None:
+            values = {k: v if _is_json(v) else None for k, v in values.items()}
             self._file.write(json.dumps({"event": event, **values}, ensure_ascii=False) + "\n")
             self._file.flush()
 
@@ -103,11 +104,14 @@ class Reporter:
             self._events.close()
 
 
+def _is_json(value: Any) -> bool:
+    # JSON has no NaN and no infinity, the gradient norm of a skipped step is one.
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def _tensorboard_writer(folder: str | None) -> Any:
     if folder is None:
         return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError("--tensorboard needs an extra: pip install -e .[tensorboard]") from None
+    from torch.utils.tensorboard import SummaryWriter  # an extra, see run.py
+
     return SummaryWriter(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ from cpm_bee.data.container import BinaryDataset
 from cpm_bee.data.index import TokenIndex
 from cpm_bee.engine import Engine, OptimizerSettings
 from cpm_bee.engine.torch_engine import TorchEngine
-from cpm_bee.errors import Problems
+from cpm_bee.errors import CpmBeeError, InputError, Problems
 from cpm_bee.progress import say
 from cpm_bee.tokenizer import Tokenizer
 from cpm_bee.train.feed import Feed
@@ -47,7 +48,8 @@ def finetune(options: Options) -> None:
     )
     if delta_config is not None:
         delta.insert(base.model, delta_config, options.seed)
-    identity = Identity(base.model.config, base.tokenizer.source, base.fingerprint, delta_config)
+    vocabulary = os.path.abspath(base.tokenizer.source)
+    identity = Identity(base.model.config, vocabulary, base.fingerprint, delta_config)
     files = RunFiles(options.save, options.save_name, identity)
     if options.resume:
         files.load_state()  # fail now, not after the data was read
@@ -120,6 +122,12 @@ def _check(options: Options) -> None:
         problems.add("--delta-dropout", "must be less than 1")
     if options.engine == "bmtrain":
         problems.add("--engine bmtrain", "is not there yet; --engine torch runs on GPUs too")
+    if abs(options.seed) >= 2**48:
+        problems.add(f"--seed {options.seed}", "must be less than 2**48")
+    if options.tensorboard is not None and importlib.util.find_spec("tensorboard") is None:
+        problems.add("--tensorboard", "needs an extra: pip install -e .[tensorboard]")
+    if Path(options.save).exists() and not Path(options.save).is_dir():
+        problems.add(f"--save {options.save}", "is a file; a folder is needed")
     if options.save_name != Path(options.save_name).name or not options.save_name:
         problems.add(f"--save-name {options.save_name}", "is a name, the folder is --save")
     problems.raise_if_any("this run cannot start:")
@@ -136,15 +144,23 @@ def _delta_config(options: Options) -> delta.DeltaConfig | None:
     )
 
 
+def _index(engine: Engine, dataset: BinaryDataset, tokenizer: Tokenizer) -> TokenIndex:
+    """Rank 0 makes the index where necessary; all ranks learn whether it could."""
+    failure: Exception | None = None
+    if engine.rank == 0:
+        try:
+            TokenIndex.of(dataset, tokenizer)
+        except (CpmBeeError, OSError) as error:
+            failure = error
+    if engine.reduce([float(failure is not None)])[0]:
+        raise failure or InputError(f"{dataset.folder}: the first process cannot read it")
+    return TokenIndex.of(dataset, tokenizer)
+
+
 def _feeds(
     options: Options, engine: Engine, datasets: list[BinaryDataset], tokenizer: Tokenizer
 ) -> list[Feed]:
-    indexes = []
-    for dataset in datasets:
-        if engine.rank == 0:
-            TokenIndex.of(dataset, tokenizer)
-        engine.barrier()
-        indexes.append(TokenIndex.of(dataset, tokenizer))
+    indexes = [_index(engine, dataset, tokenizer) for dataset in datasets]
     rows = options.batch_size * engine.world_size
     training = Feed(
         indexes[0],
@@ -156,6 +172,11 @@ def _feeds(
         drop_last=options.drop_last,
         shuffle_seed=options.seed,
     )
+    if training.num_steps(0) == 0:
+        raise InputError(
+            f"--drop-last leaves nothing: {indexes[0].dataset.folder} does not fill one step of "
+            f"{rows * options.accumulate} rows"
+        )
     return [training] + [
         Feed(index, tokenizer, engine, rows=rows, max_length=options.max_length)
         for index in indexes[1:]

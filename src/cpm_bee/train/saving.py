@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +13,11 @@ import torch
 from cpm_bee import __version__, delta
 from cpm_bee.checkpoint import load_tensors, save_tensors
 from cpm_bee.delta import DeltaConfig
-from cpm_bee.errors import InputError
+from cpm_bee.errors import InputError, Problems
 from cpm_bee.files import atomic_file
 from cpm_bee.model.config import ModelConfig
+
+_KEPT = ("best", "last")  # weights of a run
 
 
 class Identity(NamedTuple):
@@ -44,11 +47,9 @@ class RunFiles:
 
         One earlier run is kept. Returns the folder if there was one.
         """
-        earlier = [p for p in self._folder.glob(f"{self._name}-*") if p.is_file()]
-        own = ("-best.pt", "-best.json", "-last.pt", "-last.json", "-state.pt", "-log.jsonl")
-        earlier = [
-            p for p in earlier if p.name.removeprefix(self._name).removeprefix("-delta") in own
-        ]
+        weights = [f"{i}-{w}.{s}" for i in ("", "-delta") for w in _KEPT for s in ("pt", "json")]
+        own = [self._folder / f"{self._name}{ending}" for ending in weights]
+        earlier = [path for path in (*own, self.state, self.log) if path.is_file()]
         if not earlier:
             return None
         previous = self._folder / f"{self._name}-previous"
@@ -76,19 +77,43 @@ class RunFiles:
         with atomic_file(path.with_suffix(".json")) as file:
             file.write(json.dumps(note, indent=2) + "\n")
 
-    def save_state(self, engine: dict[str, Any], progress: dict[str, Any]) -> None:
+    def save_state(
+        self, engine: dict[str, Any], progress: dict[str, Any], settings: dict[str, Any]
+    ) -> None:
+        """Save what `load_state` returns; `settings` are what a resumed run must have too."""
         state = {
+            "settings": settings,
+            "delta": self._delta(),
             "engine": engine,
             "progress": progress,
             "base_fingerprint": self._identity.base_fingerprint,
         }
         save_tensors(self.state, state)
 
-    def load_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The (engine, progress) of `save_state`. Raises `InputError` if it is of another run."""
+    def _delta(self) -> dict[str, Any]:
+        delta = self._identity.delta
+        return {} if delta is None else {**asdict(delta), "targets": list(delta.targets)}
+
+    def load_state(
+        self, settings: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The (engine, progress) of `save_state`.
+
+        Raises:
+            InputError: there is none, or of a run on another base, with another delta or, where
+                they are given, other settings; all that differ are listed.
+        """
         if not self.state.is_file():
             raise InputError(f"{self.state}: there is no saved state to resume from")
         state = load_tensors(self.state, "a training state")
         if state.get("base_fingerprint") != self._identity.base_fingerprint:
             raise InputError(f"{self.state}: is the state of a run on another base model")
+        problems = Problems()
+        if state["delta"] != self._delta():
+            before = state["delta"] or "full fine-tuning"
+            problems.add("delta", f"{self._delta() or 'full fine-tuning'}, it was {before}")
+        for name, value in (settings or {}).items():
+            if state["settings"][name] != value:
+                problems.add(name, f"{value}, it was {state['settings'][name]}")
+        problems.raise_if_any(f"{self.state}: --resume needs the same as before:")
         return state["engine"], state["progress"]

@@ -1,0 +1,56 @@
+"""Make the records that the tiny base model is trained on from a random start.
+
+Writes train.jsonl and eval.jsonl, in the form of bee_data, to a folder. No record shows a scene
+of the tutorial's evaluation set (`world.is_held_out`), its question or its task.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from output import ArgumentParser, positive, run_command, whole_number, write_json_lines
+from tasks import TASKS, Record
+
+# Share of the records, in parts. Matching begins with equal words, the rest builds on that.
+WEIGHTS = {
+    "copy": 1,
+    "dictionary": 2,
+    "name_option": 2,
+    "same_word": 2,
+    "word_in_verse": 2,
+    "word_in_plain": 2,
+    "same_words": 2,
+    "words_in_verse": 2,
+    "render": 1,
+    "explain": 1,
+    "same_line": 2,
+    "explain_by_option": 2,
+}
+
+
+class Mixture:
+    """Records of all tasks in random order, by weight."""
+
+    def __init__(self, seed: str) -> None:
+        self._rng = random.Random(seed)
+
+    def __call__(self) -> Record:
+        [name] = self._rng.choices(tuple(WEIGHTS), weights=tuple(WEIGHTS.values()))
+        return TASKS[name](self._rng)
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="folder")
+    parser.add_argument("--train", type=positive, default=200_000, help="training records")
+    parser.add_argument("--eval", type=positive, default=500, help="evaluation records")
+    parser.add_argument("--seed", type=whole_number, default=2024)
+    arguments = parser.parse_args()
+    for name in ("train", "eval"):
+        make = Mixture(f"{arguments.seed} {name}")
+        write_json_lines(arguments.output / f"{name}.jsonl", make, getattr(arguments, name))
+
+
+if __name__ == "__main__":
+    run_command(main)

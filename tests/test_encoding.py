@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import dense_reference
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cpm_bee import encoding
+from cpm_bee.encoding import EncodedRecord, Encoder, is_shuffled, walk
+from cpm_bee.errors import InputError
+from cpm_bee.records import Record, Tree, validate
+
+
+def assert_is(encoded: EncodedRecord, record: Record, *, answers: bool = True) -> None:
+    """The encoding is that of SPEC §3 written plainly."""
+    tokens = dense_reference.tokens_of(record, tiny.TOKENIZER, answers=answers)
+    assert encoded.ids.tolist() == [t.id for t in tokens]
+    assert encoded.subs.tolist() == [t.sub for t in tokens]
+    assert encoded.segments.tolist() == [t.node for t in tokens]
+    assert encoded.context.tolist() == [t.is_context for t in tokens]
+    paths = [node.path for node in dense_reference.nodes_of(record)]
+    assert encoded.shape.relations.tolist() == [
+        [dense_reference.bucket(a, b) for b in paths] for a in paths
+    ]
+
+
+@given(tiny.records())
+def test_records_are_encoded_as_specified(record: Record) -> None:
+    assert validate(record) == []
+    assert_is(Encoder(tiny.TOKENIZER).encode(record), record)
+
+
+@given(tiny.records())
+def test_without_answers(record: Record) -> None:
+    prompt = Encoder(tiny.TOKENIZER).encode(record, answers=False)
+    assert_is(prompt, record, answers=False)
+    assert prompt.context.all()
+
+
+@given(st.lists(tiny.records(), max_size=4))
+def test_an_encoder_keeps_nothing_of_a_record(records: list[Record]) -> None:
+    encoder = Encoder(tiny.TOKENIZER)
+    for record in records:
+        assert_is(encoder.encode(record), record)
+
+
+def rebuilt(record: Record, rng: random.Random) -> Record:
+    """The record in the order in which `walk` goes through it."""
+    segments = list(walk(record, rng))[1:]
+
+    def below(depth: int) -> Any:
+        node: dict[str, Any] = {}
+        while segments and segments[0].depth == depth:
+            key = segments.pop(0).text
+            is_leaf = segments[0].text.startswith("leaf")
+            node[key] = segments.pop(0).text if is_leaf else below(depth + 1)
+        return node
+
+    return below(1)
+
+
+ANSWER = {"b": {"d": "leaf 1", "a": "leaf 2", "c": {"x": "leaf 3", "y": "leaf 4"}}, "a": "leaf 5"}
+SHUFFLED: Record = {"z": {"b": "leaf 6", "a": "leaf 7"}, "<ans>": ANSWER, "y": "leaf 8"}
+
+
+def test_only_dictionaries_under_the_answer_are_shuffled() -> None:
+    seen = set()
+    for seed in range(300):
+        record = rebuilt(SHUFFLED, random.Random(seed))
+        assert record == SHUFFLED  # the same items, whatever their order
+        assert list(record) == list(SHUFFLED)
+        assert list(record["z"]) == ["b", "a"]  # type: ignore[arg-type]
+        answer: Any = record["<ans>"]
+        seen.add((tuple(answer), tuple(answer["b"]), tuple(answer["b"]["c"])))
+    orders = [itertools.permutations(keys) for keys in ("ba", "dac", "xy")]
+    assert seen == set(itertools.product(*orders))  # 2 * 6 * 2, each equally likely
+
+
+@given(tiny.records(), st.integers())
+def test_a_shuffled_record_is_one_in_another_order(record: Record, seed: int) -> None:
+    encoder = Encoder(tiny.TOKENIZER)
+    first = encoder.encode(record, rng=random.Random(seed))
+    again = encoder.encode(record, rng=random.Random(seed))
+    assert first.ids.tolist() == again.ids.tolist() and first.shape == again.shape
+    plain = encoder.encode(record)
+    assert len(first) == len(plain)
+    assert sorted(first.ids.tolist()) == sorted(plain.ids.tolist())
+    assert sorted(first.shape.depths) == sorted(plain.shape.depths)
+    for pairs in (set(zip(e.ids.tolist(), e.subs.tolist(), strict=True)) for e in (first, plain)):
+        # All subs below the largest of an id are there too: the token index relies on it.
+        extended = {pair for pair in pairs if pair[1]}
+        assert {(i, s - 1) for i, s in extended if s > 1} <= extended
+    if not is_shuffled(record):
+        assert first.ids.tolist() == plain.ids.tolist()
+
+
+@given(tiny.records())
+def test_is_shuffled(record: Record) -> None:
+    def widths(tree: Tree) -> list[int]:
+        if isinstance(tree, str):
+            return []
+        return [len(tree), *itertools.chain(*map(widths, tree.values()))]
+
+    assert is_shuffled(record) == (max([0, *widths(record["<ans>"])]) > 1)
+
+
+def test_unknown_special_token() -> None:
+    with pytest.raises(InputError, match=r"special token <strange_1>: <strange> is not in"):
+        Encoder(tiny.TOKENIZER).encode({"input": "a<strange_1>", "<ans>": ""})
+
+
+def test_too_many_fields_or_unknown_words() -> None:
+    most = encoding.MAX_PARTS
+    fields: Record = {"<ans>": {"x" * i: "" for i in range(1, 200)}}
+    assert len(Encoder(tiny.TOKENIZER).encode(fields).shape.depths) == 2 + 2 * 199
+    words = {f"<mask_{i}>": "" for i in range(most // 2)}
+    with pytest.raises(InputError, match=f"more than {most} fields or unknown words"):
+        Encoder(tiny.TOKENIZER).encode({"input": words, "<ans>": ""})
+    text = "".join(f"<mask_{i}>" for i in range(most + 1))
+    with pytest.raises(InputError, match=f"more than {most} fields or unknown words"):
+        Encoder(tiny.TOKENIZER).encode({"input": text, "<ans>": ""})
+    text = text.removesuffix(f"<mask_{most}>")
+    encoded = Encoder(tiny.TOKENIZER).encode({"input": text, "<ans>": ""})
+    assert encoded.subs.max() == most - 1

@@ -1,0 +1,537 @@
+"""Every flag of finetune_cpm_bee.py has its effect, or is refused: a flag without a case fails."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import train_support
+from train_support import Run, Workspace, distance
+
+import cpm_bee.model.network
+import cpm_bee.train.loop
+from cpm_bee.cli import not_negative, positive, whole_number
+from cpm_bee.data.batch import Batch
+from cpm_bee.errors import InputError, run_command
+from cpm_bee.train.options import Options, parser
+from cpm_bee.train.run import finetune
+from cpm_bee.train.saving import RunFiles
+from cpm_bee.train.schedules import STYLES, learning_rate
+
+
+class Lab:
+    """Runs of two steps of delta tuning, each in a folder of its own."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        folder: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        self.workspace = workspace
+        self.folder = folder
+        self.patch = monkeypatch
+        self.printed = ""  # of the last run
+        self._capsys = capsys
+        self._runs = 0
+
+    def new_folder(self) -> Path:
+        self._runs += 1
+        return self.folder / f"run-{self._runs}"
+
+    def run(self, **values: Any) -> Run:
+        values = {"use_delta": True, "max_steps": 2, "save": self.new_folder(), **values}
+        result = train_support.train(self.workspace, values.pop("save"), **values)
+        self.printed = self._capsys.readouterr().out
+        return result
+
+    def refusal(self, **values: Any) -> str:
+        save = self.new_folder()
+        with pytest.raises(InputError) as caught:
+            self.run(save=save, **values)
+        assert not save.exists()
+        return str(caught.value)
+
+
+@pytest.fixture
+def lab(
+    workspace: Workspace,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Lab:
+    return Lab(workspace, tmp_path, capsys, monkeypatch)
+
+
+CASES: dict[str, Callable[[Lab], None]] = {}
+
+
+def case(function: Callable[[Lab], None]) -> Callable[[Lab], None]:
+    CASES[function.__name__.lstrip("_")] = function
+    return function
+
+
+def flags() -> list[argparse.Action]:
+    return [action for action in parser()._actions if action.dest != "help"]
+
+
+@pytest.mark.parametrize("name", [action.dest for action in flags()])
+def test_flag(lab: Lab, name: str) -> None:
+    assert name in CASES, "write a case for this flag below"
+    CASES[name](lab)
+
+
+@case
+def _debug(lab: Lab) -> None:
+    arguments = lab.workspace.flags(lab.folder / "none", load=lab.folder / "missing")
+
+    def main() -> None:
+        finetune(Options.parse())
+
+    lab.patch.setattr(sys, "argv", ["finetune_cpm_bee.py", *arguments])
+    with pytest.raises(SystemExit):
+        run_command(main)
+    lab.patch.setattr(sys, "argv", ["finetune_cpm_bee.py", *arguments, "--debug"])
+    with pytest.raises(InputError):  # which the interpreter shows with its traceback
+        run_command(main)
+
+
+@case
+def _model_config(lab: Lab) -> None:
+    automatic, given = lab.run(), lab.run(model_config=lab.workspace.model / "config.json")
+    assert automatic.losses == given.losses
+    path = lab.folder / "other.json"
+    path.write_text(json.dumps(replace(train_support.CONFIG, num_heads=4, dim_ff=8).to_dict()))
+    message = lab.refusal(model_config=path)
+    assert "num_heads" in message and "dim_ff" in message
+    with_dropout = replace(train_support.CONFIG, dropout_p=0.5)
+    path.write_text(json.dumps(with_dropout.to_dict()))
+    assert lab.run(model_config=path).losses != automatic.losses
+
+
+@case
+def _load(lab: Lab) -> None:
+    train_support.make_model(lab.folder / "other", seed=4)
+    other = lab.run(load=lab.folder / "other")
+    assert other.losses[0] != lab.run().losses[0]
+    random = lab.run(
+        load=None, use_delta=None, vocab=lab.workspace.vocabulary,
+        model_config=lab.workspace.model / "config.json", seed=4,
+    )  # fmt: skip
+    assert random.losses[0] != other.losses[0]
+    assert "--load" in lab.refusal(load=None)  # a delta of random weights is of no use
+
+
+@case
+def _vocab(lab: Lab) -> None:
+    path = lab.folder / "vocab.txt"
+    path.write_text("\n".join(train_support.TOKENS[:-1]))
+    count = len(train_support.TOKENS)
+    message = lab.refusal(vocab=path)
+    assert f"has {count - 1} tokens" in message and f"has {count}" in message
+    path.write_text("\n".join([*train_support.TOKENS[:-30], *train_support.TOKENS[:-31:-1]]))
+    assert lab.run(vocab=path).losses != lab.run().losses
+
+
+@case
+def _dataset(lab: Lab) -> None:
+    other = train_support.make_dataset(lab.folder, "other", train_support.records(4, seed=9))
+    run = lab.run(dataset=other, max_steps=None)
+    assert "training: 4 records" in lab.printed
+    assert sum(run.column("tokens")) < 4 * 64
+    assert "preprocess_dataset.py" in lab.refusal(dataset=lab.folder / "none")
+
+
+@case
+def _eval_dataset(lab: Lab) -> None:
+    assert lab.run().of("eval") == []
+    run = lab.run(eval_dataset=lab.workspace.eval)
+    assert run.column("records", "eval") == [train_support.EVALUATION] * 2
+    assert "preprocess_dataset.py" in lab.refusal(eval_dataset=lab.folder / "none")
+
+
+@case
+def _max_length(lab: Lab) -> None:
+    run = lab.run(max_length=30, max_steps=None)
+    assert "longer than --max-length 30" in lab.printed
+    assert max(run.column("tokens")) <= 4 * 30
+
+
+@case
+def _drop_last(lab: Lab) -> None:
+    whole, dropped = lab.run(max_steps=None), lab.run(max_steps=None, drop_last=True)
+    assert whole.losses[:-1] == dropped.losses
+    assert "--drop-last leaves nothing" in lab.refusal(drop_last=True, batch_size=1000)
+
+
+@case
+def _use_delta(lab: Lab) -> None:
+    assert all(".lora.lora_" in name for name in lab.run().weights())
+    full = lab.run(use_delta=None).weights()
+    assert "input_embedding.weight" in full and not any("lora" in name for name in full)
+
+
+@case
+def _delta_rank(lab: Lab) -> None:
+    weights = lab.run(delta_rank=3).weights()
+    assert all(tensor.shape[n.endswith("lora_B")] == 3 for n, tensor in weights.items())
+
+
+@case
+def _delta_alpha(lab: Lab) -> None:
+    run = lab.run(delta_alpha=4, max_steps=1)
+    usual = lab.run(max_steps=1)
+    assert run.losses == usual.losses  # B is zero before the first step
+    ratio = run.column("grad_norm")[0] / usual.column("grad_norm")[0]
+    assert ratio == pytest.approx(4 / 16, rel=1e-4)
+    note = json.loads((run.save / "cpm_bee_finetune-delta-best.json").read_text())
+    assert note["alpha"] == 4
+
+
+@case
+def _delta_targets(lab: Lab) -> None:
+    weights = lab.run(delta_targets="w_0,project_k").weights()
+    assert {name.split(".lora.")[0].rpartition(".")[2] for name in weights} == {"w_0", "project_k"}
+    assert "w_9" in lab.refusal(delta_targets="w_9,w_0")
+
+
+@case
+def _delta_dropout(lab: Lab) -> None:
+    run, usual = lab.run(delta_dropout=0.5), lab.run()
+    assert run.losses[0] == usual.losses[0] and run.losses[1] != usual.losses[1]
+    assert "less than 1" in lab.refusal(delta_dropout=1)
+
+
+@case
+def _epoch(lab: Lab) -> None:
+    run = lab.run(epoch=3, max_steps=None)
+    per_epoch = [run.column("epoch").count(number) for number in range(4)]
+    assert min(per_epoch[:3]) >= 8 and per_epoch[3] == 0
+    assert run.reason == "all 3 epochs are done"
+
+
+@case
+def _max_steps(lab: Lab) -> None:
+    run = lab.run(max_steps=3)
+    assert run.column("step") == [1, 2, 3]
+    assert "--max-steps" in run.reason
+
+
+@case
+def _batch_size(lab: Lab) -> None:
+    tokens = lab.run(batch_size=1).column("tokens") + lab.run(batch_size=6).column("tokens")
+    assert max(tokens[:2]) <= 64 and min(tokens[2:]) > 5 * 40
+
+
+@case
+def _accumulate(lab: Lab) -> None:
+    tokens: list[int] = []
+    original = cpm_bee.train.loop.target_loss
+
+    def target_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        tokens.append(batch.num_tokens)
+        return original(logits, batch)
+
+    lab.patch.setattr(cpm_bee.train.loop, "target_loss", target_loss)
+    once, twice = lab.run(batch_size=8, max_steps=6), lab.run(accumulate=2, max_steps=6)
+    # The point of it: no more than a part of the step is in memory at a time.
+    count = len(once.losses)
+    assert count < len(tokens) - count <= 2 * count
+    assert max(tokens[:count]) > 4 * 64 >= max(tokens[count:])
+    assert once.losses == pytest.approx(twice.losses, rel=1e-6)
+    assert distance(once.weights(), twice.weights()) < 1e-6
+    assert once.column("tokens") == twice.column("tokens")
+
+
+@case
+def _lr(lab: Lab) -> None:
+    run = lab.run(lr=0.125)
+    assert run.column("lr") == [0.125, 0.125]
+    assert distance(run.weights(), lab.run().weights()) > 0.05
+
+
+@case
+def _lr_decay_style(lab: Lab) -> None:
+    for style in STYLES:
+        run = lab.run(lr_decay_style=style, warmup_iters=2, train_iters=6, max_steps=5)
+        expected = [learning_rate(style, 0.01, step, 2, 6) for step in range(5)]
+        assert run.column("lr") == pytest.approx(expected)
+
+
+@case
+def _warmup_iters(lab: Lab) -> None:
+    assert lab.run(warmup_iters=4).column("lr") == [0, 0.01 / 4]
+
+
+@case
+def _train_iters(lab: Lab) -> None:
+    run = lab.run(lr_decay_style="linear", train_iters=2, max_steps=4)
+    assert run.column("lr") == [0.01, 0.005, 0, 0]
+
+
+@case
+def _lr_decay_iters(lab: Lab) -> None:
+    run = lab.run(lr_decay_style="linear", train_iters=2, lr_decay_iters=4, max_steps=4)
+    assert run.column("lr") == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
+
+
+@case
+def _start_step(lab: Lab) -> None:
+    run = lab.run(warmup_iters=4, start_step=3)
+    assert run.column("lr") == pytest.approx([0.0075, 0.01])
+    assert run.column("step") == [1, 2]  # it moves the schedule alone
+
+
+@case
+def _weight_decay(lab: Lab) -> None:
+    # In the first step A has no gradient (B is zero), so that it feels the decay alone.
+    none, half = lab.run(weight_decay=0, max_steps=1), lab.run(weight_decay=0.5, max_steps=1)
+    for name, before in none.weights().items():
+        if name.endswith("lora_A"):
+            assert torch.allclose(half.weights()[name], before * (1 - 0.01 * 0.5), rtol=1e-6)
+
+
+@case
+def _clip_grad(lab: Lab) -> None:
+    # Adam's update lr*m/(sqrt(v)+eps) does not depend on the gradient's size, but for eps = 1e-8.
+    clipped, usual = lab.run(clip_grad=1e-9, max_steps=1), lab.run(max_steps=1)
+    assert clipped.column("grad_norm") == usual.column("grad_norm")  # that before clipping
+    sizes = [
+        max(t.abs().max().item() for n, t in run.weights().items() if n.endswith("lora_B"))
+        for run in (clipped, usual)
+    ]
+    assert sizes[0] < 0.1 * sizes[1]
+
+
+@case
+def _loss_scale(lab: Lab) -> None:
+    assert lab.run(loss_scale=64, dtype="fp16").column("loss_scale") == [64, 64]
+    for dtype in ("fp32", "bf16"):
+        assert lab.run(loss_scale=64, dtype=dtype).column("loss_scale") == [1, 1]
+
+
+@case
+def _loss_scale_factor(lab: Lab) -> None:
+    run = lab.run(loss_scale=2.0**60, loss_scale_factor=8, dtype="fp16", max_steps=3)
+    assert run.column("loss_scale") == [2.0**60, 2.0**57, 2.0**54]
+    assert run.column("grad_norm") == [None] * 3  # infinite, which JSON cannot say
+    assert lab.printed.count("overflow, step skipped") == 3
+    assert all((t == 0).all() for n, t in run.weights().items() if n.endswith("lora_B"))
+
+
+@case
+def _loss_scale_steps(lab: Lab) -> None:
+    run = lab.run(loss_scale=8, loss_scale_steps=2, dtype="fp16", max_steps=5)
+    assert run.column("loss_scale") == [8, 8, 16, 16, 32]
+
+
+@case
+def _seed(lab: Lab) -> None:
+    one, same, other = lab.run(seed=1), lab.run(seed=1), lab.run(seed=-2)
+    assert one.losses == same.losses and one.column("tokens") != other.column("tokens")
+    assert "2**48" in lab.refusal(seed=2**70)
+
+
+@case
+def _eval_interval(lab: Lab) -> None:
+    run = lab.run(eval_dataset=lab.workspace.eval, eval_interval=2, max_steps=5)
+    assert run.column("step", "eval") == [0, 2, 4, 5]
+
+
+@case
+def _early_stop_patience(lab: Lab) -> None:
+    # A rate too small for fp32: the loss never falls.
+    values = {"eval_dataset": lab.workspace.eval, "eval_interval": 1, "lr": 1e-30}
+    run = lab.run(early_stop_patience=3, max_steps=None, **values)
+    assert run.column("step", "eval") == [0, 1, 2, 3]
+    assert run.reason == "early stop: 3 evaluations in a row without a lower loss"
+
+
+@case
+def _inspect_iters(lab: Lab) -> None:
+    run = lab.run(inspect_iters=2, max_steps=3)
+    assert lab.printed.count("trained tensors after") == 1
+    table = lab.printed.partition("trained tensors after 2 steps:\n")[2].splitlines()
+    assert table[0].split() == ["name", "shape", "mean", "std", "grad", "norm"]
+    for line, name in zip(table[1:], run.weights(), strict=False):
+        assert line.split()[0] == name
+        assert all(math.isfinite(float(value)) for value in line.split()[-3:])
+
+
+@case
+def _save(lab: Lab) -> None:
+    run = lab.run(save=lab.folder / "a" / "b")
+    assert run.save == lab.folder / "a" / "b" and len(run.files) == 6
+    path = lab.folder / "file"
+    path.write_text("x")
+    with pytest.raises(InputError, match="is a file"):
+        lab.run(save=path)
+
+
+@case
+def _save_name(lab: Lab) -> None:
+    assert all(name.startswith("mine-") for name in lab.run(save_name="mine").files)
+    for name in ("a/b", ""):
+        assert "--save-name" in lab.refusal(save_name=name)
+
+
+@case
+def _save_interval(lab: Lab) -> None:
+    saved = []
+    original = RunFiles.save_state
+
+    def save_state(files: RunFiles, engine: Any, progress: dict[str, Any], *rest: Any) -> None:
+        saved.append(progress["step"])
+        original(files, engine, progress, *rest)
+
+    lab.patch.setattr(RunFiles, "save_state", save_state)
+    lab.run(save_interval=2, max_steps=5)
+    assert saved == [0, 2, 4, 5]
+
+
+@case
+def _resume(lab: Lab) -> None:
+    save = lab.new_folder()
+    lab.run(save=save, max_steps=2)
+    run = lab.run(save=save, max_steps=4, resume=True)
+    assert "resumed after step 2" in lab.printed
+    assert run.column("step") == [1, 2, 3, 4]
+    assert "no saved state" in lab.refusal(resume=True)
+
+
+@case
+def _task_name(lab: Lab) -> None:
+    run = lab.run(task_name="ccpm", tensorboard=lab.folder / "events")
+    assert run.of("start")[0]["task"] == "ccpm"
+    assert "ccpm/train/loss" in scalars(lab.folder / "events")
+
+
+def scalars(folder: Path) -> dict[str, list[float]]:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [s.value for s in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@case
+def _tensorboard(lab: Lab) -> None:
+    run = lab.run(tensorboard=lab.folder / "events", eval_dataset=lab.workspace.eval)
+    written = scalars(lab.folder / "events")
+    for name in ("loss", "lr", "grad_norm", "loss_scale", "tokens_per_second"):
+        assert written[f"task/train/{name}"] == pytest.approx(run.column(name), rel=1e-6)
+    for name in ("loss", "token_accuracy", "exact_match"):
+        assert written[f"task/eval/{name}"] == pytest.approx(run.column(name, "eval"), rel=1e-6)
+    real = importlib.util.find_spec
+    lab.patch.setattr(
+        importlib.util, "find_spec", lambda n, *a: None if n == "tensorboard" else real(n, *a)
+    )
+    assert "pip install -e .[tensorboard]" in lab.refusal(tensorboard=lab.folder / "none")
+
+
+@case
+def _engine(lab: Lab) -> None:
+    assert lab.run(engine="torch").losses == lab.run(engine="auto").losses
+    assert "--engine torch" in lab.refusal(engine="bmtrain")
+
+
+@case
+def _device(lab: Lab) -> None:
+    lab.patch.setattr(torch.cuda, "is_available", lambda: False)
+    assert lab.run(device="cpu").losses == lab.run(device="auto").losses
+    assert "no usable GPU" in lab.refusal(device="cuda")
+    assert "no such device" in lab.refusal(device="abacus")
+
+
+@case
+def _dtype(lab: Lab) -> None:
+    runs = {d: lab.run(dtype=d, loss_scale=64) for d in ("auto", "fp32", "bf16", "fp16")}
+    losses = {dtype: run.losses for dtype, run in runs.items()}
+    assert losses["auto"] == losses["fp32"]  # on a CPU
+    for dtype in ("bf16", "fp16"):
+        assert losses[dtype] != losses["fp32"]
+        assert losses[dtype] == pytest.approx(losses["fp32"], rel=0.02)
+        assert all(t.dtype == torch.float32 for t in runs[dtype].weights().values())
+
+
+@case
+def _checkpointing(lab: Lab) -> None:
+    calls = []
+    original = cpm_bee.model.network.checkpoint
+
+    def checkpoint(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    lab.patch.setattr(cpm_bee.model.network, "checkpoint", checkpoint)
+    values = {"use_delta": None, "delta_dropout": 0.0, "max_steps": 3}
+    none = lab.run(checkpointing="none", **values)
+    assert not calls
+    full = lab.run(checkpointing="full", **values)
+    assert len(calls) == 3 * train_support.CONFIG.num_layers
+    assert none.losses == full.losses
+    assert distance(none.weights(), full.weights()) == 0
+
+
+@pytest.mark.parametrize("action", flags(), ids=lambda action: action.dest)
+def test_hyphens_and_underscores_are_the_same(action: argparse.Action) -> None:
+    flag = action.option_strings[-1]
+    required = [] if flag == "--dataset" else ["--dataset", "x"]
+    value = (
+        [] if action.nargs == 0 else ["3" if action.choices is None else list(action.choices)[1]]
+    )
+    if flag == "--delta-targets":
+        value = ["w_0"]
+    spellings = (flag, "--" + flag[2:].replace("-", "_"))
+    first, second = (parser().parse_args([*required, s, *value]) for s in spellings)
+    assert first == second
+    assert getattr(first, action.dest) not in (None, action.default)
+
+
+WHOLE = [a for a in flags() if a.type in (positive, not_negative, whole_number)]
+
+
+@pytest.mark.parametrize("action", WHOLE, ids=lambda action: action.dest)
+@pytest.mark.parametrize("text", ["3", "3.", "3.0"])
+def test_whole_numbers_may_have_a_point(action: argparse.Action, text: str) -> None:
+    arguments = ["--dataset", "x", action.option_strings[0], text]
+    value = getattr(parser().parse_args(arguments), action.dest)
+    assert value == 3 and isinstance(value, int)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--dataset"],
+        ["--no-such-flag"],
+        ["--use-delt"],
+        ["--lr-decay-style", "square"],
+        ["--dtype", "fp8"],
+        ["--engine", "deepspeed"],
+        *([a.option_strings[0], "1.5"] for a in WHOLE),
+        *([a.option_strings[0], "nan"] for a in flags() if a.type and a.dest != "delta_targets"),
+        *([f, "0"] for f in ("--lr", "--batch-size", "--clip-grad", "--epoch", "--max-length")),
+        ["--loss-scale-factor", "1"],
+        ["--weight-decay", "-0.1"],
+        ["--warmup-iters", "-1"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_values_exit_with_2_and_one_message(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_command(lambda: int(bool(Options.parse(["--dataset", "x", *arguments]))))
+    assert caught.value.code == 2
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: ") and arguments[0] in first
+    assert rest == ["see: python finetune_cpm_bee.py --help"]

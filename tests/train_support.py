@@ -1,0 +1,266 @@
+"""A small data set, vocabulary and base model for tests of training, and runs on them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import support
+import torch
+
+from cpm_bee.checkpoint import load_tensors, save_tensors
+from cpm_bee.data.preprocess import preprocess
+from cpm_bee.model.config import ModelConfig
+from cpm_bee.model.network import CPMBee
+from cpm_bee.records import Record
+from cpm_bee.tokenizer import REQUIRED
+from cpm_bee.train.options import Options
+from cpm_bee.train.run import finetune
+
+LETTERS = "abcdefgh"
+TOKENS = [*REQUIRED, "<mask>", "<option>", *LETTERS, *"0123456789春夏秋冬"]
+CONFIG = ModelConfig(
+    vocab_size=len(TOKENS), dim_model=16, num_heads=2, dim_head=8, dim_ff=32, num_layers=2
+)
+TRAINING, EVALUATION = 60, 20
+
+# Whatever a test does not set itself: a step of about 16 records, few enough for 4 an epoch.
+DEFAULTS = {
+    "--max-length": 64,
+    "--batch-size": 4,
+    "--lr": 0.01,
+    "--lr-decay-style": "constant",
+    "--warmup-iters": 0,
+    "--eval-interval": 1000,
+    "--seed": 7,
+    "--device": "cpu",
+}
+
+TRAIN_FIELDS = [
+    *("event", "step", "epoch", "loss", "lr", "grad_norm", "loss_scale", "tokens"),
+    "tokens_per_second",
+]
+EVAL_FIELDS = ["event", "step", "loss", "token_accuracy", "exact_match", "records"]
+END_FIELDS = ["event", "reason", "step"]
+
+
+def records(count: int, seed: int) -> list[Record]:
+    """Of three kinds: copy a letter, two answers (shuffled in training), choose an option."""
+    rng = random.Random(seed)
+    result: list[Record] = []
+    for number in range(count):
+        word = "".join(rng.choices(LETTERS, k=rng.randrange(2, 9)))
+        if number % 3 == 0:
+            result.append({"input": word, "question": "春", "<ans>": word[0]})
+        elif number % 3 == 1:
+            answer: Record = {"夏": word[0], "秋": word[-1] + word[0]}
+            result.append({"input": word, "<ans>": answer})
+        else:
+            options: Record = {f"<option_{i}>": c for i, c in enumerate(rng.sample(LETTERS, 3))}
+            chosen = rng.choice(list(options))
+            result.append({"input": options[chosen], "options": options, "<ans>": chosen})
+    return result
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """`train` and `eval` are data sets; `model` a folder with checkpoint, config and vocabulary."""
+
+    folder: Path
+
+    @property
+    def train(self) -> Path:
+        return self.folder / "bin_data" / "train"
+
+    @property
+    def eval(self) -> Path:
+        return self.folder / "bin_data" / "eval"
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def vocabulary(self) -> Path:
+        return self.model / "vocab.txt"
+
+    def flags(self, save: Path, **values: Any) -> list[str]:
+        """The command line of a run on this data: `DEFAULTS`, then `values` (see `with_flags`)."""
+        own = {"--dataset": self.train, "--load": self.model, "--save": save}
+        return with_flags({**DEFAULTS, **own}, **values)
+
+
+def with_flags(flags: dict[str, Any], **values: Any) -> list[str]:
+    """A command line of flags, changed by values: True is a switch, False or None leaves it out."""
+    flags = flags | {"--" + name.replace("_", "-"): value for name, value in values.items()}
+    result: list[str] = []
+    for name, value in flags.items():
+        if value is True:
+            result.append(name)
+        elif value is not None and value is not False:
+            result += [name, str(value)]
+    return result
+
+
+def write_jsonl(path: Path, values: list[Record]) -> None:
+    lines = [json.dumps(value, ensure_ascii=False) + "\n" for value in values]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def make_dataset(folder: Path, name: str, values: list[Record]) -> Path:
+    """Write `folder/NAME.jsonl` and preprocess it; the data set's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / f"{name}.jsonl"
+    write_jsonl(source, values)
+    output = folder / "bin_data"
+    preprocess(source, output, "data", seed=0, overwrite=False, block_size=1 << 20)
+    return output / name
+
+
+def make_model(folder: Path, config: ModelConfig = CONFIG, *, seed: int = 3) -> None:
+    """A base model with random weights in the native format, its config and vocabulary beside."""
+    folder.mkdir(parents=True)
+    model = CPMBee(config)
+    model.initialize(seed)
+    save_tensors(folder / "pytorch_model.bin", dict(model.state_dict()))
+    (folder / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
+    (folder / "vocab.txt").write_text("\n".join(TOKENS), encoding="utf-8")
+
+
+def make_workspace(folder: Path, *, dropout: float = 0.0) -> Workspace:
+    make_dataset(folder, "train", records(TRAINING, seed=1))
+    make_dataset(folder, "eval", records(EVALUATION, seed=2))
+    make_model(folder / "model", replace(CONFIG, dropout_p=dropout))
+    return Workspace(folder)
+
+
+@dataclass
+class Run:
+    """What a run of name `name` left in its folder."""
+
+    save: Path
+    name: str = "cpm_bee_finetune"
+    events: list[dict[str, Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        def refuse(constant: str) -> float:
+            raise ValueError(f"{constant} is not JSON")
+
+        text = (self.save / f"{self.name}-log.jsonl").read_text(encoding="utf-8")
+        self.events = [json.loads(s, parse_constant=refuse) for s in text.splitlines()]
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        return [e for e in self.events if e["event"] == event]
+
+    def column(self, name: str, event: str = "train") -> list[Any]:
+        return [e[name] for e in self.of(event)]
+
+    @property
+    def losses(self) -> list[float]:
+        return self.column("loss")
+
+    @property
+    def reason(self) -> str:
+        return str(self.events[-1]["reason"])
+
+    def weights(self, which: str = "last") -> dict[str, torch.Tensor]:
+        """The saved weights, of a delta run or, where there are none, of a full one."""
+        delta = self.save / f"{self.name}-delta-{which}.pt"
+        path = delta if delta.exists() else self.save / f"{self.name}-{which}.pt"
+        return load_tensors(path, "weights")
+
+    @property
+    def files(self) -> list[str]:
+        return sorted(p.name for p in self.save.iterdir())
+
+
+def train(workspace: Workspace, save: Path, **values: Any) -> Run:
+    """Run a fine-tuning in this process."""
+    options = Options.parse(workspace.flags(save, **values))
+    finetune(options)
+    return Run(Path(options.save), options.save_name)
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """The largest difference of any value of two sets of weights."""
+    assert a.keys() == b.keys()
+    return max((a[n].float() - b[n].float()).abs().max().item() for n in a)
+
+
+def environment(**values: str) -> dict[str, str]:
+    """One thread a process; none of what a torchrun around the tests would set."""
+    outer = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID")
+    inherited = {name: value for name, value in os.environ.items() if name not in outer}
+    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", **values}
+
+
+SCRIPT = support.ROOT / "src" / "finetune_cpm_bee.py"
+
+
+def command(*flags: str, ranks: int | None = None, script: Path = SCRIPT) -> list[str]:
+    """The command of a script, under torchrun if `ranks` is given."""
+    launcher: list[str] = []
+    if ranks is not None:
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+        launcher += ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    return [sys.executable, *launcher, str(script), *flags]
+
+
+def start(command: list[str], cwd: Path, **values: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=environment(**values),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str, str]:
+    """Exit status, output and errors."""
+    try:
+        output, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its workers then
+        process.communicate(timeout=60)
+        raise
+    return process.returncode, output, errors
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Tiny models are faster so, and helpers beside us keep their core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def main() -> None:
+    """Run several fine-tunings under one torchrun, whose processes cost seconds to start."""
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # it serves one process group alone
+    for port, flags in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        os.environ["MASTER_PORT"] = str(port)
+        finetune(Options.parse(flags))
+
+
+if __name__ == "__main__":
+    main()
