@@ -6,7 +6,10 @@ set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 use_venv
 
-GPUS="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')"
+GPUS=0
+if command -v nvidia-smi > /dev/null; then            # else no need to ask torch, which is slow
+    GPUS="$(python -c 'import torch; print(torch.cuda.device_count())')"
+fi
 GPUS_PER_NODE="${GPUS_PER_NODE:-$GPUS}"               # processes on this machine; 0 GPUs: one
 [ "$GPUS_PER_NODE" = 0 ] && GPUS_PER_NODE=1
 NNODES="${NNODES:-1}"                                 # machines
@@ -19,13 +22,14 @@ if [ "$LOAD" = ckpts/pytorch_model.bin ] && [ ! -e "$LOAD" ] && [ -d ckpts/cpm-b
     echo "ckpts/pytorch_model.bin is not there: using the tiny model that comes with this project."
     echo "It shows the whole job, but it knows little; put a CPM-Bee checkpoint there for real work."
     LOAD=ckpts/cpm-bee-tiny
+fi
+if [ "$(basename "$LOAD")" = cpm-bee-tiny ]; then
     # A tiny model wants more steps at a higher rate than a large one.
     EPOCH="${EPOCH:-8}" BATCH_SIZE="${BATCH_SIZE:-1}" LR="${LR:-0.01}" WARMUP_ITERS="${WARMUP_ITERS:-50}"
     EVAL_INTERVAL="${EVAL_INTERVAL:-200}"
 fi
 
 OPTS=(
-    --use-delta                                                # delta tuning (LoRA)
     --model-config "${MODEL_CONFIG:-auto}"
     --load "$LOAD"
     --dataset "${DATASET:-../tutorials/basic_task_finetune/bin_data/train}"
@@ -47,6 +51,7 @@ OPTS=(
     --save "${SAVE:-results/}"
     --save-name "${SAVE_NAME:-cpm_bee_finetune}"
 )
+[ "${USE_DELTA:-1}" = 0 ] || OPTS+=(--use-delta)               # delta tuning (LoRA)
 [ -n "${VOCAB:-}" ] && OPTS+=(--vocab "$VOCAB")                # default: vocab.txt beside LOAD
 
 CMD=(

@@ -16,6 +16,13 @@ if [ ! -d "$RAW_DATA" ]; then
     exit 2
 fi
 RAW_DATA="$(cd "$RAW_DATA" && pwd)"
+# The stages run in other folders: paths are meant as seen from here.
+for name in BEE_DATA BIN_DATA SAVE LOAD VOCAB MODEL_CONFIG; do
+    path="${!name:-}"
+    if [ -n "$path" ] && [ "$path" != auto ] && [ "${path#/}" = "$path" ]; then
+        export "$name=$PWD/$path"
+    fi
+done
 BEE_DATA="${BEE_DATA:-$project/bee_data/$NAME}"
 BIN_DATA="${BIN_DATA:-$project/bin_data/$NAME}"
 SAVE="${SAVE:-$project/src/results/$NAME}"

@@ -17,7 +17,7 @@ RunScript = Callable[..., "subprocess.CompletedProcess[str]"]
 def run_script(
     script: str, *arguments: object, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script of this repository as a user would: `run_script(script, *arguments, cwd=...)`."""
+    """Run a script of this repository as a user would, in the folder `cwd`."""
     return subprocess.run(
         [sys.executable, str(ROOT / script), *map(str, arguments)],
         cwd=cwd,

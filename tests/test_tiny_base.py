@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -241,10 +243,12 @@ def test_words_that_were_right_in_training_do_not_give_the_answer_away(
     assert accuracy(held_out, score) < 0.35
 
 
-def test_characters_in_common_with_the_text_do_not_give_the_answer_away(
-    train: list[Question], held_out: list[Question]
-) -> None:
-    assert accuracy(train + held_out, lambda q, i: common(q.text, q.options[i])) < 0.35
+def test_a_rendering_keeps_a_character_of_the_plain_words() -> None:
+    """As real ones do; it is what tuning on a small base can build on."""
+    for concepts in CONCEPTS.values():
+        for concept in concepts:
+            for plain, poetic in itertools.product(concept.plain, concept.verse):
+                assert common(plain, poetic) > 0
 
 
 # ------------------------------------------------------------------ pre-training
@@ -283,7 +287,8 @@ def test_pretraining_leaves_the_tutorials_task_to_tuning(pretraining: list[tasks
     """Neither its question nor a choice of verse for a plain sentence."""
     for record in pretraining:
         assert record.get("question") != QUESTION
-        if "options" in record and str(record.get("input", "")).endswith("。"):
+        numbered = re.fullmatch("第.项是哪一项？", str(record.get("question")))
+        if not numbered and str(record.get("input", "")).endswith("。"):
             pytest.fail(f"chooses for a plain sentence: {record}")
 
 
@@ -294,27 +299,18 @@ def test_the_right_option_is_the_answer(pretraining: list[tasks.Record]) -> None
         options = record.get("options")
         if not isinstance(options, dict) or question == tasks.WRITE_OPTION:
             continue
+        if question.startswith("第"):
+            assert record["<ans>"] == f"<option_{'一二三四'.index(question[1])}>"
+            checked[question[2:]] += 1
+            continue
         answer = record["<ans>"]
         asked = answer if isinstance(answer, dict) else {str(record["input"]): answer}
         for text, name in asked.items():
-            fits = [option for option, offered in options.items() if means_same(text, offered)]
+            fits = [option for option, offered in options.items() if text == offered]
             assert fits == [name], record
             checked[question] += 1
-    assert checked.keys() == {"None", tasks.EQUAL, tasks.IN_VERSE, tasks.IN_PLAIN}
+    assert checked.keys() == {"None", tasks.EQUAL, "项是哪一项？"}
     assert min(checked.values()) > 100
-
-
-def means_same(a: str, b: str) -> bool:
-    if a == b:
-        return True
-    for verse, plain in ((a, b), (b, a)):
-        if verse in BY_VERSE_WORD:
-            concepts: tuple[Concept, ...] = (BY_VERSE_WORD[verse],)
-            if plain in concepts[0].plain:
-                return True
-        elif plain.endswith("。") and len(verse) in (5, 7):
-            return all(any(word in plain for word in c.plain) for c in read_scene(verse))
-    return False
 
 
 def test_pretraining_data_is_reproducible(tmp_path: Path, run_script: RunScript) -> None:

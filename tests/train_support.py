@@ -130,7 +130,11 @@ def make_model(folder: Path, config: ModelConfig = CONFIG, *, seed: int = 3) -> 
     """A base model with random weights in the native format, its config and vocabulary beside."""
     folder.mkdir(parents=True)
     model = CPMBee(config)
-    model.initialize(seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        parameter.data.fill_(1.0)
+        if "layernorm" not in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
     save_tensors(folder / "pytorch_model.bin", dict(model.state_dict()))
     (folder / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
     (folder / "vocab.txt").write_text("\n".join(TOKENS), encoding="utf-8")

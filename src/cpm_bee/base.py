@@ -14,6 +14,7 @@ from cpm_bee.checkpoint import Checkpoint, fingerprint
 from cpm_bee.derive import check_agreement, derive_config
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.model.config import ModelConfig
+from cpm_bee.model.initialization import initialize
 from cpm_bee.model.network import CPMBee
 from cpm_bee.tokenizer import Tokenizer
 
@@ -37,9 +38,13 @@ def choose_device(name: str = AUTO) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"--device {name}: no such device") from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: no such device; cpu, cuda and cuda:N can be used")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {name}: this machine has no usable GPU (--device cpu works)")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: the last GPU is cuda:{torch.cuda.device_count() - 1}")
     return device
 
 
@@ -95,7 +100,7 @@ def _random_base(
     config = ModelConfig.load(model_config)
     tokenizer = _checked_vocabulary(Path(vocab), config)
     model = _meta_model(config).to_empty(device="cpu")
-    model.initialize(seed)
+    initialize(model, seed)
     weights = {name: (lambda p=p: p) for name, p in model.named_parameters()}
     return Base(model.to(device=device, dtype=dtype), tokenizer, fingerprint(weights))
 

@@ -10,6 +10,16 @@ from typing import NoReturn
 from cpm_bee.errors import InputError
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Adds "(default: ...)" where there is a default that the help does not tell already."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.default in (None, False, argparse.SUPPRESS) or "default" in text:
+            return text
+        return f"{text} (default: %(default)s)"
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with this project's conventions.
 
@@ -19,7 +29,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """
 
     def __init__(self, **kwargs: object) -> None:
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.setdefault("formatter_class", _HelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)  # type: ignore[arg-type]
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-from cpm_bee.launch import Place, end_torchrun_quietly
+from cpm_bee.launch import Place, end_torchrun_quietly, remove_empty_log_folders
 
 
 class CpmBeeError(Exception):
@@ -69,6 +69,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     try:
         status = main()
         sys.stdout.flush()
+        if Place.of_this_process().local_rank == 0:
+            remove_empty_log_folders()
     except KeyboardInterrupt:
         if debug:
             raise

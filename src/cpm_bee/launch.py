@@ -55,7 +55,7 @@ def end_torchrun_quietly(exit_status: int) -> None:
         os._exit(exit_status)
     if Place.of_this_process().local_rank == 0:
         siblings = _children(_PARENT) - {os.getpid()}
-        _remove_empty_log_folders()
+        remove_empty_log_folders()
         os.kill(_PARENT, signal.SIGUSR1 if exit_status == 2 else signal.SIGUSR2)
         for sibling in siblings:
             with contextlib.suppress(ProcessLookupError):
@@ -75,8 +75,8 @@ def _children(parent: int) -> set[int]:
         return set()
 
 
-def _remove_empty_log_folders() -> None:
-    """torchrun makes a folder for the workers' error files and leaves it behind on failure."""
+def remove_empty_log_folders() -> None:
+    """Remove the folder that torchrun makes for its workers' error files and leaves behind."""
     error_file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))
     top = next((p for p in error_file.parents if p.name.startswith("torchelastic_")), None)
     if top is not None:

@@ -65,6 +65,8 @@ def validate(record: Any) -> list[str]:
     problems = list(_tree_problems(record, "", 1))
     if ANSWER not in record:
         problems.append(f'there is no "{ANSWER}" (use "" where the answer is not known)')
+    elif not _has_leaf(record[ANSWER]):
+        problems.append(f'"{ANSWER}" holds no text')
     return problems
 
 
@@ -80,6 +82,11 @@ def _tree_problems(node: dict, path: str, depth: int) -> Iterator[str]:
             yield f"value of {place}: nested more than {MAX_DEPTH} deep"
         else:
             yield from _tree_problems(value, place, depth + 1)
+
+
+def _has_leaf(node: Any) -> bool:
+    # Anything but a dictionary is either text or a problem of its own.
+    return any(map(_has_leaf, node.values())) if isinstance(node, dict) else True
 
 
 def _text_problems(text: Any, place: str) -> Iterator[str]:

@@ -30,7 +30,7 @@ RECORDS: list[Record] = [
     {"<ans>": "", "input": {"a": {"b": {"x": "春天"}}}},
     {"input": "é ü 漢", "<ans>": {"a": {"b": "漢", "x": "風"}}},
     {"input": "春 é", "<ans>": "é 天"},
-    {"input": "b", "<ans>": {}},
+    {"input": "b", "<ans>": {"a": {}, "b": "x"}},
 ]
 
 
@@ -142,7 +142,7 @@ def test_only_records_with_a_choice_are_read_again(
     for n in range(len(RECORDS)):
         index.record(n)
         index.record(n, random.Random(0))
-    assert read == [1, 3]
+    assert read == [1, 3, 5]
 
 
 def test_shuffled_answers(folder: Path) -> None:
@@ -196,7 +196,7 @@ def test_it_is_made_again_for_changed_data(
     folder: Path, tmp_path: Path, builds: list[Path]
 ) -> None:
     open_index(folder)
-    changed = [*RECORDS[:-1], {"input": "x", "<ans>": {}}]  # same sizes everywhere
+    changed = [*RECORDS[:-1], {"input": "x", "<ans>": {"a": {}, "b": "b"}}]  # same sizes everywhere
     other = write(tmp_path / "other", changed)
     assert (other / "meta.bin").read_bytes() == (folder / "meta.bin").read_bytes()
     (other / "data").replace(folder / "data")
@@ -243,12 +243,18 @@ def emptied(index: Path) -> None:
         path.write_bytes(b"")
 
 
+def other_vocabulary(index: Path) -> None:
+    # The folder's name holds only the beginning of the vocabulary's fingerprint.
+    info = json.loads((index / "index.json").read_text())
+    (index / "index.json").write_text(json.dumps({**info, "vocabulary": info["vocabulary"][:12]}))
+
+
 def binary_info(index: Path) -> None:
     (index / "index.json").write_bytes(b"\xff\xfe\x00")
 
 
 DAMAGE = [remove_info, cut_info, other_json, wrong_types, lost_key, cut_array, lost_array, emptied]
-DAMAGE += [binary_info]
+DAMAGE += [other_vocabulary, binary_info]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -32,7 +32,7 @@ class BlockStack(nn.Module):
 class CPMBee(nn.Module):
     """The language model. Its state dict has the native checkpoint names (SPEC §6).
 
-    Made without values: give it some with `initialize` or `checkpoint.load_model`.
+    Made without values: `base.load_base` gives it some.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -58,20 +58,6 @@ class CPMBee(nn.Module):
         h = self._stream(batch)[batch.target_positions]  # (N, dim_model)
         h = self.encoder.output_layernorm(h)
         return self.input_embedding.logits(h, batch.extension_ids, batch.extension_subs)
-
-    @torch.no_grad()
-    def initialize(self, seed: int) -> None:
-        """Random weights for a start without a checkpoint; the same on every machine and rank.
-
-        As SPEC §5, but for the embedding: N(0, 1) instead of N(0, 0.02²), which after its
-        division by sqrt(dim_model) leaves a small model's first layers almost without input.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if "layernorm" in name:
-                parameter.fill_(1.0)
-            else:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
 
 def _compute_dtype(h: torch.Tensor) -> torch.dtype:

@@ -121,7 +121,7 @@ def _add_delta(group: argparse._ArgumentGroup) -> None:
     add(
         "--delta-targets",
         type=comma_list,
-        default=("project_q", "project_v"),
+        default="project_q,project_v",
         metavar="LAYER,...",
         help="layers that carry a LoRA: project_q, project_k, project_v, "
         "attention_out, w_0, w_1, w_out",

@@ -15,7 +15,7 @@ from cpm_bee.data.container import BinaryDataset
 from cpm_bee.data.index import TokenIndex
 from cpm_bee.engine import Engine, OptimizerSettings
 from cpm_bee.engine.torch_engine import TorchEngine
-from cpm_bee.errors import CpmBeeError, InputError, Problems
+from cpm_bee.errors import CpmBeeError, InputError, Problems, RunError
 from cpm_bee.progress import say
 from cpm_bee.tokenizer import Tokenizer
 from cpm_bee.train.feed import Feed
@@ -23,6 +23,11 @@ from cpm_bee.train.loop import Trainer
 from cpm_bee.train.options import Options
 from cpm_bee.train.reporting import Reporter
 from cpm_bee.train.saving import Identity, RunFiles
+
+_LESS_MEMORY = (
+    "Less memory: --checkpointing full, a smaller --batch-size (with --accumulate for the same "
+    "step), a smaller --max-length"
+)
 
 
 def finetune(options: Options) -> None:
@@ -96,6 +101,8 @@ def _train(
     reporter.start({"options": asdict(options), "world_size": engine.world_size})
     try:
         trainer.run()
+    except torch.OutOfMemoryError as error:
+        raise RunError(f"{str(error).splitlines()[0]} {_LESS_MEMORY}") from None
     finally:
         reporter.close()
     reporter.line(f"saved: {files.best}, {files.last}")
@@ -201,4 +208,16 @@ def _summary(options: Options, engine: Engine, base: Base, feeds: list[Feed]) ->
                 f"warning: {feed.num_too_long} {name} records ({share:.2%}) are longer than "
                 f"--max-length {options.max_length} and left out"
             )
+    lines += _schedule_warning(options, feeds[0])
     return lines
+
+
+def _schedule_warning(options: Options, training: Feed) -> list[str]:
+    steps = options.epoch * training.num_steps(0)
+    last = options.start_step + min(steps, options.max_steps or steps)
+    if options.lr_decay_style not in ("linear", "cosine") or last <= options.schedule_end:
+        return []
+    return [
+        f"warning: the {options.lr_decay_style} schedule reaches rate 0 at step "
+        f"{options.schedule_end} (--train-iters), the run goes on to step {last}"
+    ]

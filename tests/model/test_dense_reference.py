@@ -1,0 +1,109 @@
+"""The model against SPEC §5 written out pair by pair (dense_reference.py)."""
+
+from __future__ import annotations
+
+import dense_reference
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpm_bee.data.batch import collate, extension_pairs
+from cpm_bee.errors import InputError
+from cpm_bee.model.attention import PositionBias
+from cpm_bee.model.config import ModelConfig
+from cpm_bee.model.network import CPMBee, target_loss
+from cpm_bee.records import Record
+
+# Of the largest value of a tensor. The model runs in fp32, the reference in double; 2e-6 is usual,
+# but with these weights a softmax is often saturated, and its gradient a small difference.
+TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 5e-4
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, what: str, tolerance: float) -> None:
+    error = (actual.double() - expected).abs().max().item()
+    assert error <= tolerance, f"{what}: {error}"
+
+
+def check(model: CPMBee, records: list[Record]) -> None:
+    weights = {
+        name: parameter.detach().double().requires_grad_()
+        for name, parameter in model.named_parameters()
+    }
+    logits, pairs, loss = dense_reference.logits_and_loss(
+        model.config, weights, records, tiny.TOKENIZER
+    )
+    encoded = tiny.encode(records)
+    assert extension_pairs(encoded) == pairs
+    batch = collate(encoded, tiny.TOKENIZER)
+    model.zero_grad()
+    actual = model(batch)
+    assert actual.shape == logits.shape
+    largest_logit = logits.detach().abs().max().item()
+    assert_near(actual.detach(), logits.detach(), "logits", TOLERANCE * largest_logit)
+    actual_loss = target_loss(actual, batch) / batch.num_targets
+    # The loss is a difference of logits.
+    assert_near(actual_loss.detach(), loss.detach(), "loss", TOLERANCE * largest_logit)
+    gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
+    actual_loss.backward()
+    largest = max(gradient.abs().max().item() for gradient in gradients)
+    for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
+        assert parameter.grad is not None, name
+        scale = max(gradient.abs().max().item(), 0.01 * largest)
+        assert_near(parameter.grad, gradient, name, GRADIENT_TOLERANCE * scale)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(tiny.records(), min_size=1, max_size=3), st.integers(0, 5))
+def test_random_records(records: list[Record], seed: int) -> None:
+    check(tiny.make_model(seed), records)
+
+
+HARD: dict[str, list[Record]] = {
+    "deeper than the relations distinguish": [
+        {"a": tiny.chain("x", 12, "春"), "<ans>": tiny.chain("b", 11, {"x": "ab", "a": "天"})}
+    ],
+    "many unknown runs": [
+        {"input": "é ü 漢 éü", "a": "ü漢<mask_1><mask_7>", "<ans>": "漢 é<mask_7> éü"},
+        {"input": "ö é", "<ans>": {"ö": "é ö", "<mask_1>": "ñ<option_4>"}},
+    ],
+    "nested, empty and shared answers": [
+        {"<ans>": {"a": "", "b": {"x": "春天", "ab": {"a": "", "b": "x"}}}, "input": "春风"},
+        {"<ans>": ""},
+    ],
+    "a context after the answer": [{"<ans>": "春春春", "question": "风" * 9}],
+    "distances beyond the last bucket": [{"input": "春 风 " * 20, "<ans>": "天 " * 35}],
+    "special tokens inside an answer": [
+        {"input": "<s>", "<ans>": "a<s>b<s_0>x<s_1></s>x<mask_1><mask_2>"}
+    ],
+}
+
+
+@pytest.mark.parametrize("case", HARD)
+@pytest.mark.parametrize("pruned", [False, True])
+def test_hard_records(case: str, pruned: bool) -> None:
+    masks = ((False, True), (True, True), (False, False), (True, False)) if pruned else ()
+    check(tiny.make_model(7, num_layers=4, mask_modules=masks), HARD[case])
+
+
+def test_a_table_with_too_few_segment_buckets() -> None:
+    """It serves shallow records; one that would reach past its end is refused."""
+    shallow: Record = {"input": "春", "a": {"x": "ab"}, "<ans>": {"a": "é"}}
+    check(tiny.make_model(7, position_bias_num_segment_buckets=28), [shallow])
+    model = tiny.make_model(7, position_bias_num_segment_buckets=63)
+    deep = tiny.encode(HARD["deeper than the relations distinguish"])
+    with pytest.raises(InputError, match=r"needs segment bucket 64 .*, this model has 63"):
+        model(collate(deep, tiny.TOKENIZER))
+
+
+@pytest.mark.parametrize(
+    ("buckets", "max_distance"), [(256, 2048), (256, 1500), (32, 50), (16, 50), (4, 3)]
+)
+def test_position_rows(buckets: int, max_distance: int) -> None:
+    config: ModelConfig = tiny.make_config(
+        position_bias_num_buckets=buckets, position_bias_max_distance=max_distance
+    )
+    relative = torch.arange(-2500, 2500)
+    expected = [dense_reference.position_row(config, r) for r in relative.tolist()]
+    assert PositionBias(config).position_rows(relative).tolist() == expected

@@ -1,0 +1,191 @@
+"""What may not change the model's results: layout, padding, recomputation, other records."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpm_bee.data.batch import Batch, collate, extension_pairs
+from cpm_bee.encoding import EncodedRecord
+from cpm_bee.model import attention
+from cpm_bee.model.attention import Layout
+from cpm_bee.model.network import CPMBee, target_loss
+from cpm_bee.records import Record
+
+RECORDS: list[Record] = [
+    {"input": "春 é" * 4, "question": "风", "<ans>": "é 天"},
+    {"<ans>": {"<mask_0>": "ü", "<mask_1>": "漢"}, "input": "ab<mask_0><mask_1>"},
+    {"input": tiny.chain("x", 12, "ü 漢" * 6), "<ans>": ""},
+    {"input": "b", "<ans>": {"a": {"b": "漢漢", "x": "風"}}},
+    {"input": "春" * 40, "<ans>": "春" * 12},
+]
+
+
+def gradients(model: CPMBee, batches: list[Batch]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Summed loss and gradients of the batches."""
+    model.zero_grad()
+    total = 0.0
+    for batch in batches:
+        loss = target_loss(model(batch), batch)
+        loss.backward()
+        total += loss.item()
+    return total, {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def assert_same(
+    actual: tuple[float, dict[str, torch.Tensor]], expected: tuple[float, dict[str, torch.Tensor]]
+) -> None:
+    assert actual[0] == pytest.approx(expected[0], rel=1e-5)
+    assert math.isfinite(actual[0])
+    for name, gradient in expected[1].items():
+        tolerance = 2e-5 * gradient.abs().max().item() + 1e-7
+        torch.testing.assert_close(actual[1][name], gradient, rtol=0, atol=tolerance, msg=name)
+
+
+def part(records: list[EncodedRecord], whole: list[EncodedRecord]) -> Batch:
+    return collate(records, tiny.TOKENIZER, extension_pairs(whole))
+
+
+def test_a_batch_is_the_sum_of_its_records() -> None:
+    model, encoded = tiny.make_model(1), tiny.encode(RECORDS)
+    whole = gradients(model, [part(encoded, encoded)])
+    assert_same(gradients(model, [part([e], encoded) for e in encoded]), whole)
+    assert_same(gradients(model, [part(encoded[:2], encoded), part(encoded[2:], encoded)]), whole)
+
+
+def test_the_table_of_the_step_matters() -> None:
+    """Or else the test above would show nothing: tables of their own give other losses."""
+    model, encoded = tiny.make_model(1), tiny.encode(RECORDS)
+    whole, _ = gradients(model, [part(encoded, encoded)])
+    alone, _ = gradients(model, [collate([e], tiny.TOKENIZER) for e in encoded])
+    assert abs(whole - alone) > 0.1
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(tiny.records(), min_size=2, max_size=5), st.randoms(use_true_random=False))
+def test_the_order_of_records_does_not_matter(records: list[Record], rng: random.Random) -> None:
+    model, encoded = tiny.make_model(2), tiny.encode(records)
+    whole = gradients(model, [part(encoded, encoded)])
+    shuffled = rng.sample(encoded, len(encoded))
+    assert_same(gradients(model, [part(shuffled, shuffled)]), whole)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_padding_has_no_effect(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    """All records in one padded group, or only those of equal length together."""
+    model, encoded = tiny.make_model(3), tiny.encode(RECORDS)
+    batch = part(encoded, encoded)
+    whole = gradients(model, [batch])
+    sizes = [len(Layout.of(batch, model.position_bias).groups)]
+    monkeypatch.setattr(attention, "_GROUP_SHARE", share)
+    sizes.append(len(Layout.of(batch, model.position_bias).groups))
+    assert share == 0.5 or sizes[0] != sizes[1]
+    assert (sizes[1] == 1) == (share == 0.0)
+    assert_same(gradients(model, [batch]), whole)
+
+
+def test_layout_holds_each_token_once() -> None:
+    batch = part(tiny.encode(RECORDS), tiny.encode(RECORDS))
+    layout = Layout.of(batch, tiny.make_model().position_bias)
+    places = torch.cat([group.places.flatten() for group in layout.groups])
+    assert places[layout.inverse].tolist() == list(range(batch.num_tokens))
+
+
+def test_a_record_does_not_see_another() -> None:
+    model, encoded = tiny.make_model(4), tiny.encode(RECORDS)
+    other = tiny.encode([{"input": "天天<mask>" * 9, "<ans>": "x"}])
+    with torch.no_grad():
+        first = model.hidden_states(collate(encoded[:1] + encoded[1:], tiny.TOKENIZER))
+        second = model.hidden_states(collate(encoded[:1] + other, tiny.TOKENIZER))
+    length = len(encoded[0])
+    torch.testing.assert_close(first[:length], second[:length], rtol=0, atol=1e-5)
+
+
+def test_logits_are_those_of_the_states() -> None:
+    model, encoded = tiny.make_model(4), tiny.encode(RECORDS)
+    batch = collate(encoded, tiny.TOKENIZER)
+    with torch.no_grad():
+        h = model.hidden_states(batch)[batch.target_positions]
+        logits = model.input_embedding.logits(h, batch.extension_ids, batch.extension_subs)
+        torch.testing.assert_close(model(batch), logits)
+
+
+def test_an_answer_is_predicted_from_what_stands_before_it() -> None:
+    """Changing an answer's later token leaves the logits of earlier positions alone."""
+    model = tiny.make_model(5)
+    results = []
+    for last in ("天", "风"):
+        batch = collate(tiny.encode([{"<ans>": f"ab{last}", "input": "春"}]), tiny.TOKENIZER)
+        with torch.no_grad():
+            results.append(model(batch))
+    # Targets: ab, the last word, </s>. The first two are predicted without seeing the last word.
+    torch.testing.assert_close(results[0][:2], results[1][:2], rtol=0, atol=1e-5)
+    assert not torch.allclose(results[0][2], results[1][2], atol=1e-2)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_checkpointing_recomputes_the_same(dropout_p: float) -> None:
+    model, encoded = tiny.make_model(6, dropout_p=dropout_p), tiny.encode(RECORDS)
+    model.train()
+    results = []
+    calls = []
+    model.encoder.layers[1].register_forward_pre_hook(lambda *_: calls.append(1))
+    for checkpointing in (False, True):
+        model.encoder.checkpointing = checkpointing
+        torch.manual_seed(0)
+        results.append(gradients(model, [part(encoded, encoded)]))
+    assert_same(results[1], results[0])
+    assert len(calls) == 1 + 2
+    with torch.no_grad():
+        model(part(encoded, encoded))
+    assert len(calls) == 4
+
+
+def test_dropout_acts_in_training_alone() -> None:
+    batch = collate(tiny.encode(RECORDS), tiny.TOKENIZER)
+    model, plain = tiny.make_model(6, dropout_p=0.3), tiny.make_model(6)
+    with torch.no_grad():
+        assert torch.equal(model(batch), plain(batch))
+        model.train()
+        assert not torch.allclose(model(batch), model(batch), atol=1e-2)
+
+
+@pytest.mark.parametrize("how", ["autocast", "weights"])
+def test_bf16_is_near(how: str) -> None:
+    model, encoded = tiny.make_model(8), tiny.encode(RECORDS)
+    batch = collate(encoded, tiny.TOKENIZER)
+    with torch.no_grad():
+        exact = model(batch)
+        if how == "weights":
+            model.bfloat16()
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            near = model(batch)
+            loss = target_loss(near, batch)
+    assert near.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert (near.float() - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_names() -> None:
+    """Exactly the native checkpoint names of SPEC §6."""
+    attention_names = ["layernorm_before_attention"] + [
+        f"self_attention.{part}"
+        for part in ("project_q", "project_k", "project_v", "attention_out")
+    ]
+    ffn_names = ["layernorm_before_ffn", "ffn.w_in.w_0", "ffn.w_in.w_1", "ffn.w_out"]
+    expected = {"input_embedding.weight", "position_bias.relative_attention_bias"}
+    expected |= {"encoder.output_layernorm.weight"}
+    expected |= {f"encoder.layers.0.self_att.{name}.weight" for name in attention_names}
+    expected |= {f"encoder.layers.2.ffn.{name}.weight" for name in ffn_names}
+    masks = ((False, True), (True, True), (True, False))
+    model = CPMBee(tiny.make_config(num_layers=3, mask_modules=masks))
+    assert set(model.state_dict()) == expected
+    assert {name for name, _ in model.named_parameters()} == expected
