@@ -15,9 +15,18 @@ texts = st.text(st.sampled_from("a<>春 \n") | st.characters(exclude_categories=
 trees = st.recursive(texts, lambda inner: st.dictionaries(texts, inner, max_size=3), max_leaves=12)
 
 
-@given(st.dictionaries(texts, trees, max_size=4), trees)
+def has_text(tree: object) -> bool:
+    return any(map(has_text, tree.values())) if isinstance(tree, dict) else True
+
+
+@given(st.dictionaries(texts, trees, max_size=4), trees.filter(has_text))
 def test_a_tree_of_escaped_texts_with_an_answer_is_a_record(fields: dict, answer: object) -> None:
     assert validate({**fields, "<ans>": answer}) == []
+
+
+@pytest.mark.parametrize("answer", [{}, {"a": {}}, {"a": {}, "b": {"c": {}}}])
+def test_an_answer_without_any_text_is_none(answer: dict) -> None:
+    assert validate({"<ans>": answer}) == ['"<ans>" holds no text']
 
 
 @given(st.dictionaries(texts, trees, max_size=4))

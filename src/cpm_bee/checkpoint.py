@@ -78,7 +78,7 @@ class Checkpoint:
             raise InputError(f"{self.path}: holds no tensors")
 
     def fingerprint(self) -> str:
-        """Identifies the weights, whatever file format or float type they are stored in."""
+        """Identifies the weights, in any file format, as fp16 or in a type that holds more."""
         return fingerprint({name: entry.read for name, entry in self.entries.items()})
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cpm_bee.checkpoint import Checkpoint, layers_present
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.model.config import ModelConfig
@@ -16,7 +18,8 @@ def derive_config(checkpoint: Checkpoint, note: dict[str, Any] | None = None) ->
     """The config of a checkpoint from its tensors; what they do not tell, from `config.json`.
 
     The tensors decide on sizes and pruned blocks (SPEC §6); split of the buckets, max_distance,
-    eps, dropout and distance_scale come from the config beside the checkpoint, else are usual.
+    eps, dropout, distance_scale and half come from the config beside the checkpoint, else are
+    usual; half then tells whether all tensors are fp16.
     """
     shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
     blocks = layers_present(shapes)
@@ -48,6 +51,8 @@ def derive_config(checkpoint: Checkpoint, note: dict[str, Any] | None = None) ->
         }
     whole = all(attention and ffn for attention, ffn in blocks)
     values["mask_modules"] = () if whole else tuple((not a, not f) for a, f in blocks)
+    dtypes = {entry.dtype for entry in checkpoint.entries.values()}
+    values.setdefault("half", dtypes == {torch.float16})
     return ModelConfig.from_dict(values, source)
 
 
