@@ -93,11 +93,25 @@ def test_padding_has_no_effect(monkeypatch: pytest.MonkeyPatch, share: float) ->
     assert_same(gradients(model, [batch]), whole)
 
 
-def test_layout_holds_each_token_once() -> None:
+@pytest.mark.parametrize("at_targets", [False, True])
+def test_layout_holds_each_query_once(at_targets: bool) -> None:
     batch = part(tiny.encode(RECORDS), tiny.encode(RECORDS))
-    layout = Layout.of(batch, tiny.make_model().position_bias)
-    places = torch.cat([group.places.flatten() for group in layout.groups])
-    assert places[layout.inverse].tolist() == list(range(batch.num_tokens))
+    layout = Layout.of(batch, tiny.make_model().position_bias, at_targets=at_targets)
+    queries = torch.cat([group.queries.flatten() for group in layout.groups])
+    count = batch.num_targets if at_targets else batch.num_tokens
+    assert queries[layout.inverse].tolist() == list(range(count))
+
+
+@pytest.mark.parametrize("last_attention", [True, False])
+def test_last_layer_at_targets_alone_is_exact(last_attention: bool) -> None:
+    """The logits of `forward` are those of all hidden states, picked afterwards."""
+    masks = ((False, False), (False, False), (not last_attention, False))
+    model = tiny.make_model(5, num_layers=3, mask_modules=masks)
+    batch = part(tiny.encode(RECORDS), tiny.encode(RECORDS))
+    with torch.no_grad():
+        h = model.hidden_states(batch)[batch.target_positions]
+        expected = model.input_embedding.logits(h, batch.extension_ids, batch.extension_subs)
+        torch.testing.assert_close(model(batch), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_record_does_not_see_another() -> None:

@@ -72,10 +72,24 @@ class PositionBias(nn.Module):
 
 
 class Group(NamedTuple):
-    """G records of similar length, padded to L tokens."""
+    """G records of similar length: Q queries each that look at L keys, both padded."""
 
-    places: torch.Tensor  # (G, L) position in the stream; any valid one for padding
-    rows: torch.Tensor  # (G, L, L) rows of the bias table
+    queries: torch.Tensor  # (G, Q) number of the query; any valid one for padding
+    keys: torch.Tensor  # (G, L) position in the stream; any valid one for padding
+    rows: torch.Tensor  # (G, Q, L) rows of the bias table
+
+
+class _Ragged(NamedTuple):
+    """Consecutive items of each of G records, padded to the most that any of them has."""
+
+    items: torch.Tensor  # (G, W) the last one again for padding
+    valid: torch.Tensor  # (G, W) bool
+
+    @classmethod
+    def of(cls, starts: list[int], counts: list[int], device: torch.device) -> _Ragged:
+        start, count = (torch.tensor(v, device=device)[:, None] for v in (starts, counts))
+        offset = torch.arange(max(counts), device=device)  # (W,)
+        return cls(start + torch.minimum(offset, count - 1), offset < count)
 
 
 @dataclass(frozen=True)
@@ -83,32 +97,43 @@ class Layout:
     """How the stream's records are grouped for attention. Depends on the batch alone."""
 
     groups: tuple[Group, ...]
-    inverse: torch.Tensor  # (T,) position of each token among the groups' outputs laid end to end
+    inverse: torch.Tensor  # (N,) position of each query among the groups' outputs laid end to end
 
     @classmethod
-    def of(cls, batch: Batch, bias: PositionBias) -> Layout:
+    def of(cls, batch: Batch, bias: PositionBias, *, at_targets: bool = False) -> Layout:
+        """The layout with every token as a query, or only the positions that have a target."""
         device = batch.ids.device
         starts = _starts(batch.lengths)
+        counts = list(batch.lengths)
+        places = torch.arange(batch.num_tokens, device=device)
+        if at_targets:
+            counts = torch.bincount(batch.target_records, minlength=len(batch.lengths)).tolist()
+            places = batch.target_positions
+        query_starts = _starts(counts)
         relation_starts = _starts([s * s for s in batch.num_segments])
-        order = sorted(range(len(batch.lengths)), key=lambda r: -batch.lengths[r])
+        order = [r for r in range(len(batch.lengths)) if counts[r]]
+        order.sort(key=lambda r: -batch.lengths[r])
         groups: list[Group] = []
-        inverse = torch.empty(batch.num_tokens, dtype=torch.int64, device=device)
+        inverse = torch.empty(len(places), dtype=torch.int64, device=device)
         padded = 0
         while order:
             longest = batch.lengths[order[0]]
             size = sum(batch.lengths[r] >= _GROUP_SHARE * longest for r in order)
             members, order = order[:size], order[size:]
-            select = [[v[r] for r in members] for v in (starts, batch.lengths, batch.num_segments)]
-            start, length, segments = (torch.tensor(v, device=device)[:, None] for v in select)
-            relation_start = torch.tensor([relation_starts[r] for r in members], device=device)
-            offset = torch.arange(longest, device=device)  # (L,)
-            valid = offset < length  # (G, L)
-            index = start + torch.minimum(offset, length - 1)
-            rows = _rows(batch, bias, index, valid, relation_start, segments[:, 0])
-            slots = padded + torch.arange(index.numel(), device=device).view_as(index)
-            inverse[index[valid]] = slots[valid]
-            padded += index.numel()
-            groups.append(Group(index, rows))
+            queries = _Ragged.of(
+                [query_starts[r] for r in members], [counts[r] for r in members], device
+            )
+            keys = _Ragged.of(
+                [starts[r] for r in members], [batch.lengths[r] for r in members], device
+            )
+            relations = torch.tensor(
+                [(relation_starts[r], batch.num_segments[r]) for r in members], device=device
+            )
+            rows = _rows(batch, bias, places[queries.items], queries.valid, keys, relations)
+            slots = padded + torch.arange(queries.items.numel(), device=device)
+            inverse[queries.items[queries.valid]] = slots.view_as(queries.items)[queries.valid]
+            padded += queries.items.numel()
+            groups.append(Group(queries.items, keys.items, rows))
         return cls(tuple(groups), inverse)
 
 
@@ -122,24 +147,23 @@ def _starts(lengths: list[int] | tuple[int, ...]) -> list[int]:
 def _rows(
     batch: Batch,
     bias: PositionBias,
-    index: torch.Tensor,
-    valid: torch.Tensor,
-    relation_start: torch.Tensor,
-    num_segments: torch.Tensor,
+    queries: torch.Tensor,
+    query_valid: torch.Tensor,
+    keys: _Ragged,
+    relations: torch.Tensor,
 ) -> torch.Tensor:
-    """Bias rows of a group, [G, L, L]."""
-    segment = batch.segments[index]  # (G, L)
-    place = relation_start[:, None, None] + (
-        segment[:, :, None] * num_segments[:, None, None] + segment[:, None, :]
+    """Bias rows [G, Q, L] of queries at positions of the stream, [G, Q]."""
+    start, num_segments = relations[:, :1, None], relations[:, 1:, None]  # (G, 1, 1)
+    place = start + (
+        batch.segments[queries][:, :, None] * num_segments + batch.segments[keys.items][:, None, :]
     )
-    relation = batch.relations[place].long()  # (G, L, L)
-    position = torch.arange(index.shape[1], device=index.device)
-    relative = position[None, :] - position[:, None]  # (L, L), k - q
-    rows = bias.rows(relative.expand_as(relation), relation)
-    context = batch.context[index]
-    visible = context[:, None, :] | (~context[:, :, None] & (relative <= 0))
+    relation = batch.relations[place].long()  # (G, Q, L)
+    relative = keys.items[:, None, :] - queries[:, :, None]  # (G, Q, L), k - q
+    rows = bias.rows(relative, relation)
+    context = batch.context
+    visible = context[keys.items][:, None, :] | (~context[queries][:, :, None] & (relative <= 0))
     # Padding queries see everything, so that no row is empty (an empty softmax is NaN).
-    visible = (visible & valid[:, None, :]) | ~valid[:, :, None]
+    visible = (visible & keys.valid[:, None, :]) | ~query_valid[:, :, None]
     return torch.where(visible, rows, bias.hidden_row)
 
 
@@ -150,16 +174,17 @@ class GroupedAttention:
         self, layout: Layout, bias: PositionBias, dtype: torch.dtype, dropout_p: float
     ) -> None:
         self._layout = layout
-        self._biases = [bias.values(g.rows).to(dtype) for g in layout.groups]  # (G, H, L, L)
+        self._biases = [bias.values(g.rows).to(dtype) for g in layout.groups]  # (G, H, Q, L)
         self._dropout_p = dropout_p
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
-        """q, k, v [T, H, D] -> [T, H, D]."""
+        """q [N, H, D] of the layout's queries, k and v [T, H, D] -> [N, H, D]."""
         outputs = []
         for group, bias in zip(self._layout.groups, self._biases, strict=True):
-            gq, gk, gv = (x[group.places].transpose(1, 2) for x in (q, k, v))  # (G, H, L, D)
+            gq = q[group.queries].transpose(1, 2)  # (G, H, Q, D)
+            gk, gv = (x[group.keys].transpose(1, 2) for x in (k, v))  # (G, H, L, D)
             o = F.scaled_dot_product_attention(gq, gk, gv, bias, self._dropout_p)
-            outputs.append(o.transpose(1, 2).flatten(0, 1))  # (G*L, H, D)
+            outputs.append(o.transpose(1, 2).flatten(0, 1))  # (G*Q, H, D)
         return torch.cat(outputs)[self._layout.inverse]

@@ -11,7 +11,8 @@ from torch import nn
 
 from cpm_bee.model.config import ModelConfig
 
-# Computes attention of one layer: (layer, q, k, v) -> output, all [T, heads, dim_head].
+# Computes attention of one layer: (layer, q, k, v) -> output; q and output [N, heads, dim_head],
+# k and v [T, heads, dim_head].
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 RESIDUAL_SCALE = 1 / 1.05
@@ -101,8 +102,11 @@ class Attention(nn.Module):
         self.attention_out = Linear(inner, config.dim_model)
         self.heads = (config.num_heads, config.dim_head)
 
-    def forward(self, x: torch.Tensor, layer: int, attend: Attend) -> torch.Tensor:
-        q = self.project_q(x).unflatten(-1, self.heads)  # (T, H, D)
+    def forward(
+        self, x: torch.Tensor, layer: int, attend: Attend, queries: torch.Tensor | None
+    ) -> torch.Tensor:
+        asking = x if queries is None else x[queries]
+        q = self.project_q(asking).unflatten(-1, self.heads)  # (T, H, D)
         k = self.project_k(x).unflatten(-1, self.heads)
         v = self.project_v(x).unflatten(-1, self.heads)
         return self.attention_out(attend(layer, q, k, v).flatten(-2))
@@ -115,8 +119,11 @@ class AttentionBlock(nn.Module):
         self.self_attention = Attention(config)
         self.dropout = nn.Dropout(config.dropout_p)
 
-    def forward(self, h: torch.Tensor, layer: int, attend: Attend) -> torch.Tensor:
-        x = self.self_attention(self.layernorm_before_attention(h), layer, attend)
+    def forward(
+        self, h: torch.Tensor, layer: int, attend: Attend, queries: torch.Tensor | None
+    ) -> torch.Tensor:
+        x = self.self_attention(self.layernorm_before_attention(h), layer, attend, queries)
+        h = h if queries is None else h[queries]
         return (h + self.dropout(x)) * RESIDUAL_SCALE
 
 
@@ -161,7 +168,12 @@ class TransformerBlock(nn.Module):
         self.self_att = AttentionBlock(config) if config.has_attention(layer) else None
         self.ffn = FeedForwardBlock(config) if config.has_ffn(layer) else None
 
-    def forward(self, h: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def forward(
+        self, h: torch.Tensor, attend: Attend, queries: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """h [T, dim_model] -> the same; with N `queries`, positions, [N, dim_model] of these."""
         if self.self_att is not None:
-            h = self.self_att(h, self.layer, attend)
+            h = self.self_att(h, self.layer, attend, queries)
+        elif queries is not None:
+            h = h[queries]
         return h if self.ffn is None else self.ffn(h)

@@ -20,12 +20,25 @@ class BlockStack(nn.Module):
         self.output_layernorm = RMSNorm(config.dim_model, config.eps)
         self.checkpointing = False
 
-    def forward(self, h: torch.Tensor, attend: Attend) -> torch.Tensor:
-        for layer in self.layers:
+    def forward(
+        self,
+        h: torch.Tensor,
+        attend: Attend,
+        attend_last: Attend | None = None,
+        queries: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """h [T, dim_model] -> [T, dim_model], before the last norm.
+
+        With `queries`, positions [N], the last layer computes these alone, with `attend_last`,
+        and the result is [N, dim_model].
+        """
+        last = len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            asked = (attend_last or attend, queries) if i == last else (attend, None)
             if self.checkpointing and torch.is_grad_enabled():
-                h = checkpoint(layer, h, attend, use_reentrant=False)
+                h = checkpoint(layer, h, *asked, use_reentrant=False)
             else:
-                h = layer(h, attend)
+                h = layer(h, *asked)
         return h
 
 
@@ -44,20 +57,22 @@ class CPMBee(nn.Module):
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """The states after the last norm, [T, dim_model]."""
-        return self.encoder.output_layernorm(self._stream(batch))
-
-    def _stream(self, batch: Batch) -> torch.Tensor:
         h = self.input_embedding(batch.ids, batch.subs)  # (T, dim_model)
-        dropout_p = self.config.dropout_p if self.training else 0.0
-        dtype = _compute_dtype(h)
-        layout = Layout.of(batch, self.position_bias)
-        return self.encoder(h, GroupedAttention(layout, self.position_bias, dtype, dropout_p))
+        h = self.encoder(h, self._attention(batch, h))
+        return self.encoder.output_layernorm(h)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits at the targets alone, [N, vocab_size + E]."""
-        h = self._stream(batch)[batch.target_positions]  # (N, dim_model)
-        h = self.encoder.output_layernorm(h)
+        h = self.input_embedding(batch.ids, batch.subs)  # (T, dim_model)
+        at_targets = self._attention(batch, h, at_targets=True)
+        h = self.encoder(h, self._attention(batch, h), at_targets, batch.target_positions)
+        h = self.encoder.output_layernorm(h)  # (N, dim_model)
         return self.input_embedding.logits(h, batch.extension_ids, batch.extension_subs)
+
+    def _attention(self, batch: Batch, h: torch.Tensor, *, at_targets: bool = False) -> Attend:
+        layout = Layout.of(batch, self.position_bias, at_targets=at_targets)
+        dropout_p = self.config.dropout_p if self.training else 0.0
+        return GroupedAttention(layout, self.position_bias, _compute_dtype(h), dropout_p)
 
 
 def _compute_dtype(h: torch.Tensor) -> torch.dtype:
