@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train src/ckpts/cpm-bee-tiny again, from nothing: vocabulary, records, weights.
-#   bash scripts/tiny_base/recipe.sh [FOLDER]      default: a work folder that is named at the end
+#   bash scripts/tiny_base/recipe.sh [FOLDER]      default: a new folder, named at the end
 # The result is equivalent to the committed model; whether it is the same bit by bit depends on
 # the processor and the version of PyTorch.
 set -euo pipefail
@@ -10,20 +10,32 @@ work="$(realpath -m "${1:-$(mktemp -d)}")"
 cd "$project"
 
 python scripts/tiny_base/build_vocabulary.py --output "$work/vocab.txt"
-python scripts/tiny_base/make_pretraining_data.py --output "$work/bee_data"
-python src/preprocess_dataset.py --input "$work/bee_data" --output_path "$work/bin_data" \
-    --output_name pretraining --overwrite
-python src/finetune_cpm_bee.py \
-    --model-config config/cpm-bee-tiny.json --vocab "$work/vocab.txt" \
-    --dataset "$work/bin_data/train" --eval_dataset "$work/bin_data/eval" \
-    --max-length 1024 --batch-size 1 --epoch 1 \
-    --lr 0.02 --lr-decay-style cosine --warmup-iters 50 --train-iters 2500 --max-steps 2500 \
-    --weight-decay 0 --eval-interval 250 --early-stop-patience 100 --inspect-iters 2500 \
-    --seed 1 --save "$work/results" --save-name cpm-bee-tiny
+# One thread: for a model of this size a second one gains little, and sums stay in one order.
+export OMP_NUM_THREADS=1
+
+#   train STAGE RECORDS FLAGS...   makes $work/STAGE/{bee_data,bin_data,results}
+train() {
+    local stage="$1" records="$2" folder="$work/$1"
+    python scripts/tiny_base/make_pretraining_data.py \
+        --stage "$stage" --train "$records" --output "$folder/bee_data"
+    python src/preprocess_dataset.py --input "$folder/bee_data" \
+        --output_path "$folder/bin_data" --output_name p --overwrite
+    python src/finetune_cpm_bee.py --vocab "$work/vocab.txt" \
+        --dataset "$folder/bin_data/train" --eval_dataset "$folder/bin_data/eval" \
+        --max-length 1024 --batch-size 1 --lr-decay-style cosine --weight-decay 0 \
+        --early-stop-patience 100 --inspect-iters 6000 \
+        --save "$folder/results" --save-name cpm-bee-tiny "${@:3}"
+}
+
+# From random weights: finding and comparing words. Then, shortly, whole lines.
+train words 100000 --model-config config/cpm-bee-tiny.json --epoch 2 --lr 0.02 \
+    --warmup-iters 50 --train-iters 6000 --max-steps 6000 --eval-interval 200 --seed 3
+train lines 9000 --load "$work/words/results/cpm-bee-tiny-last.pt" --lr 0.005 \
+    --warmup-iters 20 --train-iters 300 --max-steps 300 --eval-interval 100 --seed 1
 
 mkdir -p "$work/cpm-bee-tiny"
-cp "$work/results/cpm-bee-tiny-last.pt" "$work/cpm-bee-tiny/pytorch_model.bin"
+cp "$work/lines/results/cpm-bee-tiny-last.pt" "$work/cpm-bee-tiny/pytorch_model.bin"
 cp config/cpm-bee-tiny.json "$work/cpm-bee-tiny/config.json"
 cp "$work/vocab.txt" "$work/cpm-bee-tiny/vocab.txt"
-echo "the model is in $work/cpm-bee-tiny, its log in $work/results/cpm-bee-tiny-log.jsonl"
-echo "to use it: cp $work/cpm-bee-tiny/* src/ckpts/cpm-bee-tiny/"
+cat "$work"/{words,lines}/results/cpm-bee-tiny-log.jsonl > "$work/cpm-bee-tiny/training-log.jsonl"
+echo "the model and the log of its training are in $work/cpm-bee-tiny"

@@ -1,0 +1,79 @@
+"""The committed base model: what it is, and that tuning it on the sample works."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import ROOT, RunScript
+
+from cpm_bee.base import load_base
+from cpm_bee.model.config import ModelConfig
+
+TINY = ROOT / "src" / "ckpts" / "cpm-bee-tiny"
+RECIPE = ROOT / "scripts" / "tiny_base"
+
+
+def test_it_is_small_and_in_the_native_format() -> None:
+    files = sorted(path.name for path in TINY.iterdir())
+    assert files == ["config.json", "pytorch_model.bin", "vocab.txt"]
+    assert sum(path.stat().st_size for path in TINY.iterdir()) <= 8 << 20
+    base = load_base(str(TINY), "auto", None, torch.float32, torch.device("cpu"))
+    assert base.model.config == ModelConfig.load(TINY / "config.json")
+    assert base.model.config == ModelConfig.load(ROOT / "config" / "cpm-bee-tiny.json")
+    tensors = torch.load(TINY / "pytorch_model.bin", weights_only=True)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+
+
+def test_its_vocabulary_is_what_the_script_builds(tmp_path: Path, run_script: RunScript) -> None:
+    done = run_script("scripts/tiny_base/build_vocabulary.py", "--output", tmp_path / "vocab.txt")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "vocab.txt").read_bytes() == (TINY / "vocab.txt").read_bytes()
+
+
+def test_its_training_log_is_there_and_fits_the_recipe() -> None:
+    lines = (RECIPE / "training-log.jsonl").read_text(encoding="utf-8").splitlines()
+    events = [json.loads(line) for line in lines]
+    options = events[0]["options"]
+    assert options["load"] is None and not options["use_delta"]
+    assert events[-1]["event"] == "end"
+    evaluations = [event for event in events if event["event"] == "eval"]
+    assert evaluations[0]["exact_match"] < 0.05 < 0.9 < evaluations[-1]["exact_match"]
+    recipe = (RECIPE / "recipe.sh").read_text(encoding="utf-8")
+    for flag in ("lr", "seed", "train-iters", "max-steps", "max-length", "batch-size"):
+        value = options[flag.replace("-", "_")]
+        assert f"--{flag} {value:g} " in recipe.replace("\\\n", " ")
+
+
+@pytest.mark.slow
+def test_tuning_lifts_the_accuracy_on_the_sample(tmp_path: Path) -> None:
+    """With the settings of the script, from at most 40 % to at least 85 %."""
+    bee, results = tmp_path / "bee", tmp_path / "bin"
+    reformat = ["tutorials/basic_task_finetune/data_reformat.py", "--output", bee]
+    preprocess = ["src/preprocess_dataset.py", "--input", bee, "--output_path", results]
+    preprocess += ["--output_name", "data"]
+    for script, *arguments in (reformat, preprocess):
+        subprocess.run([sys.executable, ROOT / script, *arguments], check=True)
+    subprocess.run(
+        ["bash", "scripts/finetune_cpm_bee.sh"],
+        cwd=ROOT / "src",
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "LOAD": "ckpts/cpm-bee-tiny",
+            "DATASET": str(results / "train"),
+            "EVAL_DATASET": str(results / "eval"),
+            "SAVE": str(tmp_path),
+            "SAVE_NAME": "tuned",
+        },
+        check=True,
+    )
+    log = (tmp_path / "tuned-log.jsonl").read_text(encoding="utf-8").splitlines()
+    accuracies = [e["exact_match"] for e in map(json.loads, log) if e["event"] == "eval"]
+    assert accuracies[0] <= 0.40
+    assert max(accuracies) >= 0.85
