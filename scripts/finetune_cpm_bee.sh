@@ -26,7 +26,7 @@ fi
 if [ "$(basename "$LOAD")" = cpm-bee-tiny ]; then
     # A tiny model wants more and smaller steps, at a higher rate, than a large one.
     EPOCH="${EPOCH:-6}" BATCH_SIZE="${BATCH_SIZE:-1}" MAX_LENGTH="${MAX_LENGTH:-1024}"
-    LR="${LR:-0.1}" WARMUP_ITERS="${WARMUP_ITERS:-100}"
+    LR="${LR:-0.06}" WARMUP_ITERS="${WARMUP_ITERS:-50}"
     EVAL_INTERVAL="${EVAL_INTERVAL:-200}" INSPECT_ITERS="${INSPECT_ITERS:-1000}"
 fi
 
