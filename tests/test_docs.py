@@ -209,7 +209,7 @@ def test_variables_of_the_script_with_their_defaults(document: Path) -> None:
 
 @readmes
 def test_variables_of_the_tiny_model_stand_in_their_column(document: Path) -> None:
-    block = SCRIPT[SCRIPT.index('= cpm-bee-tiny ]') :].partition("\nfi\n")[0]
+    block = SCRIPT[SCRIPT.index("= cpm-bee-tiny ]") :].partition("\nfi\n")[0]
     tiny = dict(re.findall(r"\b([A-Z_]+)=\"\$\{[A-Z_]+:-([^}]*)\}\"", block))
     assert len(tiny) >= 3
     rows = table_with(document, "GPUS_PER_NODE")
