@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -39,15 +40,21 @@ def test_its_vocabulary_is_what_the_script_builds(tmp_path: Path, run_script: Ru
 def test_its_training_log_is_there_and_fits_the_recipe() -> None:
     lines = (RECIPE / "training-log.jsonl").read_text(encoding="utf-8").splitlines()
     events = [json.loads(line) for line in lines]
-    options = events[0]["options"]
-    assert options["load"] is None and not options["use_delta"]
-    assert events[-1]["event"] == "end"
-    evaluations = [event for event in events if event["event"] == "eval"]
-    assert evaluations[0]["exact_match"] < 0.05 < 0.9 < evaluations[-1]["exact_match"]
-    recipe = (RECIPE / "recipe.sh").read_text(encoding="utf-8")
-    for flag in ("lr", "seed", "train-iters", "max-steps", "max-length", "batch-size"):
-        value = options[flag.replace("-", "_")]
-        assert f"--{flag} {value:g} " in recipe.replace("\\\n", " ")
+    starts = [i for i, event in enumerate(events) if event["event"] == "start"]
+    words, lines_stage = events[: starts[1]], events[starts[1] :]
+    assert words[0]["options"]["load"] is None
+    assert lines_stage[0]["options"]["load"].endswith("words/results/cpm-bee-tiny-last.pt")
+    recipe = (RECIPE / "recipe.sh").read_text(encoding="utf-8").split()
+    for stage in (words, lines_stage):
+        assert stage[-1]["event"] == "end"
+        options = stage[0]["options"]
+        assert not options["use_delta"]
+        for flag in ("lr", "seed", "train-iters", "max-steps", "max-length", "batch-size"):
+            values = [b for a, b in itertools.pairwise(recipe) if a == f"--{flag}"]
+            assert options[flag.replace("-", "_")] in map(float, values)
+    evaluations = [event["exact_match"] for event in words if event["event"] == "eval"]
+    assert evaluations[0] < 0.05
+    assert evaluations[-1] > 0.99
 
 
 @pytest.mark.slow

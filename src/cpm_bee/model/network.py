@@ -19,6 +19,10 @@ class BlockStack(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.num_layers))
         self.output_layernorm = RMSNorm(config.dim_model, config.eps)
         self.checkpointing = False
+        # The last layer with attention: after it, no position matters to another.
+        self._last = max(
+            (i for i in range(config.num_layers) if config.has_attention(i)), default=0
+        )
 
     def forward(
         self,
@@ -29,12 +33,11 @@ class BlockStack(nn.Module):
     ) -> torch.Tensor:
         """h [T, dim_model] -> [T, dim_model], before the last norm.
 
-        With `queries`, positions [N], the last layer computes these alone, with `attend_last`,
-        and the result is [N, dim_model].
+        With `queries`, positions [N], the last attention and what follows it compute these alone,
+        with `attend_last`, and the result is [N, dim_model].
         """
-        last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
-            asked = (attend_last or attend, queries) if i == last else (attend, None)
+            asked = (attend_last or attend, queries) if i == self._last else (attend, None)
             if self.checkpointing and torch.is_grad_enabled():
                 h = checkpoint(layer, h, *asked, use_reentrant=False)
             else:
