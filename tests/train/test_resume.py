@@ -56,12 +56,10 @@ def test_resuming_is_exact(
     whole = train(with_dropout, tmp_path / "whole", **flags)
     cut_off(with_dropout, tmp_path / "cut", cut, **flags)
     resumed = train(with_dropout, tmp_path / "cut", resume=True, **flags)
-    state = cut - 1 if cut % 2 else cut - 2  # the step of the last saved state
-    steps = [*range(1, cut + 1), *range(state + 1, 14)]
-    assert resumed.column("step") == steps
+    assert resumed.column("step") == list(range(1, 14))  # steps done again stand there once
     assert last_of_each_step(resumed) == pytest.approx(whole.losses, rel=1e-6)
-    assert resumed.column("lr")[cut:] == whole.column("lr")[state:]
-    assert resumed.column("epoch")[cut:] == whole.column("epoch")[state:]
+    assert resumed.column("lr") == whole.column("lr")
+    assert resumed.column("epoch") == whole.column("epoch")
     evaluations = [last_of_each_step(run, "eval") for run in (resumed, whole)]
     assert evaluations[0] == pytest.approx(evaluations[1], rel=1e-6)
     for which in ("best", "last"):

@@ -131,7 +131,7 @@ def test_a_nan_loss_ends_the_run_and_the_last_good_state_is_kept(
     assert train_support.distance(run.weights(), good) == 0
     healed = train(workspace, tmp_path, resume=True, max_steps=5, **flags)
     assert all(map(math.isfinite, healed.losses))
-    assert healed.column("step") == [1, 2, 3, 3, 4, 5]  # the third step was done twice
+    assert healed.column("step") == [1, 2, 3, 4, 5]
 
 
 def test_a_nan_loss_at_once_leaves_the_state_of_the_beginning(

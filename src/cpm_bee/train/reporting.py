@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cpm_bee.engine import TensorStatistics
+from cpm_bee.files import atomic_file
 from cpm_bee.progress import say
 from cpm_bee.train.evaluate import Evaluation
 
@@ -17,12 +18,13 @@ class Reporter:
 
     Args:
         path: the log; None on ranks above 0.
-        append: go on with an existing log, as a resumed run does.
+        resumed_step: the step that a resumed run goes on after; what the log says of later ones,
+            which are done again, is dropped. None begins a new log.
         tensorboard: folder of TensorBoard events, or None.
     """
 
     def __init__(
-        self, path: Path | None, *, append: bool, task: str, tensorboard: str | None
+        self, path: Path | None, *, resumed_step: int | None, task: str, tensorboard: str | None
     ) -> None:
         self._file: IO[str] | None = None
         self._events: Any = None
@@ -30,7 +32,10 @@ class Reporter:
         if path is not None:
             self._events = _tensorboard_writer(tensorboard)
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a" if append else "w", encoding="utf-8")  # noqa: SIM115
+            kept = [] if resumed_step is None else _lines_until(path, resumed_step)
+            with atomic_file(path) as file:
+                file.writelines(kept)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def line(self, text: str) -> None:
         if self._file is not None:
@@ -107,6 +112,19 @@ class Reporter:
 def _is_json(value: Any) -> bool:
     # JSON has no NaN and no infinity, the gradient norm of a skipped step is one.
     return not isinstance(value, float) or math.isfinite(value)
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """The lines of a log up to a step, without one cut short by a kill."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if event.get("step", 0) <= step:
+            kept.append(line + "\n")
+    return kept
 
 
 def _tensorboard_writer(folder: str | None) -> Any:

@@ -87,7 +87,7 @@ def _train(
         say(f"the files of the run before are in {previous}")
     reporter = Reporter(
         files.log if engine.rank == 0 else None,
-        append=options.resume,
+        resumed_step=files.load_state()[1]["step"] if options.resume else None,
         task=options.task_name,
         tensorboard=options.tensorboard,
     )
