@@ -12,7 +12,7 @@ import numpy as np
 
 from cpm_bee.errors import InputError
 from cpm_bee.records import ANSWER, Record, Tree
-from cpm_bee.tokenizer import ExtensionTable, Tokenizer
+from cpm_bee.tokenizer import ExtensionTable, Piece, Tokenizer
 
 MAX_DEPTH = 8  # relations distinguish at most this many levels up and down
 MAX_PARTS = np.iinfo(np.uint16).max  # segments and subs are stored in 16 bits
@@ -133,12 +133,22 @@ class _Subs:
 
     def encode(self, text: str) -> list[int]:
         ids = self._tokenizer.encode(text, self.table)
+        self._number_new()
+        return ids
+
+    def id_of(self, piece: Piece) -> int:
+        token_id = self.table.id_of(piece)
+        self._number_new()
+        return token_id
+
+    def _number_new(self) -> None:
+        if len(self.table) == len(self.pairs):
+            return
         for piece in self.table.pieces[len(self.pairs) :]:
             category = self._tokenizer.category(piece)
             sub = self._counts.get(category, 0)
             self._counts[category] = sub + 1
             self.pairs.append((category, sub))
-        return ids
 
 
 class Encoder:
@@ -147,6 +157,7 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._ordinary: dict[str, list[int]] = {}
+        self._markup: dict[str, Piece] = {}  # texts that are one unlisted special token
 
     def encode(
         self, record: Record, *, rng: random.Random | None = None, answers: bool = True
@@ -201,10 +212,20 @@ class Encoder:
         cached = self._ordinary.get(text)
         if cached is not None:
             return cached
+        piece = self._markup.get(text)
+        if piece is not None:
+            return [subs_of.id_of(piece)]
         ids = subs_of.encode(text)
-        # Extension ids mean something within one record only.
-        if len(text) <= _CACHED_LENGTH and (not ids or max(ids) < len(self.tokenizer)):
-            if len(self._ordinary) >= _CACHE_SIZE:
-                self._ordinary.clear()
-            self._ordinary[text] = ids
+        if len(text) <= _CACHED_LENGTH:
+            self._remember(text, ids, subs_of.table)
         return ids
+
+    def _remember(self, text: str, ids: list[int], table: ExtensionTable) -> None:
+        if len(self._ordinary) + len(self._markup) >= _CACHE_SIZE:
+            self._ordinary.clear()
+            self._markup.clear()
+        # Ids of the extension mean something within one record only.
+        if not ids or max(ids) < len(self.tokenizer):
+            self._ordinary[text] = ids
+        elif len(ids) == 1 and table[ids[0]].is_special:
+            self._markup[text] = table[ids[0]]

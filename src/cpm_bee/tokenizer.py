@@ -10,6 +10,7 @@ from typing import NamedTuple
 from cpm_bee.errors import InputError
 
 NEWLINE, SPACE = "</n>", "</_>"
+_SPELLED = {NEWLINE: "\n", SPACE: " "}  # entries that stand for another text than their own
 REQUIRED = ("<pad>", "<unk>", "<s>", "</s>", "<root>", "<ans>", NEWLINE, SPACE)
 
 
@@ -111,7 +112,7 @@ class Tokenizer:
         self.specials = {
             t: i
             for t, i in self.ids.items()
-            if t.startswith("<") and t.endswith(">") and t not in (NEWLINE, SPACE)
+            if t.startswith("<") and t.endswith(">") and t not in _SPELLED
         }
         self._trie = self._build_trie()
 
@@ -142,41 +143,49 @@ class Tokenizer:
     def _build_trie(self) -> dict:
         # Nested dictionaries, character -> node; the id of a complete entry stands under "".
         root: dict = {}
-        special = {*self.specials, NEWLINE, SPACE}
-        entries = [(t, i) for t, i in self.ids.items() if t not in special]
-        entries += [("\n", self.ids[NEWLINE]), (" ", self.ids[SPACE])]
-        for token, token_id in entries:
+        for token, token_id in self.ids.items():
+            if token in self.specials:
+                continue
             node = root
-            for character in token:
+            for character in _SPELLED.get(token, token):
                 node = node.setdefault(character, {})
             node[""] = token_id
         return root
 
-    def _match(self, text: str) -> Iterator[tuple[int, int, int | None]]:
-        """Greedy longest matches as (begin, end, id), id None for a run of unknown characters."""
-        root = self._trie
-        length = len(text)
-        start = unknown = 0
+    def _match(self, text: str) -> tuple[list[int], list[str]]:
+        """Greedy longest matches of a plain text.
+
+        Returns the ids, with -1 for each run of unknown characters, and the texts of these runs.
+        """
+        root, length = self._trie, len(text)
+        ids: list[int] = []
+        unknown: list[str] = []
+        start, run = 0, -1  # `run` is where the present unknown run began, -1 outside of one
         while start < length:
-            node = root
-            position, best, best_end = start, None, start
+            node, position, best, end = root, start, -1, start
             while position < length:
                 child = node.get(text[position])
                 if child is None:
                     break
                 node = child
                 position += 1
-                if "" in node:
-                    best, best_end = node[""], position
-            if best is None:
+                token_id = node.get("")
+                if token_id is not None:
+                    best, end = token_id, position
+            if best < 0:
+                if run < 0:
+                    run = start
+                    ids.append(-1)
                 start += 1
                 continue
-            if unknown < start:
-                yield unknown, start, None
-            yield start, best_end, best
-            start = unknown = best_end
-        if unknown < length:
-            yield unknown, length, None
+            if run >= 0:
+                unknown.append(text[run:start])
+                run = -1
+            ids.append(best)
+            start = end
+        if run >= 0:
+            unknown.append(text[run:])
+        return ids, unknown
 
     def pieces(self, text: str) -> list[Piece]:
         """Split a text into pieces. Raises `MarkupError`."""
@@ -184,8 +193,12 @@ class Tokenizer:
         for part, is_special in split_markup(text):
             if is_special:
                 result.append(Piece(part, False, True))
-            else:
-                result += [Piece(part[a:b], i is None, False) for a, b, i in self._match(part)]
+                continue
+            ids, unknown = self._match(part)
+            runs = iter(unknown)
+            for i in ids:
+                text = next(runs) if i < 0 else _SPELLED.get(self.tokens[i], self.tokens[i])
+                result.append(Piece(text, i < 0, False))
         return result
 
     def encode(self, text: str, extension: ExtensionTable | None = None) -> list[int]:
@@ -207,10 +220,11 @@ class Tokenizer:
         return ids
 
     def _encode_plain(self, text: str, extension: ExtensionTable) -> list[int]:
-        return [
-            extension.id_of(Piece(text[a:b], True, False)) if i is None else i
-            for a, b, i in self._match(text)
-        ]
+        ids, unknown = self._match(text)
+        if unknown:
+            runs = iter(unknown)
+            return [extension.id_of(Piece(next(runs), True, False)) if i < 0 else i for i in ids]
+        return ids
 
     def decode(self, ids: Iterable[int], extension: ExtensionTable | None = None) -> str:
         """Join the texts of ids, literal `<` written as `<<`."""
@@ -223,10 +237,8 @@ class Tokenizer:
             piece = extension[token_id]
             return piece.text if piece.is_special else escape(piece.text)
         token = self.tokens[token_id]
-        if token == NEWLINE:
-            return "\n"
-        if token == SPACE:
-            return " "
+        if token in _SPELLED:
+            return _SPELLED[token]
         return token if token in self.specials else escape(token)
 
     def category(self, piece: Piece) -> int:
