@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import sys
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import torch
+from memory import peak_memory
 
 from cpm_bee import delta
 from cpm_bee.data.batch import Batch, collate
@@ -87,11 +87,6 @@ def roofline_seconds(config: ModelConfig, batch: Batch) -> float:
     blocks = [block(tokens, lowest=True), block(targets, lowest=False)]
     blocks += [block(tokens, lowest=False)] * (config.num_layers - 2)
     return sum(blocks) + 2 * matmul_seconds(targets, d, config.vocab_size)
-
-
-def peak_memory() -> float:
-    """The largest resident size of this process so far, in MiB, from the kernel."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:

@@ -169,5 +169,5 @@ def load_weights(
     problems.raise_if_any(f"{checkpoint.path}: does not fit the model:")
     for name in expected:
         owner, _, leaf = name.rpartition(".")
-        tensor = checkpoint.entries[name].read().to(device=device, dtype=dtype)
+        tensor = checkpoint.entries[name].copy_to(device, dtype)
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))

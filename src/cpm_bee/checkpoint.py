@@ -15,6 +15,7 @@ import torch
 
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.files import atomic_file
+from cpm_bee.mapped import drop_pages
 
 _PREFIX = "cpmbee."
 _TIED = "lm_head.weight"
@@ -39,6 +40,17 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
+
+    def copy_to(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """The tensor on a device in a type, without leaving a second copy in memory.
+
+        Where both are the file's own it stays mapped (copy on write).
+        """
+        tensor = self.read()
+        result = tensor.to(device=device, dtype=dtype)
+        if result.data_ptr() != tensor.data_ptr():
+            drop_pages(tensor)
+        return result
 
 
 class Checkpoint:
