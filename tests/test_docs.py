@@ -53,6 +53,7 @@ GENERATED = [
     "train.jsonl",
     "eval.jsonl",
     "../shared/golden",
+    ".venv/bin/activate",
 ]
 # Words with a slash or an ending that are no paths.
 NOT_PATHS = {"alpha/r", "tokens/s", "token/max"}
