@@ -5,6 +5,11 @@
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 use_venv
+if ! command -v torchrun > /dev/null; then
+    echo "error: torchrun (PyTorch) is not installed; in the project's folder:" \
+        "pip install -e . -c constraints.txt, or bash scripts/quickstart.sh, which makes .venv" >&2
+    exit 2
+fi
 
 GPUS=0
 if command -v nvidia-smi > /dev/null; then            # else no need to ask torch, which is slow

@@ -137,6 +137,12 @@ def test_an_error_ends_the_script_without_traceback(checkout: Path) -> None:
     assert not (checkout / "src" / "results").exists()
 
 
+def test_without_pytorch_the_script_says_what_to_do(checkout: Path) -> None:
+    done = bash("scripts/finetune_cpm_bee.sh", cwd=checkout / "src", PATH="/usr/bin:/bin")
+    assert done.returncode == 2
+    assert "torchrun (PyTorch) is not installed" in done.stderr
+
+
 def test_copied_script_with_four_processes_and_no_checkpoint(checkout: Path) -> None:
     script = checkout / "src" / "copied.sh"
     flags = (

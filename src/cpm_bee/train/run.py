@@ -56,17 +56,22 @@ def finetune(options: Options) -> None:
     vocabulary = os.path.abspath(base.tokenizer.source)
     identity = Identity(base.model.config, vocabulary, base.fingerprint, delta_config)
     files = RunFiles(options.save, options.save_name, identity)
-    if options.resume:
-        files.load_state()  # fail now, not after the data was read
+    # Read now: a state that does not fit is told before the data is read.
+    resumed_step = files.load_state()[1]["step"] if options.resume else None
     engine: Engine = TorchEngine(device, dtype)
     try:
-        _train(options, engine, base, datasets, files)
+        _train(options, engine, base, datasets, files, resumed_step)
     finally:
         engine.close()
 
 
 def _train(
-    options: Options, engine: Engine, base: Base, datasets: list[BinaryDataset], files: RunFiles
+    options: Options,
+    engine: Engine,
+    base: Base,
+    datasets: list[BinaryDataset],
+    files: RunFiles,
+    resumed_step: int | None,
 ) -> None:
     model = base.model.to(engine.device)
     model.encoder.checkpointing = options.checkpointing == "full" or (
@@ -87,7 +92,7 @@ def _train(
         say(f"the files of the run before are in {previous}")
     reporter = Reporter(
         files.log if engine.rank == 0 else None,
-        resumed_step=files.load_state()[1]["step"] if options.resume else None,
+        resumed_step=resumed_step,
         task=options.task_name,
         tensorboard=options.tensorboard,
     )
@@ -179,7 +184,7 @@ def _feeds(
         drop_last=options.drop_last,
         shuffle_seed=options.seed,
     )
-    if training.num_steps(0) == 0:
+    if next(training.epoch(0), None) is None:
         raise InputError(
             f"--drop-last leaves nothing: {indexes[0].dataset.folder} does not fill one step of "
             f"{rows * options.accumulate} rows"
@@ -213,9 +218,11 @@ def _summary(options: Options, engine: Engine, base: Base, feeds: list[Feed]) ->
 
 
 def _schedule_warning(options: Options, training: Feed) -> list[str]:
+    if options.lr_decay_style not in ("linear", "cosine"):
+        return []
     steps = options.epoch * training.num_steps(0)
     last = options.start_step + min(steps, options.max_steps or steps)
-    if options.lr_decay_style not in ("linear", "cosine") or last <= options.schedule_end:
+    if last <= options.schedule_end:
         return []
     return [
         f"warning: the {options.lr_decay_style} schedule reaches rate 0 at step "
