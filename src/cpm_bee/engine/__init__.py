@@ -67,6 +67,9 @@ class Engine(Protocol):
     def reduce(self, values: Sequence[float]) -> list[float]:
         """The sums of values over all ranks, on every rank."""
 
+    def reduce_max(self, values: Sequence[int]) -> list[int]:
+        """The largest of each of the values over all ranks, on every rank."""
+
     def barrier(self) -> None:
         """Wait for all ranks."""
 

@@ -131,12 +131,17 @@ class TorchEngine:
             gradient.copy_(summed.view_as(gradient))
 
     def reduce(self, values: Sequence[float]) -> list[float]:
-        if self.world_size == 1:
-            return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        with _lost_processes():
-            dist.all_reduce(tensor)
-        return tensor.tolist()
+        return self._reduce(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.SUM)
+
+    def reduce_max(self, values: Sequence[int]) -> list[int]:
+        return self._reduce(torch.tensor(values, dtype=torch.int64), dist.ReduceOp.MAX)
+
+    def _reduce(self, values: torch.Tensor, operation: Any) -> list[Any]:
+        if self.world_size > 1 and len(values):
+            values = values.to(self.device)
+            with _lost_processes():
+                dist.all_reduce(values, operation)
+        return values.tolist()
 
     def barrier(self) -> None:
         if self.world_size > 1:

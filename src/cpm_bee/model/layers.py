@@ -30,9 +30,21 @@ class Linear(nn.Module):
         self.scale = 1 / math.sqrt(dim_in)
         self.lora: nn.Module | None = None
 
+    def operands(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that W is made of, for `dense`; a quantised layer has others."""
+        return (self.weight,)
+
+    def dense(self, operands: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
+        """W [dim_out, dim_in] in a type, from `operands`."""
+        return operands[0].to(dtype)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.linear(x, self.weight) * self.scale
+        y = self.base(x) * self.scale
         return y if self.lora is None else y + self.lora(x)
+
+    def base(self, x: torch.Tensor) -> torch.Tensor:
+        """x Wᵀ."""
+        return F.linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
