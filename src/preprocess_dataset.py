@@ -1,17 +1,28 @@
 """Make binary datasets of records: INPUT/NAME.jsonl -> OUTPUT_PATH/NAME/{meta.bin, OUTPUT_NAME}.
 
-Every record is checked before anything is written; the records are shuffled.
+Every record is checked before anything is written; the records are shuffled. Their tokens are
+made in the same pass (the token index beside the data), so that training can begin at once.
 """
 
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cpm_bee.cli import ArgumentParser, positive, whole_number
 from cpm_bee.data.container import BLOCK_SIZE
 from cpm_bee.data.preprocess import preprocess
+from cpm_bee.data.workers import available_cores
 from cpm_bee.errors import run_command
+
+if TYPE_CHECKING:
+    from cpm_bee.tokenizer import Tokenizer
+
+CHECKPOINTS = Path(__file__).resolve().parent / "ckpts"
+VOCABULARIES = CHECKPOINTS / "vocab.txt", CHECKPOINTS / "cpm-bee-tiny" / "vocab.txt"
+NONE = "none"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -24,16 +35,32 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output-path", type=Path, required=True, help="folder of the datasets")
     parser.add_argument("--output-name", required=True, help="name of the data file in a dataset")
     parser.add_argument(
+        "--vocab", help="vocabulary of the model, for the token index; none makes no index "
+        "(default: that of the base model in src/ckpts)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=positive, help="processes (default: the cores this process may use)"
+    )
+    parser.add_argument(
         "--seed", type=whole_number, default=1234, help="of the shuffling (default: 1234)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace datasets that exist")
     parser.add_argument(
-        "--block-size",
-        type=positive,
-        default=BLOCK_SIZE,
+        "--block-size", type=positive, default=BLOCK_SIZE,
         help="bytes, the limit of a record's size (default: 16 MiB)",
-    )
+    )  # fmt: skip
     return parser.parse_args()
+
+
+def load_vocabulary(given: str | None) -> Tokenizer | None:
+    """The tokenizer of `--vocab`; by default of the model that finetune_cpm_bee.sh would load."""
+    usual = [path for path in VOCABULARIES if path.is_file()]
+    # This stage also runs before anything is installed; the index then waits for the training.
+    if (given is None and (not usual or find_spec("numpy") is None)) or given == NONE:
+        return None
+    from cpm_bee.tokenizer import Tokenizer
+
+    return Tokenizer.load(given or usual[0])
 
 
 def main() -> None:
@@ -45,6 +72,9 @@ def main() -> None:
         seed=arguments.seed,
         overwrite=arguments.overwrite,
         block_size=arguments.block_size,
+        tokenizer=load_vocabulary(arguments.vocab),
+        tokens_needed=arguments.vocab is not None,
+        workers=arguments.workers or available_cores(),
     )
     for dataset in datasets:
         nbytes = sum(info.nbytes for info in dataset.files)

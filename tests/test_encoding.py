@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpm_bee import encoding
-from cpm_bee.encoding import EncodedRecord, Encoder, is_shuffled, walk
+from cpm_bee.encoding import EncodedRecord, Encoder, is_shuffled, outline
 from cpm_bee.errors import InputError
 from cpm_bee.records import Record, Tree, validate
 
@@ -49,16 +49,27 @@ def test_an_encoder_keeps_nothing_of_a_record(records: list[Record]) -> None:
         assert_is(encoder.encode(record), record)
 
 
+@given(st.lists(tiny.records(), max_size=4))
+def test_a_cache_that_is_always_full(records: list[Record]) -> None:
+    encoder = Encoder(tiny.TOKENIZER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "_CACHE_SIZE", 1)
+        for record in records:
+            assert_is(encoder.encode(record), record)
+            assert len(encoder._ordinary) <= 1 and len(encoder._markup) <= 1
+
+
 def rebuilt(record: Record, rng: random.Random) -> Record:
-    """The record in the order in which `walk` goes through it."""
-    segments = list(walk(record, rng))[1:]
+    """The record in the order in which `outline` goes through it."""
+    texts, shape = outline(record, rng)
+    segments = list(zip(texts, shape.depths, strict=True))[1:]
 
     def below(depth: int) -> Any:
         node: dict[str, Any] = {}
-        while segments and segments[0].depth == depth:
-            key = segments.pop(0).text
-            is_leaf = segments[0].text.startswith("leaf")
-            node[key] = segments.pop(0).text if is_leaf else below(depth + 1)
+        while segments and segments[0][1] == depth:
+            key = segments.pop(0)[0]
+            is_leaf = segments[0][0].startswith("leaf")
+            node[key] = segments.pop(0)[0] if is_leaf else below(depth + 1)
         return node
 
     return below(1)

@@ -1,65 +1,30 @@
+"""preprocess_dataset.py as a user runs it; tests/data/test_preprocess.py has the library."""
+
 from __future__ import annotations
 
-import itertools
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-import tracemalloc
 from pathlib import Path
 
 import pytest
+import tiny
+from preprocess_support import assert_same_index, bee_data, make, numbers, read, record, tree, write
 from support import RunScript
 
 from cpm_bee.data.container import BinaryDataset
-from cpm_bee.data.preprocess import preprocess
+from cpm_bee.data.index_writer import folder_name
 from cpm_bee.errors import InputError
-from cpm_bee.records import Record
+from cpm_bee.tokenizer import Tokenizer
 
 SCRIPT = "src/preprocess_dataset.py"
-BLOCK = 4096
-
-
-def record(number: int) -> Record:
-    return {"input": f"第{number}句", "options": {"<option_0>": "a << b"}, "<ans>": "<option_0>"}
-
-
-def write(path: Path, count: int) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(record(i), ensure_ascii=False) + "\n" for i in range(count))
-    path.write_text("".join(lines), encoding="utf-8")
-    return path
-
-
-def read(folder: Path) -> list[Record]:
-    dataset = BinaryDataset(folder)
-    return [dataset.read(index, offset) for index, offset, _ in dataset]
-
-
-def numbers(folder: Path) -> list[int]:
-    return [int(str(item["input"])[1:-1]) for item in read(folder)]
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
-        for path in folder.rglob("*")
-    }
 
 
 @pytest.fixture
 def bee(tmp_path: Path) -> Path:
-    write(tmp_path / "bee_data" / "train.jsonl", 300)
-    write(tmp_path / "bee_data" / "eval.jsonl", 50)
-    return tmp_path
-
-
-def make(place: Path, name: str = "bin", **options: object) -> Path:
-    chosen: dict = {"seed": 1, "overwrite": False, "block_size": BLOCK, **options}
-    preprocess(place / "bee_data", place / name, "ccpm_data", **chosen)
-    return place / name
+    return bee_data(tmp_path)
 
 
 # ------------------------------------------------------------------ as a user would
@@ -71,7 +36,7 @@ def test_a_folder(bee: Path, run_script: RunScript) -> None:
     (bee / "bee_data" / "folder.jsonl").mkdir()
     result = run_script(
         SCRIPT, "--input", "bee_data", "--output_path", "bin_data", "--output_name", "ccpm_data",
-        cwd=bee,
+        "--vocab", "none", cwd=bee,
     )  # fmt: skip
     assert (result.returncode, result.stderr) == (0, "")
     files = {f"{name}/{file}" for name in ("train", "eval") for file in ("meta.bin", "ccpm_data")}
@@ -90,7 +55,7 @@ def test_a_folder(bee: Path, run_script: RunScript) -> None:
 def test_one_file_hyphens_and_options(bee: Path, run_script: RunScript) -> None:
     result = run_script(
         SCRIPT, "--input", "bee_data/eval.jsonl", "--output-path=a/b", "--output-name=data",
-        "--seed", "5", "--block-size", "4096", cwd=bee,
+        "--seed", "5", "--block-size", "4096", "--vocab=none", "--workers=2", cwd=bee,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert set(tree(bee / "a" / "b")) == {"eval", "eval/meta.bin", "eval/data"}
@@ -98,16 +63,13 @@ def test_one_file_hyphens_and_options(bee: Path, run_script: RunScript) -> None:
     assert BinaryDataset(bee / "a" / "b" / "eval").files[0].block_size == 4096
 
 
-def test_help_is_quick(root: Path, run_script: RunScript) -> None:
-    begin = time.perf_counter()
-    result = run_script(SCRIPT, "--help")
-    assert time.perf_counter() - begin < 1
-    assert result.returncode == 0
-    assert "--output-name" in result.stdout
+def test_help_imports_little(root: Path) -> None:
+    """How quick it is: tests/test_package.py."""
     imported = subprocess.run(
         [sys.executable, "-X", "importtime", str(root / SCRIPT), "--help"],
         capture_output=True,
         text=True,
+        check=True,
     ).stderr
     assert "cpm_bee.cli" in imported
     assert "torch" not in imported
@@ -181,6 +143,8 @@ def test_a_dataset_that_exists(bee: Path, run_script: RunScript) -> None:
         (["--block-size", "90"], "bee_data/train.jsonl:1: the record takes"),
         (["--seed", "x"], "'x' is not a whole number"),
         (["--out", "x"], "unrecognized arguments: --out"),
+        (["--workers", "0"], "0 is less than 1"),
+        (["--vocab", "nowhere.txt"], "nowhere.txt: no such vocabulary file"),
     ],
 )
 def test_wrong_usage(bee: Path, run_script: RunScript, arguments: list[str], expected: str) -> None:
@@ -194,15 +158,6 @@ def test_wrong_usage(bee: Path, run_script: RunScript, arguments: list[str], exp
     assert "Traceback" not in result.stderr
     if "*.jsonl" in expected:
         assert "python data_reformat.py" in result.stderr
-    assert tree(bee) == before
-
-
-def test_overwrite_spares_what_is_no_dataset(bee: Path) -> None:
-    (bee / "bin" / "train").mkdir(parents=True)
-    (bee / "bin" / "train" / "thesis.txt").write_text("x")
-    before = tree(bee)
-    with pytest.raises(InputError, match="this is no dataset"):
-        make(bee, overwrite=True)
     assert tree(bee) == before
 
 
@@ -226,54 +181,82 @@ def test_kill_9_in_the_middle_leaves_no_dataset(root: Path, tmp_path: Path) -> N
     assert sorted(numbers(tmp_path / "bin" / "train")) == list(range(10))
 
 
-# ------------------------------------------------------------------ the shuffling
+# ------------------------------------------------------------------ the token index
 
 
-@pytest.mark.parametrize("bucket_bytes", [1 << 20, 1000, 10])
-def test_same_input_and_seed_same_bytes(bee: Path, bucket_bytes: int) -> None:
-    first = tree(make(bee, "first", bucket_bytes=bucket_bytes))
-    assert tree(make(bee, "second", bucket_bytes=bucket_bytes)) == first
-    other = make(bee, "third", bucket_bytes=bucket_bytes, seed=2)
-    assert tree(other)["train/ccpm_data"] != first["train/ccpm_data"]
-    assert sorted(numbers(other / "train")) == list(range(300))
+def test_the_number_of_workers_changes_no_byte(bee: Path, run_script: RunScript) -> None:
+    write(bee / "bee_data" / "train.jsonl", 12_000)  # several chunks and buckets
+    arguments = ["--input", "bee_data", "--output-name", "data", "--vocab"]
+    arguments.append(str(tiny.write_vocabulary(bee / "vocab.txt")))
+    made = []
+    for workers in (1, 2, 3):
+        output = f"bin{workers}"
+        done = run_script(
+            SCRIPT, *arguments, "--output-path", output, "--workers", workers, cwd=bee
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        made.append(tree(bee / output))
+    assert made[0] == made[1] == made[2]
+    assert f"train/{folder_name(tiny.TOKENIZER)}/ids" in made[0]
+    assert sorted(numbers(bee / "bin2" / "train")) == list(range(12_000))
 
 
-def test_the_name_of_the_file_plays_no_part(bee: Path) -> None:
-    (bee / "bee_data" / "copy.jsonl").write_bytes((bee / "bee_data" / "eval.jsonl").read_bytes())
-    made = tree(make(bee))
-    assert made["copy/ccpm_data"] == made["eval/ccpm_data"]
+def strange(bee: Path) -> None:
+    with open(bee / "bee_data" / "train.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"input": "<strange_1>", "<ans>": ""}\n{"<ans>": "<other>"}\n')
 
 
-@pytest.mark.parametrize("bucket_bytes", [1 << 20, 500])
-def test_every_place_is_equally_likely(
-    tmp_path: Path, bucket_bytes: int, monkeypatch: pytest.MonkeyPatch
+def test_records_that_the_given_vocabulary_lacks(bee: Path, run_script: RunScript) -> None:
+    vocabulary = tiny.write_vocabulary(bee / "vocab.txt")
+    strange(bee)
+    (bee / "bee_data" / "eval.jsonl").write_text("[]\n")
+    result = run_script(
+        SCRIPT, "--input", "bee_data", "--output_path", "bin", "--output_name", "x",
+        "--vocab", vocabulary, cwd=bee,
+    )  # fmt: skip
+    assert (result.returncode, result.stdout) == (2, "")
+    for expected in (
+        "bee_data/train.jsonl:301: special token <strange_1>: <strange> is not in the vocabulary",
+        "bee_data/train.jsonl:302: special token <other>: <other> is not in the vocabulary",
+        "bee_data/eval.jsonl:1: a record is a JSON object",
+        "3 problems, nothing was written",
+    ):
+        assert expected in result.stderr
+    assert {path.name for path in bee.iterdir()} == {"bee_data", "vocab.txt"}
+
+
+def test_records_that_the_usual_vocabulary_lacks(bee: Path, run_script: RunScript) -> None:
+    strange(bee)
+    arguments = ["--input", "bee_data", "--output_name", "x", "--output_path"]
+    result = run_script(SCRIPT, *arguments, "bin", cwd=bee)
+    assert result.returncode == 0
+    assert result.stderr.count("warning: ") == 1
+    assert "no token index is made" in result.stderr
+    assert "bee_data/train.jsonl:30" in result.stderr
+    assert "--vocab FILE" in result.stderr
+    result = run_script(SCRIPT, *arguments, "plain", "--vocab", "none", cwd=bee)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert tree(bee / "bin") == tree(bee / "plain")
+    assert len(read(bee / "bin" / "train")) == 302
+
+
+def test_the_usual_vocabulary_is_that_of_the_base(
+    root: Path, bee: Path, run_script: RunScript
 ) -> None:
-    count, rounds = 30, 150
-    # No waiting for the disk 150 times.
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-    write(tmp_path / "bee_data" / "a.jsonl", count)
-    total = [0.0] * count
-    ordered = 0
-    for seed in range(rounds):
-        folder = make(tmp_path, f"bin{seed}", seed=seed, bucket_bytes=bucket_bytes)
-        found = numbers(folder / "a")
-        for place, number in enumerate(found):
-            total[number] += place
-        ordered += sum(b == a + 1 for a, b in itertools.pairwise(found))
-    # The mean place has standard deviation 0.71 over 150 rounds: five of them.
-    mean = (count - 1) / 2
-    assert all(abs(places / rounds - mean) < 3.6 for places in total)
-    # Neighbours stay neighbours with probability 1/30: 145 expected, standard deviation 12.
-    assert 85 < ordered < 205
+    beside = root / "src" / "ckpts" / "vocab.txt"
+    usual = beside if beside.exists() else beside.parent / "cpm-bee-tiny" / "vocab.txt"
+    arguments = ["--input", "bee_data", "--output_path", "bin", "--output_name", "x"]
+    result = run_script(SCRIPT, *arguments, cwd=bee)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert_same_index(bee / "bin" / "eval", bee, Tokenizer.load(usual))
 
 
-def test_memory_is_that_of_a_bucket(tmp_path: Path) -> None:
-    path = write(tmp_path / "bee_data" / "train.jsonl", 6_000)
-    size = path.stat().st_size
-    tracemalloc.start()
-    folder = make(tmp_path, bucket_bytes=size // 20)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < size // 2
-    assert sorted(numbers(folder / "train")) == list(range(6_000))
-    assert set(tree(folder)) == {"train", "train/meta.bin", "train/ccpm_data"}
+def test_it_runs_without_packages(root: Path, bee: Path) -> None:
+    """Then without an index: -S and -I hide what is installed."""
+    code = f"import sys; sys.path.insert(0, {str(root / 'src')!r})\n"
+    code += "import runpy; runpy.run_module('preprocess_dataset', run_name='__main__')"
+    arguments = ["--input", "bee_data", "--output_path", "bin", "--output_name", "ccpm_data"]
+    command = [sys.executable, "-S", "-I", "-c", code, *arguments]
+    subprocess.run([*command, "--workers", "2"], cwd=bee, check=True, stdout=subprocess.DEVNULL)
+    assert sorted(numbers(bee / "bin" / "train")) == list(range(300))
+    assert not list((bee / "bin").rglob("token_index*"))

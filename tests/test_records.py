@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cpm_bee import records
 from cpm_bee.errors import InputError
 from cpm_bee.records import MAX_DEPTH, parse_line, read_lines, validate
 from cpm_bee.tokenizer import escape
@@ -22,6 +23,29 @@ def has_text(tree: object) -> bool:
 @given(st.dictionaries(texts, trees, max_size=4), trees.filter(has_text))
 def test_a_tree_of_escaped_texts_with_an_answer_is_a_record(fields: dict, answer: object) -> None:
     assert validate({**fields, "<ans>": answer}) == []
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(st.sampled_from("a<>春\ud800")),
+    lambda inner: (
+        st.dictionaries(st.sampled_from(["a", "<ans>", "<a", "\ud800", "<a>"]), inner, max_size=3)
+        | st.lists(inner, max_size=2)
+    ),
+)
+
+
+@given(anything)
+def test_the_quick_check_agrees_with_the_thorough_one(value: object) -> None:
+    assert records._is_valid(value) == (records._problems(value) == [])
+
+
+def test_the_quick_check_of_depth() -> None:
+    for depth in (MAX_DEPTH - 2, MAX_DEPTH - 1, MAX_DEPTH, MAX_DEPTH + 1):
+        value: object = "a"
+        for _ in range(depth):
+            value = {"a": value}
+        record = {"<ans>": "", "b": value}
+        assert records._is_valid(record) == (records._problems(record) == []) == (depth < MAX_DEPTH)
 
 
 @pytest.mark.parametrize("answer", [{}, {"a": {}}, {"a": {}, "b": {"c": {}}}])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -199,6 +200,33 @@ def test_empty_lines_take_no_id_and_only_newline_ends_a_line(tmp_path: Path) -> 
     tokenizer = Tokenizer.load(path)
     assert tokenizer.tokens == [*REQUIRED, "\u2028", "a"]
     assert tokenizer.encode("\u2028a") == [len(REQUIRED), len(REQUIRED) + 1]
+
+
+def test_the_tables_of_matching_are_made_at_the_first_text(small_vocabulary: Tokenizer) -> None:
+    """Training from a token index matches no text."""
+    tokenizer = Tokenizer(small_vocabulary.tokens)
+    assert tokenizer.fingerprint and tokenizer.decode([tokenizer.unk])
+    assert "_trie" not in vars(tokenizer)
+    tokenizer.encode("a")
+    assert "_trie" in vars(tokenizer)
+
+
+@pytest.mark.parametrize("text", ["abcdefgh", "abcdefg", "abcdefghi", "abcdx", "ab", "abcdefgabcd"])
+@pytest.mark.parametrize(
+    "order", list(itertools.permutations(["abcdefgh", "abcd", "abcdefxy", "a"]))
+)
+def test_entries_that_share_beginnings(order: tuple[str, ...], text: str) -> None:
+    """In whatever order they stand in the vocabulary."""
+    tokenizer = Tokenizer([*REQUIRED, *order])
+    expected: list[str] = []
+    while text:
+        found = max((e for e in order if text.startswith(e)), key=len, default=text[0])
+        if found not in order and expected and expected[-1] not in order:
+            expected[-1] += found
+        else:
+            expected.append(found)
+        text = text[len(found) :]
+    assert [piece.text for piece in tokenizer.pieces("".join(expected))] == expected
 
 
 def test_fingerprint_depends_on_the_order(small_vocabulary: Tokenizer) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from array import array
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -19,19 +19,15 @@ MAX_PARTS = np.iinfo(np.uint16).max  # segments and subs are stored in 16 bits
 
 # Texts up to this length are looked up in a cache: field names, options, the question.
 _CACHED_LENGTH = 24
-_CACHE_SIZE = 65_536
-
-
-class Segment(NamedTuple):
-    """One node of the record's tree: a key or a string leaf, in depth-first order."""
-
-    text: str
-    depth: int
-    is_predicted: bool
+_CACHE_SIZE = 4_096
 
 
 class Shape(NamedTuple):
-    """What the relations of a record depend on: depth and role of each of its S segments."""
+    """What the relations of a record depend on: depth and role of each of its S segments.
+
+    A segment is a node of the record's tree: a key or a string leaf, in depth-first order; the
+    leaves under `<ans>` are predicted.
+    """
 
     depths: tuple[int, ...]
     predicted: tuple[bool, ...]
@@ -40,6 +36,13 @@ class Shape(NamedTuple):
     def relations(self) -> np.ndarray:
         """Buckets of all ordered pairs of segments, uint8 [S, S]."""
         return _relations(self.depths)
+
+
+class Outline(NamedTuple):
+    """The segments of a record: their texts and the shape of their tree."""
+
+    texts: list[str]
+    shape: Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,34 +70,53 @@ class EncodedRecord:
         return ~np.asarray(self.shape.predicted, dtype=bool)[self.segments]
 
 
-def walk(record: Record, rng: random.Random | None = None) -> Iterator[Segment]:
-    """The segments of a record; with `rng`, dictionaries under `<ans>` are shuffled."""
-    yield Segment("<root>", 0, False)
-    yield from _walk(record, 1, False, rng)
+def outline(record: Record, rng: random.Random | None = None) -> Outline:
+    """The segments of a valid record (see `records.validate`).
+
+    With `rng`, the items of dictionaries under `<ans>` are shuffled, as training does.
+    """
+    texts, codes = ["<root>"], bytearray(1)
+    _outline(record, 1, False, rng, texts, codes)
+    return Outline(texts, _shape(bytes(codes)))
 
 
-def _walk(
-    node: dict[str, Tree], depth: int, under_answer: bool, rng: random.Random | None
-) -> Iterator[Segment]:
+def _outline(
+    node: dict[str, Tree],
+    depth: int,
+    under_answer: bool,
+    rng: random.Random | None,
+    texts: list[str],
+    codes: bytearray,
+) -> None:
     items = list(node.items())
     if under_answer and rng is not None:
         rng.shuffle(items)
     for key, value in items:
         answer = under_answer or (depth == 1 and key == ANSWER)
-        yield Segment(key, depth, False)
+        texts.append(key)
+        codes.append(2 * depth)
         if isinstance(value, str):
-            yield Segment(value, depth + 1, answer)
+            texts.append(value)
+            codes.append(2 * depth + 2 + answer)
         else:
-            yield from _walk(value, depth + 1, answer, rng)
+            _outline(value, depth + 1, answer, rng, texts, codes)
+
+
+@lru_cache(maxsize=4096)
+def _shape(codes: bytes) -> Shape:
+    """The shape of segments that are given as 2 * depth, plus 1 where predicted."""
+    return Shape(tuple(code // 2 for code in codes), tuple(code % 2 == 1 for code in codes))
 
 
 def is_shuffled(record: Record) -> bool:
     """Whether training shuffles anything: some dictionary under `<ans>` has two items or more."""
+    return _has_choice(record[ANSWER])
 
-    def has_choice(node: Tree) -> bool:
-        return isinstance(node, dict) and (len(node) > 1 or any(map(has_choice, node.values())))
 
-    return has_choice(record[ANSWER])
+def _has_choice(node: Tree) -> bool:
+    if isinstance(node, str):
+        return False
+    return len(node) > 1 or any(map(_has_choice, node.values()))
 
 
 @lru_cache(maxsize=4096)
@@ -115,40 +137,48 @@ def _relations(depths: tuple[int, ...]) -> np.ndarray:
     return result
 
 
-class Extension(NamedTuple):
-    """A record's extension table and the (id, sub) pair of each of its entries."""
-
-    table: ExtensionTable
-    pairs: tuple[tuple[int, int], ...]
-
-
-class _Subs:
-    """Turns ids of a record's extension table into (id, sub) pairs."""
+class Extension(ExtensionTable):
+    """A record's extension table with the (id, sub) pair of each of its entries."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(len(tokenizer))
         self._tokenizer = tokenizer
-        self.table = ExtensionTable(len(tokenizer))
-        self.pairs: list[tuple[int, int]] = []
         self._counts: dict[int, int] = {}
-
-    def encode(self, text: str) -> list[int]:
-        ids = self._tokenizer.encode(text, self.table)
-        self._number_new()
-        return ids
+        self.pairs: list[tuple[int, int]] = []
 
     def id_of(self, piece: Piece) -> int:
-        token_id = self.table.id_of(piece)
-        self._number_new()
-        return token_id
+        if piece not in self._ids:
+            self.pair_of(piece, self._tokenizer.category(piece))
+        return super().id_of(piece)
 
-    def _number_new(self) -> None:
-        if len(self.table) == len(self.pairs):
-            return
-        for piece in self.table.pieces[len(self.pairs) :]:
-            category = self._tokenizer.category(piece)
-            sub = self._counts.get(category, 0)
-            self._counts[category] = sub + 1
-            self.pairs.append((category, sub))
+    def pair_of(self, piece: Piece, category: int) -> tuple[int, int]:
+        """The pair of a piece of known `Tokenizer.category`."""
+        token_id = self._ids.get(piece)
+        if token_id is not None:
+            return self.pair(token_id)
+        super().id_of(piece)
+        sub = self._counts.get(category, 0)
+        self._counts[category] = sub + 1
+        self.pairs.append((category, sub))
+        return category, sub
+
+    def pair(self, token_id: int) -> tuple[int, int]:
+        return self.pairs[token_id - self._vocab_size]
+
+
+@dataclass(slots=True)
+class TokenLists:
+    """The tokens of records, one record after the other, while they are made.
+
+    Attributes:
+        ids: the vocabulary id of each token.
+        segment_lengths: tokens of each segment.
+        subs: (place in `ids`, sub) of the tokens whose sub is not 0.
+    """
+
+    ids: list[int] | array[int] = field(default_factory=list)
+    segment_lengths: list[int] | array[int] = field(default_factory=list)
+    subs: list[tuple[int, int]] = field(default_factory=list)
 
 
 class Encoder:
@@ -156,8 +186,8 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self._ordinary: dict[str, list[int]] = {}
-        self._markup: dict[str, Piece] = {}  # texts that are one unlisted special token
+        self._ordinary: dict[str, list[int]] = {}  # texts without extension entries
+        self._markup: dict[str, tuple[Piece, int]] = {}  # that are one unlisted special token
 
     def encode(
         self, record: Record, *, rng: random.Random | None = None, answers: bool = True
@@ -173,59 +203,92 @@ class Encoder:
             InputError: a special token whose name the vocabulary lacks; more than 65,535 segments
                 or extension entries.
         """
-        return self.encode_segments(list(walk(record, rng)), answers=answers)[0]
+        return self.encode_outline(outline(record, rng), answers=answers)[0]
 
-    def encode_segments(
-        self, segments: list[Segment], *, answers: bool = True
+    def encode_outline(
+        self, outline: Outline, *, answers: bool = True
     ) -> tuple[EncodedRecord, Extension]:
         """Like `encode`, from segments; also returns the record's extension, for decoding."""
-        bos, eos, vocab_size = self.tokenizer.bos, self.tokenizer.eos, len(self.tokenizer)
-        subs_of = _Subs(self.tokenizer)
-        ids: list[int] = []
-        lengths: list[int] = []
-        for text, _, is_predicted in segments:
-            begin = len(ids)
-            if answers or not is_predicted:
-                ids.append(bos)
-                ids += self._ids(text, subs_of)
-                if not is_predicted:
-                    ids.append(eos)
-            lengths.append(len(ids) - begin)
-        if max(len(segments), len(subs_of.pairs)) > MAX_PARTS:
-            raise InputError(f"the record has more than {MAX_PARTS} fields or unknown words")
-        token_ids = np.array(ids, dtype=np.int32)  # (n,)
-        subs = np.zeros(len(ids), dtype=np.uint16)
-        if subs_of.pairs:
-            pairs = np.array(subs_of.pairs, dtype=np.int32)  # (extension entries, 2)
-            places = np.flatnonzero(token_ids >= vocab_size)
-            found = pairs[token_ids[places] - vocab_size]
-            token_ids[places], subs[places] = found[:, 0], found[:, 1]
+        tokens = TokenLists()
+        extension = self.append(outline, tokens, answers=answers)
+        subs = np.zeros(len(tokens.ids), dtype=np.uint16)
+        for place, sub in tokens.subs:
+            subs[place] = sub
         encoded = EncodedRecord(
-            ids=token_ids,
+            ids=np.array(tokens.ids, dtype=np.int32),
             subs=subs,
-            segments=np.repeat(np.arange(len(segments), dtype=np.uint16), lengths),
-            shape=Shape(tuple(s.depth for s in segments), tuple(s.is_predicted for s in segments)),
+            segments=_numbers(len(outline.texts)).repeat(tokens.segment_lengths),
+            shape=outline.shape,
         )
-        return encoded, Extension(subs_of.table, tuple(subs_of.pairs))
+        return encoded, extension
 
-    def _ids(self, text: str, subs_of: _Subs) -> list[int]:
-        cached = self._ordinary.get(text)
-        if cached is not None:
-            return cached
-        piece = self._markup.get(text)
-        if piece is not None:
-            return [subs_of.id_of(piece)]
-        ids = subs_of.encode(text)
+    def append(self, outline: Outline, tokens: TokenLists, *, answers: bool = True) -> Extension:
+        """Append the tokens of a record; nothing is appended where it raises (see `encode`)."""
+        ids, lengths, subs = tokens.ids, tokens.segment_lengths, tokens.subs
+        before = len(ids), len(lengths), len(subs)
+        extension = Extension(self.tokenizer)
+        bos, eos = self.tokenizer.bos, self.tokenizer.eos
+        ordinary_get, markup_get = self._ordinary.get, self._markup.get
+        try:
+            for text, is_predicted in zip(outline.texts, outline.shape.predicted, strict=True):
+                if is_predicted and not answers:
+                    lengths.append(0)
+                    continue
+                if (segment := ordinary_get(text)) is None:
+                    if (markup := markup_get(text)) is not None:
+                        category, sub = extension.pair_of(*markup)
+                        segment = [bos, category, eos]
+                        if sub:
+                            subs.append((len(ids) + 1, sub))
+                    else:
+                        segment = self._segment(text, extension, len(ids), subs)
+                if is_predicted:
+                    segment = segment[:-1]
+                ids.extend(segment)
+                lengths.append(len(segment))
+            if max(len(outline.texts), len(extension)) > MAX_PARTS:
+                raise InputError(f"the record has more than {MAX_PARTS} fields or unknown words")
+        except InputError:
+            for values, count in zip((ids, lengths, subs), before, strict=True):
+                del values[count:]
+            raise
+        return extension
+
+    def _segment(
+        self, text: str, extension: Extension, begin: int, subs: list[tuple[int, int]]
+    ) -> list[int]:
+        """The ids of a segment that begins at token `begin`, `<s>` and `</s>` included."""
+        tokenizer = self.tokenizer
+        if "<" not in text:
+            ids, unknown = tokenizer.match(text)
+            if not unknown:
+                return self._remember(text, [tokenizer.bos, *ids, tokenizer.eos])
+        ids = tokenizer.encode(text, extension)
+        segment = [tokenizer.bos, *ids, tokenizer.eos]
+        vocab_size = len(tokenizer)
+        if max(segment) < vocab_size:
+            return self._remember(text, segment)
+        # Ids of the extension mean something within one record only; that a text is one special
+        # token can be kept.
+        if len(ids) == 1 and (piece := extension[ids[0]]).is_special:
+            if len(self._markup) >= _CACHE_SIZE:
+                self._markup.clear()
+            self._markup[text] = piece, extension.pair(ids[0])[0]
+        for i, token_id in enumerate(ids, start=1):
+            if token_id >= vocab_size:
+                segment[i], sub = extension.pair(token_id)
+                if sub:
+                    subs.append((begin + i, sub))
+        return segment
+
+    def _remember(self, text: str, segment: list[int]) -> list[int]:
         if len(text) <= _CACHED_LENGTH:
-            self._remember(text, ids, subs_of.table)
-        return ids
+            if len(self._ordinary) >= _CACHE_SIZE:
+                self._ordinary.clear()
+            self._ordinary[text] = segment
+        return segment
 
-    def _remember(self, text: str, ids: list[int], table: ExtensionTable) -> None:
-        if len(self._ordinary) + len(self._markup) >= _CACHE_SIZE:
-            self._ordinary.clear()
-            self._markup.clear()
-        # Ids of the extension mean something within one record only.
-        if not ids or max(ids) < len(self.tokenizer):
-            self._ordinary[text] = ids
-        elif len(ids) == 1 and table[ids[0]].is_special:
-            self._markup[text] = table[ids[0]]
+
+@lru_cache(maxsize=256)
+def _numbers(count: int) -> np.ndarray:
+    return np.arange(count, dtype=np.uint16)

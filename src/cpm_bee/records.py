@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -43,14 +44,23 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
         raise InputError(f"{path}: no such file")
     with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start})"
-                ) from None
-            if line.strip():
+            line, reason = decode_line(raw, is_first=number == 1)
+            if reason:
+                raise InputError(f"{path}:{number}: {reason}")
+            if line:
                 yield number, line
+
+
+def decode_line(raw: bytes, *, is_first: bool) -> tuple[str, str | None]:
+    """A line's text ("" where it is blank) and None, or "" and the reason why it is no text.
+
+    `is_first`: the first line of a file may begin with a byte order mark.
+    """
+    try:
+        line = raw.decode("utf-8-sig" if is_first else "utf-8").strip("\r\n")
+    except UnicodeDecodeError as error:
+        return "", f"not UTF-8 text ({error.reason} at byte {error.start})"
+    return ("" if line.isspace() else line), None
 
 
 def validate(record: Any) -> list[str]:
@@ -60,6 +70,12 @@ def validate(record: Any) -> list[str]:
     special tokens are well formed (SPEC §1, §2). Whether their names exist is the vocabulary's
     business.
     """
+    if _is_valid(record):
+        return []
+    return _problems(record)
+
+
+def _problems(record: Any) -> list[str]:
     if not isinstance(record, dict):
         return [f"a record is a JSON object, this is {_kind(record)}"]
     problems = list(_tree_problems(record, "", 1))
@@ -68,6 +84,36 @@ def validate(record: Any) -> list[str]:
     elif not _has_leaf(record[ANSWER]):
         problems.append(f'"{ANSWER}" holds no text')
     return problems
+
+
+def _is_valid(record: Any) -> bool:
+    """Quickly whether there are no problems; false where that is not clear."""
+    texts: list[str] = []
+    if not isinstance(record, dict) or not _collect(record, texts, 1):
+        return False
+    if ANSWER not in record or not _has_leaf(record[ANSWER]):
+        return False
+    try:
+        "".join(texts).encode()  # refuses surrogates
+    except (TypeError, UnicodeEncodeError):
+        return False
+    return all("<" not in text or _is_well_formed(text) for text in texts)
+
+
+def _collect(node: dict, texts: list[str], depth: int) -> bool:
+    """Add the keys and leaves, whatever they are; false where the tree is too deep."""
+    for key, value in node.items():
+        texts.append(key)
+        if value.__class__ is not dict:
+            texts.append(value)
+        elif depth == MAX_DEPTH or not _collect(value, texts, depth + 1):
+            return False
+    return True
+
+
+@lru_cache(maxsize=256)
+def _is_well_formed(text: str) -> bool:
+    return not list(_text_problems(text, ""))
 
 
 def _tree_problems(node: dict, path: str, depth: int) -> Iterator[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cpm_bee.errors import InputError
 
@@ -73,14 +74,14 @@ class ExtensionTable:
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self.pieces: list[Piece] = []
-        self._ids: dict[tuple[str, bool], int] = {}
+        self._ids: dict[Piece, int] = {}
 
     def id_of(self, piece: Piece) -> int:
-        key = (piece.text, piece.is_special)
-        if key not in self._ids:
-            self._ids[key] = self._vocab_size + len(self.pieces)
+        token_id = self._ids.get(piece)
+        if token_id is None:
+            token_id = self._ids[piece] = self._vocab_size + len(self.pieces)
             self.pieces.append(piece)
-        return self._ids[key]
+        return token_id
 
     def __getitem__(self, token_id: int) -> Piece:
         return self.pieces[token_id - self._vocab_size]
@@ -114,7 +115,6 @@ class Tokenizer:
             for t, i in self.ids.items()
             if t.startswith("<") and t.endswith(">") and t not in _SPELLED
         }
-        self._trie = self._build_trie()
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -140,52 +140,60 @@ class Tokenizer:
         """sha256 over the tokens in order: the key of everything that depends on the ids."""
         return hashlib.sha256("\n".join(self.tokens).encode()).hexdigest()
 
-    def _build_trie(self) -> dict:
-        # Nested dictionaries, character -> node; the id of a complete entry stands under "".
-        root: dict = {}
+    @cached_property
+    def _trie(self) -> dict[str, Any]:
+        """The plain entries by their characters, made at the first text to be matched.
+
+        A node is a dictionary where several entries go on, with the id of the entry that ends
+        there (or -1) under "". Where a single one is left, its id takes the node's place if the
+        entry ends there, else (rest of its text, id): that is most of them, and saves memory.
+        """
+        root: dict[str, Any] = {}
         for token, token_id in self.ids.items():
-            if token in self.specials:
-                continue
-            node = root
-            for character in _SPELLED.get(token, token):
-                node = node.setdefault(character, {})
-            node[""] = token_id
+            if token not in self.specials:
+                _insert(root, _SPELLED.get(token, token), token_id)
         return root
 
-    def _match(self, text: str) -> tuple[list[int], list[str]]:
+    def match(self, text: str) -> tuple[list[int], list[str]]:
         """Greedy longest matches of a plain text.
 
         Returns the ids, with -1 for each run of unknown characters, and the texts of these runs.
         """
-        root, length = self._trie, len(text)
+        root_get = self._trie.get
         ids: list[int] = []
-        unknown: list[str] = []
-        start, run = 0, -1  # `run` is where the present unknown run began, -1 outside of one
+        runs: list[tuple[int, int]] = []  # begin and end of the unknown runs
+        characters = [*text, None]  # None, which no node has, ends every walk
+        length = len(text)
+        start = 0
         while start < length:
-            node, position, best, end = root, start, -1, start
-            while position < length:
-                child = node.get(text[position])
-                if child is None:
+            node: Any = root_get(characters[start])
+            best, end = -1, start + 1  # the longest entry found, and where it ends
+            if node.__class__ is dict:
+                best, position = node[""], end
+                while (node := node.get(characters[position])) is not None:
+                    position += 1
+                    if node.__class__ is dict:
+                        if (token_id := node[""]) >= 0:
+                            best, end = token_id, position
+                        continue
+                    if node.__class__ is int:
+                        best, end = node, position
+                    elif text.startswith(node[0], position):
+                        best, end = node[1], position + len(node[0])
                     break
-                node = child
-                position += 1
-                token_id = node.get("")
-                if token_id is not None:
-                    best, end = token_id, position
-            if best < 0:
-                if run < 0:
-                    run = start
-                    ids.append(-1)
-                start += 1
-                continue
-            if run >= 0:
-                unknown.append(text[run:start])
-                run = -1
-            ids.append(best)
+            elif node.__class__ is int:
+                best = node
+            elif node is not None and text.startswith(node[0], end):
+                best, end = node[1], end + len(node[0])
+            if best >= 0:
+                ids.append(best)
+            elif runs and runs[-1][1] == start:
+                runs[-1] = (runs[-1][0], end)
+            else:
+                runs.append((start, end))
+                ids.append(-1)
             start = end
-        if run >= 0:
-            unknown.append(text[run:])
-        return ids, unknown
+        return ids, [text[begin:end] for begin, end in runs]
 
     def pieces(self, text: str) -> list[Piece]:
         """Split a text into pieces. Raises `MarkupError`."""
@@ -194,7 +202,7 @@ class Tokenizer:
             if is_special:
                 result.append(Piece(part, False, True))
                 continue
-            ids, unknown = self._match(part)
+            ids, unknown = self.match(part)
             runs = iter(unknown)
             for i in ids:
                 text = next(runs) if i < 0 else _SPELLED.get(self.tokens[i], self.tokens[i])
@@ -220,7 +228,7 @@ class Tokenizer:
         return ids
 
     def _encode_plain(self, text: str, extension: ExtensionTable) -> list[int]:
-        ids, unknown = self._match(text)
+        ids, unknown = self.match(text)
         if unknown:
             runs = iter(unknown)
             return [extension.id_of(Piece(next(runs), True, False)) if i < 0 else i for i in ids]
@@ -255,3 +263,22 @@ class Tokenizer:
                 "(write a literal '<' as '<<')"
             )
         return self.specials[name]
+
+
+def _insert(node: dict[str, Any], text: str, token_id: int) -> None:
+    """Add an entry to a trie (see `Tokenizer._trie`)."""
+    for position, character in enumerate(text, start=1):
+        rest = text[position:]
+        child = node.get(character)
+        if child is None:
+            node[character] = (rest, token_id) if rest else token_id
+            return
+        if not isinstance(child, dict):  # a single entry so far: it moves one character down
+            tail, other = child if isinstance(child, tuple) else ("", child)
+            node[character] = child = {"": -1 if tail else other}
+            if tail:
+                child[tail[0]] = (tail[1:], other) if len(tail) > 1 else other
+        if not rest:
+            child[""] = token_id
+            return
+        node = child

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpm_bee.data.batch import collate, extension_pairs
+from cpm_bee.data.batch import Stream, collate, extension_pairs
 from cpm_bee.encoding import Encoder
 from cpm_bee.records import Record
 
@@ -132,3 +132,32 @@ def test_batches_do_not_share_memory_with_their_records() -> None:
         encoded[0].shape.relations[0, 0] = 1  # cached for all records of this shape
     batch.relations[:] = 9
     assert np.all(encoded[0].shape.relations != 9) or encoded[0].shape.relations[0, 1] == 2
+
+
+def test_a_target_that_the_table_of_the_step_lacks_is_an_error() -> None:
+    encoded = tiny.encode([{"input": "é ü", "<ans>": "ü"}])
+    for pairs in ([], [(tiny.TOKENIZER.unk, 2)], [(tiny.TOKENIZER.unk + 1, 1)]):
+        with pytest.raises(KeyError, match="lacks the pair"):
+            collate(encoded, tiny.TOKENIZER, pairs)
+
+
+def test_the_tensors_of_a_batch_are_all_its_tensors() -> None:
+    batch = collate(tiny.encode([{"input": "é ü", "<ans>": "ü"}]), tiny.TOKENIZER)
+    assert batch.tensors().keys() == {n for n, v in vars(batch).items() if torch.is_tensor(v)}
+    assert all(value is getattr(batch, name) for name, value in batch.tensors().items())
+
+
+def test_a_record_of_a_stream_can_be_replaced() -> None:
+    records: list[Record] = [
+        {"input": "ab", "<ans>": "a"},
+        {"input": "é", "<ans>": {"a": "ü", "b": "é漢x"}},
+        {"input": {"x": {"a": "b"}}, "<ans>": "ü"},
+    ]
+    encoded = tiny.encode(records)
+    other = tiny.encode([{"input": "é", "<ans>": {"b": "é漢x", "a": "ü"}}])[0]
+    assert len(other) == len(encoded[1]) and other.ids.tolist() != encoded[1].ids.tolist()
+    stream = Stream.of(encoded)
+    stream.replace(1, other)
+    expected = Stream.of([encoded[0], other, encoded[2]])
+    for name, value in vars(expected).items():
+        np.testing.assert_array_equal(getattr(stream, name), value, name)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import struct
 import tempfile
@@ -139,97 +138,6 @@ def test_an_existing_data_file_is_not_overwritten(folder: Path) -> None:
     with pytest.raises(FileExistsError):
         DatasetWriter(folder, "data")
     assert read_all(folder) == RECORDS
-
-
-# ------------------------------------------------------------------ harmless pickles
-
-
-class Runs:
-    """Unpickled by the plain loader, it runs a function."""
-
-    def __reduce__(self) -> tuple:
-        return print, ("this ran",)
-
-
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize(
-    "value", [{"<ans>": Runs()}, Runs(), {"<ans>": print}, {"<ans>": {1 + 2j}}]
-)
-def test_a_pickle_that_names_anything_is_refused(
-    value: object, protocol: int, capfd: pytest.CaptureFixture[str]
-) -> None:
-    payload = pickle.dumps(value, protocol=protocol)
-    with pytest.raises(InputError, match="refused"):
-        decode(payload)
-    assert capfd.readouterr().out == ""
-
-
-names = st.text(st.characters(codec="ascii", exclude_characters="\n"), min_size=1, max_size=20)
-
-
-@given(names, names, st.sampled_from(["GLOBAL", "STACK_GLOBAL", "INST"]))
-def test_every_opcode_that_finds_a_class_is_refused(module: str, name: str, opcode: str) -> None:
-    if opcode == "STACK_GLOBAL":
-        parts = [part.encode() for part in (module, name)]
-        named = b"".join(b"\x8c" + bytes([len(part)]) + part for part in parts) + b"\x93"
-    elif opcode == "GLOBAL":
-        named = f"c{module}\n{name}\n".encode()
-    else:
-        named = f"(i{module}\n{name}\n".encode()
-    with pytest.raises(InputError, match="could run code and is refused"):
-        decode(b"\x80\x04" + named + b".")
-
-
-@pytest.mark.parametrize("payload", [b"\x80\x04Pname\n.", b"\x80\x04\x8c\x01aQ."])
-def test_persistent_ids_are_refused(payload: bytes) -> None:
-    with pytest.raises(InputError, match="outside object and is refused"):
-        decode(payload)
-
-
-@given(st.binary(max_size=200))
-def test_any_bytes_are_a_record_or_an_input_error(payload: bytes) -> None:
-    with pytest.raises(InputError):
-        decode(payload)
-
-
-@given(st.data())
-def test_any_damage_is_a_record_or_an_input_error(data: st.DataObject) -> None:
-    payload = bytearray(encode({"input": "春", "options": {"<option_0>": "a"}, "<ans>": "b"}))
-    position = data.draw(st.integers(0, len(payload) - 1))
-    payload[position] = data.draw(st.integers(0, 255))
-    try:
-        assert isinstance(decode(bytes(payload)), dict)
-    except InputError as error:
-        assert str(error)
-
-
-def test_a_small_pickle_cannot_take_all_memory_or_time() -> None:
-    with pytest.raises(InputError, match='no "<ans>"'):
-        decode(b"\x80\x04}r\xff\xff\xff\xff.")  # memo number 2**32 - 1
-    node: dict = {"<ans>": ""}
-    for _ in range(50):
-        node = {"a": node, "b": node, "<ans>": ""}
-    with pytest.raises(InputError, match="several places"):
-        decode(pickle.dumps(node))
-    node["a"] = node
-    with pytest.raises(InputError, match="several places"):
-        decode(pickle.dumps(node))
-
-
-@pytest.mark.parametrize(
-    ("value", "reason"),
-    [
-        (["a"], "a record is a JSON object"),
-        ({"<ans>": 1}, "value of /<ans>: expected text"),
-        ({"input": "a"}, 'there is no "<ans>"'),
-        ({"<ans>": "a<b"}, "not closed"),
-    ],
-)
-def test_a_pickle_of_something_else_is_refused(value: object, reason: str) -> None:
-    with pytest.raises(InputError, match=re.escape(reason)):
-        decode(pickle.dumps(value))
-    with pytest.raises(InputError, match="3 bytes follow"):
-        decode(encode({"<ans>": ""}) + b"abc")
 
 
 # ------------------------------------------------------------------ damage

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -11,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpm_bee.data import index as index_module
-from cpm_bee.data.batch import collate, extension_pairs
+from cpm_bee.data.batch import Stream, collate, extension_pairs, make_batch
 from cpm_bee.data.container import BinaryDataset, DatasetWriter
 from cpm_bee.data.index import TokenIndex
 from cpm_bee.encoding import EncodedRecord, Encoder
@@ -94,13 +96,35 @@ def check(records: list[Record], folder: Path, seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(5):
         chosen = rng.sample(range(len(records)), rng.randint(0, len(records)))
-        pairs = index.extension_pairs(chosen)
-        assert len(set(pairs)) == len(pairs)
+        pairs = index.extension_pairs(index.largest_subs(chosen))
+        assert pairs == sorted(set(pairs))
         assert set(pairs) == set(extension_pairs([encoded[n] for n in chosen]))
         # Whatever the order of the answers, the same pairs occur.
         shuffled_pairs = extension_pairs([index.record(n, rng) for n in chosen])
         assert set(pairs) == set(shuffled_pairs)
-        assert index.extension_pairs(sorted(chosen)) == pairs
+        check_streams(index, chosen, pairs, seed)
+
+
+def check_streams(
+    index: TokenIndex, chosen: list[int], pairs: list[tuple[int, int]], seed: int
+) -> None:
+    """Streams hold what single records do, and so do the batches made of them."""
+
+    def rng_of(number: int) -> random.Random:
+        return random.Random(f"{seed}/{number}")
+
+    for generators in (None, rng_of):
+        stream = index.stream(chosen, generators)
+        single = [index.record(n, generators and generators(n)) for n in chosen]
+        for field in dataclasses.fields(Stream):
+            found = getattr(stream, field.name)
+            expected = getattr(Stream.of(single), field.name)
+            np.testing.assert_array_equal(found, expected, field.name)
+            assert found.dtype == expected.dtype, field.name
+        batch = make_batch(stream, tiny.TOKENIZER, pairs)
+        for name, value in vars(collate(single, tiny.TOKENIZER, pairs)).items():
+            found = getattr(batch, name)
+            assert torch.equal(found, value) if torch.is_tensor(value) else found == value, name
 
 
 def test_it_holds_what_the_encoder_makes(folder: Path) -> None:
@@ -143,6 +167,10 @@ def test_only_records_with_a_choice_are_read_again(
         index.record(n)
         index.record(n, random.Random(0))
     assert read == [1, 3, 5]
+    index.stream(range(len(RECORDS)))
+    assert read == [1, 3, 5]
+    index.stream([5, 4, 3], lambda number: random.Random(number))
+    assert read == [1, 3, 5, 5, 3]
 
 
 def test_shuffled_answers(folder: Path) -> None:
@@ -155,7 +183,8 @@ def test_shuffled_answers(folder: Path) -> None:
 def test_an_empty_dataset(tmp_path: Path) -> None:
     index = open_index(write(tmp_path / "set", []))
     assert len(index) == 0
-    assert index.extension_pairs([]) == []
+    assert index.largest_subs([]) == index.extension_pairs([]) == []
+    assert len(index.stream([]).ids) == 0
     assert index.lengths.tolist() == index.num_targets.tolist() == []
     assert len(open_index(tmp_path / "set")) == 0  # and from disk
 
@@ -165,9 +194,26 @@ def test_records_without_extension(tmp_path: Path) -> None:
 
 
 def test_its_arrays_are_mapped_read_only(folder: Path) -> None:
-    record = open_index(folder).record(0)
+    index = open_index(folder)
+    record = index.record(0)
     with pytest.raises(ValueError, match="read-only"):
         record.ids[0] = 1
+    stream = index.stream([0, 1])
+    stream.ids[:] = stream.subs[:] = stream.segments[:] = 0  # a stream is its own
+    stream.relations[:] = stream.context[:] = 0
+    assert_same(index.record(0), tiny.encode(RECORDS)[0])
+    np.testing.assert_array_equal(index.stream([0]).context, record.context)
+
+
+def test_the_largest_subs(folder: Path) -> None:
+    index = open_index(folder)
+    mask, unk = tiny.TOKENIZER.ids["<mask>"], tiny.TOKENIZER.unk
+    assert index.extension_vocabulary.tolist() == sorted([unk, mask])
+    assert unk < mask
+    assert index.largest_subs([1, 5]) == [1, 1]
+    assert index.largest_subs([3]) == [3, 0]
+    assert index.largest_subs([0, 2]) == [0, 0]
+    assert index.extension_pairs([0, 2]) == [(mask, 1), (mask, 2)]
 
 
 # ------------------------------------------------------------------ when it is made

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cpm_bee import delta
 from cpm_bee.data.batch import collate, extension_pairs
-from cpm_bee.encoding import EncodedRecord, Encoder, walk
+from cpm_bee.encoding import EncodedRecord, Encoder, outline
 from cpm_bee.errors import InputError, RunError
 from cpm_bee.generate.beam import Finished, GenerationOptions, Generator, penalize_repetition
 from cpm_bee.generate.decoder import Decoder
@@ -98,9 +98,9 @@ class Slow:
 class SlowSearch:
     def __init__(self, model, tokenizer, record, options):
         self.model, self.tokenizer, self.record, self.options = model, tokenizer, record, options
-        segments = list(walk(record))
-        encoded, _ = Encoder(tokenizer).encode_segments(segments, answers=False)
-        self.prompt, self.leaves = encoded, [i for i, s in enumerate(segments) if s.is_predicted]
+        encoded, _ = Encoder(tokenizer).encode_outline(outline(record), answers=False)
+        self.prompt = encoded
+        self.leaves = [i for i, predicted in enumerate(encoded.shape.predicted) if predicted]
         self.pairs = extension_pairs([encoded])
         self.may_unk = Prompt.of(record, Encoder(tokenizer)).has_unknown
 

@@ -11,9 +11,40 @@ import pytest
 from golden.recipe import read_lines
 
 from cpm_bee.data.batch import Batch, collate, extension_pairs
-from cpm_bee.data.planning import Step, best_fit
 from cpm_bee.encoding import EncodedRecord, Encoder
 from cpm_bee.tokenizer import Tokenizer
+
+
+class Step(NamedTuple):
+    """The records of a step, row by row."""
+
+    rows: list[list[int]]
+
+    @property
+    def numbers(self) -> list[int]:
+        return [number for row in self.rows for number in row]
+
+
+def best_fit(lengths: list[int], batch_size: int, max_length: int) -> list[Step]:
+    """The packing that made the golden files, the usual rule of SPEC §4 word for word."""
+    open_rows: list[list[int]] = []  # oldest first
+    steps = []
+    for number, length in enumerate(lengths):
+        if length > max_length:
+            continue
+        best = None
+        for row in open_rows:
+            space = max_length - sum(lengths[n] for n in row)
+            if space >= length and (best is None or space < best[0]):
+                best = (space, row)
+        if best is None:
+            open_rows.append([number])
+        else:
+            best[1].append(number)
+        if len(open_rows) == batch_size + 1:
+            steps.append(Step(open_rows[:batch_size]))
+            open_rows = open_rows[batch_size:]
+    return steps + ([Step(open_rows)] if open_rows else [])
 
 
 class Packed(NamedTuple):
@@ -34,9 +65,7 @@ def pack(vocabulary: Tokenizer) -> Pack:
     def make(records: Path, batch_size: int, max_length: int) -> Packing:
         encoder = Encoder(vocabulary)
         encoded = [encoder.encode(record) for record in read_lines(records)]
-        lengths = np.array([len(e) for e in encoded])
-        usable = np.flatnonzero(lengths <= max_length)
-        steps = [Step(r) for r in best_fit(usable, lengths[usable], batch_size, max_length)]
+        steps = best_fit([len(e) for e in encoded], batch_size, max_length)
         batches = []
         for step in steps:
             # The table is in the order in which the records enter, the stream row by row.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from golden.recipe import read_lines
 
-from cpm_bee.encoding import Encoder, walk
+from cpm_bee.encoding import Encoder, outline
 from cpm_bee.tokenizer import Tokenizer
 
 
@@ -26,9 +26,9 @@ def test_extension_tables(golden: Path, vocabulary: Tokenizer) -> None:
     encoder = Encoder(vocabulary)
     sizes = []
     for case in read_lines(golden / "encoding.jsonl"):
-        _, extension = encoder.encode_segments(list(walk(case["record"])))
+        _, extension = encoder.encode_outline(outline(case["record"]))
         ids = [str(len(vocabulary) + i) for i in range(len(extension.pairs))]
-        texts = [piece.text for piece in extension.table.pieces]
+        texts = [piece.text for piece in extension.pieces]
         assert dict(zip(ids, texts, strict=True)) == case["ext_table"]
         pairs: dict[str, dict[str, int]] = {}
         for token_id, (category, sub) in zip(ids, extension.pairs, strict=True):

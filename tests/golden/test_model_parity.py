@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden.conftest import Pack, Packed
+from golden.conftest import Pack, Packed, best_fit
 from golden.recipe import assert_equal, fill, read_lines
 
 from cpm_bee import delta
-from cpm_bee.data.batch import Batch, collate
+from cpm_bee.data.batch import Batch, collate, make_batch
 from cpm_bee.data.container import BinaryDataset, DatasetWriter
 from cpm_bee.data.index import TokenIndex
-from cpm_bee.data.planning import Plan
 from cpm_bee.engine import OptimizerSettings
 from cpm_bee.engine.torch_engine import TorchEngine
 from cpm_bee.model.config import ModelConfig
@@ -45,7 +44,7 @@ def tuned(model: CPMBee, expected: Arrays) -> CPMBee:
 
 
 def mean_loss(model: CPMBee, batch: Batch) -> torch.Tensor:
-    return target_loss(model(batch), batch) / batch.num_targets
+    return model.loss(batch) / batch.num_targets
 
 
 @pytest.mark.parametrize("b", [0, 1])
@@ -80,7 +79,7 @@ def test_states_and_logits(
 def test_gradients(
     model: CPMBee, expected: Arrays, packed: dict[str, Packed], checkpointing: bool
 ) -> None:
-    model.encoder.checkpointing = checkpointing
+    model.encoder.set_checkpointing(checkpointing)
     mean_loss(model, packed["packing"].batches[0]).backward()
     norms = {k.removeprefix("gradnorm."): v for k, v in expected.items() if "gradnorm." in k}
     parameters = dict(model.named_parameters())
@@ -131,7 +130,7 @@ def test_six_delta_steps(
         for i in range(accumulate):
             share = [records[n] for n in steps[b].numbers[i::accumulate]]
             batch = collate(share, vocabulary, pairs)
-            part = target_loss(tuned(batch), batch) / whole.num_targets
+            part = tuned.loss(batch) / whole.num_targets
             engine.backward(part)
             loss += part.item()
         result = engine.step(1e-3)
@@ -146,16 +145,16 @@ def test_six_delta_steps(
 def test_losses_through_the_token_index(
     model: CPMBee, golden: Path, expected: Arrays, vocabulary: Tokenizer, tmp_path: Path
 ) -> None:
-    """The same losses by the way of training data: container, index, plan, sorted extension."""
+    """The same losses by the way of training data: container, index, stream, sorted extension."""
     with DatasetWriter(tmp_path / "set", "data") as writer:
         for record in read_lines(golden / "packing_records.jsonl"):
             writer.write(record)
     index = TokenIndex.of(BinaryDataset(tmp_path / "set"), vocabulary)
-    steps = list(Plan(index.lengths, rows=2, max_length=512).epoch(0))
+    steps = best_fit(index.lengths.tolist(), 2, 512)
     for b in (0, 1):
         numbers = steps[b].numbers
-        records = [index.record(n) for n in numbers]
-        batch = collate(records, vocabulary, index.extension_pairs(numbers))
+        pairs = index.extension_pairs(index.largest_subs(numbers))
+        batch = make_batch(index.stream(numbers), vocabulary, pairs)
         assert batch.num_targets == int(index.num_targets[numbers].sum())
         with torch.no_grad():
             assert_equal(mean_loss(model, batch), expected[f"b{b}.loss"], f"loss of batch {b}")

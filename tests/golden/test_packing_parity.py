@@ -2,10 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from golden.conftest import Packed
+from golden.conftest import Packed, Step
 
 from cpm_bee.data.batch import Batch
-from cpm_bee.data.planning import Step
 
 NAMES = ("packing", "packing_tight")
 

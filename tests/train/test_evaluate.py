@@ -16,7 +16,7 @@ from cpm_bee.engine.torch_engine import TorchEngine
 from cpm_bee.model.network import CPMBee
 from cpm_bee.tokenizer import Tokenizer
 from cpm_bee.train.evaluate import Evaluation, evaluate
-from cpm_bee.train.feed import Feed
+from cpm_bee.train.feed import Feed, Step
 
 CPU = torch.device("cpu")
 
@@ -55,14 +55,17 @@ def feed_of(
     return feed, engine
 
 
+def numbers_of(step: Step) -> list[int]:
+    return [number for share in step.shares for number in share]
+
+
 def by_hand(model: CPMBee, index: TokenIndex, tokenizer: Tokenizer, feed: Feed) -> Evaluation:
     """One record at a time, with the extension table of its step; figures in plain Python."""
     model.eval()
     loss, right, targets, exact, records = 0.0, 0, 0, 0, 0
-    for step in feed.epoch(0):
-        pairs = index.extension_pairs(step.numbers)
-        for number in step.numbers:
-            batch = collate([index.record(number)], tokenizer, pairs)
+    for step, _ in feed.batches(0):
+        for number in numbers_of(step):
+            batch = collate([index.record(number)], tokenizer, step.extension)
             with torch.no_grad():
                 rows = model(batch).double().tolist()
             hits = 0
@@ -99,9 +102,9 @@ def test_a_ragged_last_step_counts_as_all_others(
 ) -> None:
     workspace, _ = learned
     feed, engine = feed_of(index, workspace, 3)
-    rows = [len(step.rows) for step in feed.epoch(0)]
-    assert len(rows) > 1 and rows[-1] < 3
-    assert sorted(n for s in feed.epoch(0) for n in s.numbers) == list(range(len(index)))
+    steps = [step for step, _ in feed.batches(0)]
+    assert len(steps) > 1 and steps[-1].rows < 3
+    assert sorted(n for step in steps for n in numbers_of(step)) == list(range(len(index)))
     assert evaluate(model, engine, feed).records == len(index)
 
 
@@ -117,7 +120,7 @@ def test_dropout_is_off_during_evaluation_and_on_again_after_it(
     torch.manual_seed(2)
     assert evaluate(model, engine, feed) == first
     assert all(module.training for module in model.modules())
-    batch = next(feed.micro_batches(next(feed.epoch(0)), 0))
+    _, (batch,) = next(feed.batches(0))
     assert batch is not None
     assert not torch.equal(model(batch), model(batch))
 

@@ -6,6 +6,8 @@ import argparse
 import importlib.util
 import json
 import math
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,11 +19,12 @@ import torch
 import train_support
 from train_support import Run, Workspace, distance
 
-import cpm_bee.model.network
-import cpm_bee.train.loop
+from cpm_bee import memory
 from cpm_bee.cli import not_negative, positive, whole_number
 from cpm_bee.data.batch import Batch
 from cpm_bee.errors import InputError, run_command
+from cpm_bee.model.attention import GroupedAttention
+from cpm_bee.model.network import BlockStack, CPMBee
 from cpm_bee.train.options import Options, parser
 from cpm_bee.train.run import finetune
 from cpm_bee.train.saving import RunFiles
@@ -144,6 +147,19 @@ def _vocab(lab: Lab) -> None:
 
 
 @case
+def _quantize(lab: Lab) -> None:
+    model = Path(shutil.copytree(lab.workspace.model, lab.folder / "model"))
+    plain, parameters = lab.run(load=model), re.findall(r"model with \S+", lab.printed)
+    quantized = lab.run(load=model, quantize="int8")
+    assert (model / "pytorch_model.int8.safetensors").is_file()
+    assert quantized.losses != plain.losses
+    assert quantized.losses == pytest.approx(plain.losses, rel=0.02)
+    assert re.findall(r"model with \S+", lab.printed) == parameters
+    assert "64" in lab.refusal(load=model, quantize="nf4")  # its layers are too small
+    assert "--use-delta" in lab.refusal(load=model, quantize="int8", use_delta=None)
+
+
+@case
 def _dataset(lab: Lab) -> None:
     other = train_support.make_dataset(lab.folder, "other", train_support.records(4, seed=9))
     run = lab.run(dataset=other, max_steps=None)
@@ -169,7 +185,8 @@ def _max_length(lab: Lab) -> None:
 
 @case
 def _drop_last(lab: Lab) -> None:
-    whole, dropped = lab.run(max_steps=None), lab.run(max_steps=None, drop_last=True)
+    values = {"max_steps": None, "max_length": 48}
+    whole, dropped = lab.run(**values), lab.run(drop_last=True, **values)
     assert whole.losses[:-1] == dropped.losses
     assert "--drop-last leaves nothing" in lab.refusal(drop_last=True, batch_size=1000)
 
@@ -236,13 +253,13 @@ def _batch_size(lab: Lab) -> None:
 @case
 def _accumulate(lab: Lab) -> None:
     tokens: list[int] = []
-    original = cpm_bee.train.loop.target_loss
+    original = CPMBee.loss
 
-    def target_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def loss(model: CPMBee, batch: Batch) -> torch.Tensor:
         tokens.append(batch.num_tokens)
-        return original(logits, batch)
+        return original(model, batch)
 
-    lab.patch.setattr(cpm_bee.train.loop, "target_loss", target_loss)
+    lab.patch.setattr(CPMBee, "loss", loss)
     once, twice = lab.run(batch_size=8, max_steps=6), lab.run(accumulate=2, max_steps=6)
     # The point of it: no more than a part of the step is in memory at a time.
     count = len(once.losses)
@@ -251,6 +268,32 @@ def _accumulate(lab: Lab) -> None:
     assert once.losses == pytest.approx(twice.losses, rel=1e-6)
     assert distance(once.weights(), twice.weights()) < 1e-6
     assert once.column("tokens") == twice.column("tokens")
+
+
+@case
+def _max_tokens(lab: Lab) -> None:
+    tokens: list[int] = []
+    records: list[int] = []
+    original = CPMBee.loss
+
+    def loss(model: CPMBee, batch: Batch) -> torch.Tensor:
+        tokens.append(batch.num_tokens)
+        records.append(len(batch.lengths))
+        return original(model, batch)
+
+    lab.patch.setattr(CPMBee, "loss", loss)
+    whole, count = lab.run(max_steps=4), len(tokens)
+    split = lab.run(max_steps=4, max_tokens=50)
+    assert count == 4 and len(tokens) > 4 * count
+    assert max(tokens[:count]) > 3 * 50 >= 3 * max(tokens[count:])
+    assert split.losses == pytest.approx(whole.losses, rel=1e-6)
+    assert split.column("grad_norm") == pytest.approx(whole.column("grad_norm"), rel=1e-5)
+    assert distance(whole.weights(), split.weights()) < 1e-5
+    assert whole.column("tokens") == split.column("tokens")
+    del tokens[:], records[:]
+    alone = lab.run(max_steps=4, max_tokens=1)
+    assert set(records) == {1}
+    assert alone.losses == pytest.approx(whole.losses, rel=1e-6)
 
 
 @case
@@ -466,20 +509,31 @@ def _dtype(lab: Lab) -> None:
 @case
 def _checkpointing(lab: Lab) -> None:
     calls = []
-    original = cpm_bee.model.network.checkpoint
+    original = GroupedAttention.__call__
 
-    def checkpoint(*args: Any, **kwargs: Any) -> Any:
+    def attend(self: GroupedAttention, *args: Any) -> torch.Tensor:
         calls.append(args)
-        return original(*args, **kwargs)
+        return original(self, *args)
 
-    lab.patch.setattr(cpm_bee.model.network, "checkpoint", checkpoint)
-    values = {"use_delta": None, "delta_dropout": 0.0, "max_steps": 3}
-    none = lab.run(checkpointing="none", **values)
-    assert not calls
-    full = lab.run(checkpointing="full", **values)
-    assert len(calls) == 3 * train_support.CONFIG.num_layers
-    assert none.losses == full.losses
-    assert distance(none.weights(), full.weights()) == 0
+    lab.patch.setattr(GroupedAttention, "__call__", attend)
+    values = {"use_delta": None, "max_steps": 3}
+    for dropout in (0.0, 0.2):  # blocks with a backward pass of their own, and plain ones
+        calls.clear()
+        none = lab.run(checkpointing="none", delta_dropout=dropout, **values)
+        once = len(calls)
+        full = lab.run(checkpointing="full", delta_dropout=dropout, **values)
+        assert len(calls) - 2 * once == 3 * train_support.CONFIG.num_layers
+        assert none.losses == full.losses
+        assert distance(none.weights(), full.weights()) == 0
+    assert "checkpointing full: as asked" in lab.printed
+    lab.run(checkpointing="auto")
+    assert "checkpointing none: a step needs less than" in lab.printed
+    lab.patch.setattr(memory, "capacity", lambda *_: 1 << 20)
+    chosen: list[bool] = []
+    lab.patch.setattr(BlockStack, "set_checkpointing", lambda self, wanted: chosen.append(wanted))
+    lab.run(checkpointing="auto", **values)
+    assert chosen[-1]
+    assert "checkpointing full: a step needs about 0.00 GiB, without it" in lab.printed
 
 
 @pytest.mark.parametrize("action", flags(), ids=lambda action: action.dest)

@@ -44,18 +44,62 @@ class Batch:
     def num_targets(self) -> int:
         return len(self.targets)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The fields that are tensors, by name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if torch.is_tensor(value)}
+
     def to(self, device: torch.device | str) -> Batch:
         """The batch with all its tensors on a device."""
-        tensors = {
-            f.name: value.to(device, non_blocking=True)
-            for f in fields(self)
-            if torch.is_tensor(value := getattr(self, f.name))
-        }
-        return replace(self, **tensors)  # type: ignore[arg-type]
+        moved = {n: t.to(device, non_blocking=True) for n, t in self.tensors().items()}
+        return replace(self, **moved)  # type: ignore[arg-type]
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory, from which a GPU copies while others compute."""
+        pinned = {n: t.pin_memory() for n, t in self.tensors().items()}
+        return replace(self, **pinned)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """R records of T tokens in all, laid one after the other: a batch before it has targets."""
+
+    ids: np.ndarray  # (T,) vocabulary ids
+    subs: np.ndarray  # (T,)
+    segments: np.ndarray  # (T,) segment within its record
+    context: np.ndarray  # (T,) bool
+    lengths: np.ndarray  # (R,) int64
+    num_segments: np.ndarray  # (R,)
+    relations: np.ndarray  # (sum of num_segments squared,) uint8
+
+    @classmethod
+    def of(cls, records: Sequence[EncodedRecord]) -> Stream:
+        return cls(
+            ids=_flat([r.ids for r in records], np.int32),
+            subs=_flat([r.subs for r in records], np.uint16),
+            segments=_flat([r.segments for r in records], np.uint16),
+            context=_flat([r.context for r in records], np.bool_),
+            lengths=np.array([len(r) for r in records], dtype=np.int64),
+            num_segments=np.array([len(r.shape.depths) for r in records], dtype=np.int64),
+            relations=_flat([r.shape.relations.ravel() for r in records], np.uint8),
+        )
+
+    def replace(self, place: int, record: EncodedRecord) -> None:
+        """Overwrite record number `place` with one of as many tokens and segments."""
+        begin = int(self.lengths[:place].sum())
+        tokens = slice(begin, begin + len(record))
+        self.ids[tokens] = record.ids
+        self.subs[tokens] = record.subs
+        self.segments[tokens] = record.segments
+        self.context[tokens] = record.context
+        begin = int((self.num_segments[:place].astype(np.int64) ** 2).sum())
+        relations = record.shape.relations.ravel()
+        self.relations[begin : begin + len(relations)] = relations
 
 
 class _Targets(NamedTuple):
     positions: np.ndarray  # (N,)
+    records: np.ndarray  # (N,)
     ids: np.ndarray  # (N,)
     subs: np.ndarray  # (N,)
 
@@ -86,28 +130,27 @@ def collate(
     """
     if extension is None:
         extension = extension_pairs(records)
-    ids = _flat([r.ids for r in records], np.int64)
-    subs = _flat([r.subs for r in records], np.int64)
-    context = _flat([r.context for r in records], np.bool_)
-    lengths = np.array([len(r) for r in records], dtype=np.int64)
-    ends = np.cumsum(lengths)
-    targets = _targets(ids, subs, context, ends, tokenizer)
-    number = {pair: len(tokenizer) + i for i, pair in enumerate(extension)}
-    numbered = targets.ids.copy()
-    for place in np.flatnonzero(targets.subs):
-        numbered[place] = number[int(targets.ids[place]), int(targets.subs[place])]
-    table = np.array(extension, dtype=np.int64).reshape(-1, 2)
+    return make_batch(Stream.of(records), tokenizer, extension)
+
+
+def make_batch(stream: Stream, tokenizer: Tokenizer, extension: Sequence[Pair]) -> Batch:
+    """Make a batch of a stream. `extension`: the (id, sub > 0) pairs of the whole step.
+
+    Raises `KeyError` if a target's pair is not among them.
+    """
+    table = np.array(extension, dtype=np.int64).reshape(-1, 2)  # (E, 2)
+    targets = _targets(stream, tokenizer)
     return Batch(
-        ids=torch.from_numpy(ids),
-        subs=torch.from_numpy(subs),
-        segments=torch.from_numpy(_flat([r.segments for r in records], np.int64)),
-        context=torch.from_numpy(context),
-        lengths=tuple(lengths.tolist()),
-        num_segments=tuple(len(r.shape.depths) for r in records),
-        relations=torch.from_numpy(_flat([r.shape.relations.ravel() for r in records], np.uint8)),
+        ids=torch.from_numpy(stream.ids.astype(np.int64)),
+        subs=torch.from_numpy(stream.subs.astype(np.int64)),
+        segments=torch.from_numpy(stream.segments.astype(np.int64)),
+        context=torch.from_numpy(stream.context),
+        lengths=tuple(stream.lengths.tolist()),
+        num_segments=tuple(stream.num_segments.tolist()),
+        relations=torch.from_numpy(stream.relations),
         target_positions=torch.from_numpy(targets.positions),
-        targets=torch.from_numpy(numbered),
-        target_records=torch.from_numpy(np.searchsorted(ends, targets.positions, side="right")),
+        targets=torch.from_numpy(_numbered(targets, table, len(tokenizer))),
+        target_records=torch.from_numpy(targets.records),
         extension_ids=torch.from_numpy(table[:, 0].copy()),
         extension_subs=torch.from_numpy(table[:, 1].copy()),
     )
@@ -119,16 +162,30 @@ def _flat(parts: list[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate(parts).astype(dtype, copy=False)
 
 
-def _targets(
-    ids: np.ndarray, subs: np.ndarray, context: np.ndarray, ends: np.ndarray, tokenizer: Tokenizer
-) -> _Targets:
+def _targets(stream: Stream, tokenizer: Tokenizer) -> _Targets:
     # A position of an answer predicts its successor; the successor of an answer's last token is
     # </s>, whether a new segment (always opened by <s>) or the end of the record follows.
-    positions = np.flatnonzero(~context)
-    successor = np.minimum(positions + 1, max(len(ids) - 1, 0))
-    closes = np.isin(positions + 1, ends) | (ids[successor] == tokenizer.bos)
-    return _Targets(
-        positions,
-        np.where(closes, tokenizer.eos, ids[successor]),
-        np.where(closes, 0, subs[successor]),
-    )
+    positions = np.flatnonzero(~stream.context)
+    ends = np.cumsum(stream.lengths)
+    records = np.searchsorted(ends, positions, side="right")
+    successor = np.minimum(positions + 1, max(len(stream.ids) - 1, 0))
+    ids = stream.ids[successor].astype(np.int64)
+    closes = (positions + 1 == ends[records]) | (ids == tokenizer.bos)
+    subs = np.where(closes, 0, stream.subs[successor])
+    return _Targets(positions, records, np.where(closes, tokenizer.eos, ids), subs)
+
+
+def _numbered(targets: _Targets, table: np.ndarray, vocab_size: int) -> np.ndarray:
+    """The targets' ids, where there is a sub the number of the pair behind the vocabulary."""
+    result = targets.ids.copy()
+    places = np.flatnonzero(targets.subs)
+    if not len(places):
+        return result
+    known = table[:, 0] << 16 | table[:, 1]  # a sub has 16 bits
+    wanted = result[places] << 16 | targets.subs[places]
+    order = np.argsort(known)
+    found = np.searchsorted(known, wanted, sorter=order)
+    if not len(known) or (known[order[np.minimum(found, len(known) - 1)]] != wanted).any():
+        raise KeyError("the extension lacks the pair of a target")
+    result[places] = vocab_size + order[found]
+    return result

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import mmap
 import os
-import pickle
 import struct
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
 
-from cpm_bee import records
 from cpm_bee.data.meta import META, FileInfo, read_meta, remedy, size_problems, write_meta
+from cpm_bee.data.payload import decode, encode
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.records import Record
 
@@ -22,12 +20,7 @@ BLOCK_SIZE = 16 << 20
 RECORD, END = b"\x1f", b"\x00"
 LENGTH = struct.Struct("<I")
 HEAD = len(RECORD) + LENGTH.size
-PICKLE_PROTOCOL = 4  # fixed: the same record must be the same bytes under every Python
 FINGERPRINT_BYTES = 64 << 10
-
-
-def encode(record: Record) -> bytes:
-    return pickle.dumps(record, protocol=PICKLE_PROTOCOL)
 
 
 def payload_limit(block_size: int) -> int:
@@ -35,49 +28,46 @@ def payload_limit(block_size: int) -> int:
     return min(block_size - HEAD - len(END), 2 ** (8 * LENGTH.size) - 1)
 
 
-class _DataUnpickler(pickle._Unpickler):
-    """Loads built-in values only: a pickle that names a class or function is refused.
+class Layout:
+    """Where the records of a data file lie: in order, none across the end of a block (SPEC §9)."""
 
-    The one written in Python: the one in C takes 16 bytes of memory for each memo number up to
-    the largest, and ten bytes of pickle can name number 2**32 - 1.
-    """
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._begin = 0  # of the present block
+        self._offset = 0  # within it
+        self._nbytes = 0
+        self._nlines = 0
 
-    def find_class(self, module: str, name: str) -> NoReturn:
-        raise InputError(f"the pickle names {module}.{name}; it could run code and is refused")
+    @property
+    def size(self) -> int:
+        """Bytes of the file so far: whole blocks, one at least."""
+        return self._begin + self._block_size
 
-    def persistent_load(self, pid: Any) -> NoReturn:
-        raise InputError("the pickle refers to an outside object and is refused")
+    def place(self, frames: Iterable[int]) -> array[int]:
+        """Place further records of so many bytes, `HEAD` included; the offset of each."""
+        offsets = array("q")
+        begin, offset, block_size = self._begin, self._offset, self._block_size
+        total = 0
+        for frame in frames:
+            if offset + frame + len(END) > block_size:
+                begin += block_size
+                offset = 0
+            offsets.append(begin + offset)
+            offset += frame
+            total += frame
+        self._begin, self._offset = begin, offset
+        self._nlines += len(offsets)
+        self._nbytes += total - len(offsets) * (HEAD - LENGTH.size)
+        return offsets
+
+    def info(self, file_name: str) -> FileInfo:
+        blocks = self.size // self._block_size
+        return FileInfo(file_name, 0, blocks, self._nbytes, self._nlines, False, self._block_size)
 
 
-def decode(payload: bytes) -> Record:
-    """The record of a payload. Raises `InputError` for anything but a record, and for code."""
-    stream = io.BytesIO(payload)
-    try:
-        value = _DataUnpickler(stream).load()
-    except InputError:
-        raise
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise InputError(f"not a readable pickle ({type(error).__name__}: {error})") from None
-    if stream.tell() != len(payload):
-        raise InputError(f"{len(payload) - stream.tell()} bytes follow the end of the pickle")
-    _refuse_shared(value)
-    problems = records.validate(value)
-    if problems:
-        raise InputError("; ".join(problems))
-    return value
-
-
-def _refuse_shared(value: Any) -> None:
-    # Forty dictionaries, each holding the next one twice, are small, but no walk of them ends.
-    seen: set[int] = set()
-    nodes = [value]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, dict):
-            if id(node) in seen:
-                raise InputError("a dictionary stands there in several places, this is no tree")
-            seen.add(id(node))
-            nodes.extend(node.values())
+def frame(payload: bytes) -> bytes:
+    """A payload as it stands in a data file."""
+    return RECORD + LENGTH.pack(len(payload)) + payload
 
 
 class DatasetWriter:
@@ -96,10 +86,7 @@ class DatasetWriter:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._file_name = file_name
         self._block_size = block_size
-        self._offset = 0  # within the current block
-        self._blocks = 1
-        self._nbytes = 0
-        self._nlines = 0
+        self._layout = Layout(block_size)
         self._file = open(self._folder / file_name, "xb")  # noqa: SIM115  (close() closes it)
 
     def write(self, record: Record) -> None:
@@ -113,30 +100,17 @@ class DatasetWriter:
                 f"a record of {len(payload)} bytes does not fit into a block of "
                 f"{self._block_size} bytes (give a larger --block-size)"
             )
-        if self._offset + HEAD + len(payload) + len(END) > self._block_size:
-            self._fill_block()
-            self._offset = 0
-            self._blocks += 1
-        self._file.write(RECORD + LENGTH.pack(len(payload)) + payload)
-        self._offset += HEAD + len(payload)
-        self._nbytes += LENGTH.size + len(payload)
-        self._nlines += 1
-
-    def _fill_block(self) -> None:
-        # In pieces: a block can be gigabytes.
-        missing = self._block_size - self._offset
-        while missing:
-            missing -= self._file.write(bytes(min(missing, 1 << 20)))
+        (offset,) = self._layout.place([HEAD + len(payload)])
+        if offset != self._file.tell():  # seeking empties the buffer
+            self._file.seek(offset)
+        self._file.write(frame(payload))
 
     def close(self) -> None:
         if self._file.closed:
             return
-        self._fill_block()
+        self._file.truncate(self._layout.size)  # what was not written reads as zeros
         self._file.close()
-        info = FileInfo(
-            self._file_name, 0, self._blocks, self._nbytes, self._nlines, False, self._block_size
-        )
-        write_meta(self._folder, info)
+        write_meta(self._folder, self._layout.info(self._file_name))
 
     def __enter__(self) -> DatasetWriter:
         return self

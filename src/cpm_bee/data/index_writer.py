@@ -2,83 +2,68 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 
-from cpm_bee.data.container import BinaryDataset, decode
-from cpm_bee.encoding import EncodedRecord, Encoder, Shape, is_shuffled
+from cpm_bee.data.container import BinaryDataset
+from cpm_bee.data.payload import decode
+from cpm_bee.data.token_arrays import ARRAYS, COUNTED, PLACES, Arrays, TokenChunk, counts_of
+from cpm_bee.encoding import Encoder, Shape
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.progress import progress
 from cpm_bee.tokenizer import Tokenizer
 
-FORMAT = 1  # part of the folder's name: raise it when anything below changes
+FORMAT = 2  # part of the folder's name: raise it when anything below changes
 
-# The arrays of an index by file name, with their types and what counts their items.
-ARRAYS: dict[str, tuple[type, str]] = {
-    "ids": (np.int32, "tokens"),
-    "subs": (np.uint16, "tokens"),
-    "segments": (np.uint16, "tokens"),
-    "lengths": (np.int32, "records"),
-    "num_targets": (np.int32, "records"),
-    "shapes": (np.int32, "records"),
-    "files": (np.int32, "records"),
-    "offsets": (np.int64, "records"),
-    "shuffled": (np.bool_, "records"),
-    "extension_counts": (np.int32, "records"),
-    "extension_ids": (np.int32, "extensions"),
-    "extension_subs": (np.uint16, "extensions"),
-}
 INFO = "index.json"
+CHUNK_TOKENS = 1 << 18
 
 
-class _Writer:
-    """Appends to the arrays of an index, one file each, with bounded memory."""
+def folder_name(tokenizer: Tokenizer) -> str:
+    """The folder of an index within its dataset."""
+    return f"token_index-{FORMAT}-{tokenizer.fingerprint[:12]}"
 
-    def __init__(self, folder: Path, files: Mapping[str, IO[bytes]]) -> None:
-        self._folder = folder
-        self._files = files
-        self._counts = dict.fromkeys((counted for _, counted in ARRAYS.values()), 0)
-        self._shapes: dict[Shape, int] = {}
 
-    def add(self, encoded: EncodedRecord, file: int, offset: int, shuffled: bool) -> None:
-        places = np.flatnonzero(encoded.subs)
-        largest: dict[int, int] = {}
-        for place in places:
-            token_id = int(encoded.ids[place])
-            largest[token_id] = max(int(encoded.subs[place]), largest.get(token_id, 0))
-        values: dict[str, Any] = {
-            "ids": encoded.ids,
-            "subs": encoded.subs,
-            "segments": encoded.segments,
-            "lengths": len(encoded),
-            "num_targets": np.count_nonzero(~encoded.context),
-            "shapes": self._shapes.setdefault(encoded.shape, len(self._shapes)),
-            "files": file,
-            "offsets": offset,
-            "shuffled": shuffled,
-            "extension_counts": len(largest),
-            "extension_ids": list(largest),
-            "extension_subs": list(largest.values()),
-        }
-        for name, value in values.items():
-            self._files[name].write(np.asarray(value, dtype=ARRAYS[name][0]).tobytes())
-        self._counts["tokens"] += len(encoded)
-        self._counts["records"] += 1
-        self._counts["extensions"] += len(largest)
+def write_arrays(folder: Path, arrays: Arrays, at: np.ndarray) -> None:
+    """Write arrays to their places in the files of an index; files are made where missing.
 
-    def close(self, dataset: BinaryDataset, tokenizer: Tokenizer) -> None:
-        info = {
-            "dataset": dataset.fingerprint,
-            "vocabulary": tokenizer.fingerprint,
-            "shapes": [[shape.depths, [int(p) for p in shape.predicted]] for shape in self._shapes],
-            **self._counts,
-        }
-        (self._folder / INFO).write_text(json.dumps(info), encoding="utf-8")
+    `at` is what lies before, counted as in `COUNTED`.
+    """
+    for name, values in arrays.items():
+        dtype, counted = ARRAYS[name]
+        descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o666)
+        with open(descriptor, "wb") as file:
+            file.seek(int(at[COUNTED.index(counted)]) * np.dtype(dtype).itemsize)
+            file.write(np.ascontiguousarray(values, dtype=dtype).data)
+
+
+def write_info(
+    folder: Path,
+    dataset: BinaryDataset,
+    tokenizer: Tokenizer,
+    counts: np.ndarray,
+    shapes: Sequence[Shape],
+    extension_vocabulary: Iterable[int],
+) -> None:
+    """Write what makes a folder of arrays an index.
+
+    Args:
+        counts: of the whole index, as in `COUNTED`.
+        shapes: all shapes, by number.
+        extension_vocabulary: the ids that have a sub > 0 in any record.
+    """
+    info = {
+        "dataset": dataset.fingerprint,
+        "vocabulary": tokenizer.fingerprint,
+        "shapes": [[shape.depths, [int(p) for p in shape.predicted]] for shape in shapes],
+        "extension_vocabulary": sorted(extension_vocabulary),
+        **dict(zip(COUNTED, counts.tolist(), strict=True)),
+    }
+    (folder / INFO).write_text(json.dumps(info), encoding="utf-8")
 
 
 def build(folder: Path, dataset: BinaryDataset, tokenizer: Tokenizer) -> None:
@@ -89,19 +74,55 @@ def build(folder: Path, dataset: BinaryDataset, tokenizer: Tokenizer) -> None:
     """
     encoder = Encoder(tokenizer)
     problems = Problems()
+    builder = _Builder(folder)
+    chunk = TokenChunk(encoder)
     bar = progress(
         dataset, total=len(dataset), description=f"tokens of {dataset.folder.name}", unit="records"
     )
-    with contextlib.ExitStack() as stack:
-        files = {n: stack.enter_context(open(folder / n, "wb")) for n in ARRAYS}
-        writer = _Writer(folder, files)
-        for file, offset, payload in bar:
-            try:
-                record = decode(payload)
-                encoded = encoder.encode(record)
-            except InputError as error:
-                problems.add(dataset.where(file, offset), str(error))
-                continue
-            writer.add(encoded, file, offset, is_shuffled(record))
+    places: list[tuple[int, int]] = []
+    for file, offset, payload in bar:
+        try:
+            chunk.add(decode(payload))
+        except InputError as error:
+            problems.add(dataset.where(file, offset), str(error))
+            continue
+        places.append((file, offset))
+        if chunk.num_tokens >= CHUNK_TOKENS:
+            builder.append(chunk, places)
+            chunk, places = TokenChunk(encoder), []
     problems.raise_if_any(f"{dataset.folder}: records that this model cannot read:")
-    writer.close(dataset, tokenizer)
+    builder.append(chunk, places)
+    builder.close(dataset, tokenizer)
+
+
+class _Builder:
+    """Writes chunks one after the other."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._counts = np.zeros(len(COUNTED), dtype=np.int64)
+        self._shapes: dict[Shape, int] = {}
+        self._extension_vocabulary: set[int] = set()
+
+    def append(self, chunk: TokenChunk, places: list[tuple[int, int]]) -> None:
+        arrays = chunk.arrays()
+        numbers = [self._shapes.setdefault(shape, len(self._shapes)) for shape in chunk.shapes]
+        arrays["shapes"] = np.array(numbers, dtype=np.int32)[arrays["shapes"]]
+        arrays |= dict(zip(PLACES, np.array(places, dtype=np.int64).reshape(-1, 2).T, strict=True))
+        write_arrays(self._folder, arrays, self._counts)
+        self._counts += counts_of(arrays)
+        self._extension_vocabulary.update(arrays["extension_ids"].tolist())
+
+    def close(self, dataset: BinaryDataset, tokenizer: Tokenizer) -> None:
+        shapes = sorted(self._shapes)
+        if shapes:  # so far numbered as they came
+            final = np.empty(len(shapes), dtype=np.int32)
+            final[[self._shapes[shape] for shape in shapes]] = np.arange(len(shapes))
+            stored = np.memmap(self._folder / "shapes", dtype=np.int32, mode="r+")
+            for begin in range(0, len(stored), CHUNK_TOKENS):
+                part = slice(begin, begin + CHUNK_TOKENS)
+                stored[part] = final[stored[part]]
+            stored.flush()
+        write_info(
+            self._folder, dataset, tokenizer, self._counts, shapes, self._extension_vocabulary
+        )

@@ -1,21 +1,36 @@
-"""Records in JSON lines -> shuffled binary datasets, also where they are larger than memory."""
+"""Records in JSON lines -> shuffled binary datasets, also where they are larger than memory.
+
+Two passes over the records, each spread over processes: `spread` checks them and puts each into a
+random one of many buckets on disk, `assemble` shuffles each bucket in memory and writes its part
+of the dataset. Where there is a vocabulary, the dataset's token index is made on the way.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import random
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cpm_bee import records
-from cpm_bee.data.container import LENGTH, BinaryDataset, DatasetWriter, encode, payload_limit
+from cpm_bee.data.assemble import assemble
+from cpm_bee.data.container import BinaryDataset, payload_limit
 from cpm_bee.data.meta import META
+from cpm_bee.data.spread import Buckets, Chunk, Spread, spread
+from cpm_bee.data.workers import Workers
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.files import atomic_folder
 from cpm_bee.progress import progress
 
-BUCKET_BYTES = 64 << 20
-MAX_BUCKETS = 256  # all are open at once; systems allow as few as 1024 open files
+if TYPE_CHECKING:  # numpy, which it needs, may not be installed
+    from cpm_bee.encoding import Encoder
+    from cpm_bee.tokenizer import Tokenizer
+
+# Bytes of input. A process needs some ten times as much memory; small pieces of small files keep
+# all processes busy, few pieces of large files keep the files' number down.
+LEAST_PIECE, LARGEST_PIECE = 1 << 18, 1 << 22
+MAX_BUCKETS = 4096
 
 
 def preprocess(
@@ -26,12 +41,16 @@ def preprocess(
     seed: int,
     overwrite: bool,
     block_size: int,
-    bucket_bytes: int = BUCKET_BYTES,
+    tokenizer: Tokenizer | None = None,
+    tokens_needed: bool = True,
+    workers: int = 1,
+    chunk_bytes: int | None = None,
+    bucket_bytes: int | None = None,
 ) -> list[BinaryDataset]:
     """Make a dataset `output_path/STEM` of each file `STEM.jsonl`; all of them or none.
 
-    The records are shuffled: spread at random over buckets on disk, then each bucket in memory.
-    Equal input, seed, block and bucket size give equal bytes.
+    Equal input, seed, block, chunk and bucket size give equal bytes, with any number of workers.
+    On the way the records and their tokens stand on disk twice.
 
     Args:
         inputs: a folder with *.jsonl files, or one file of records.
@@ -39,7 +58,12 @@ def preprocess(
         output_name: name of the data file in each dataset.
         overwrite: replace datasets that exist.
         block_size: bytes of a block (SPEC §9).
-        bucket_bytes: about what one bucket holds, the memory needed.
+        tokenizer: makes the token index of each dataset; None makes none.
+        tokens_needed: a record that the tokenizer cannot encode is an error; otherwise the
+            datasets are written without index, with a warning.
+        workers: processes.
+        chunk_bytes: how much input a process takes at a time; None suits the file's size.
+        bucket_bytes: about what one bucket holds; None suits the file's size.
 
     Raises:
         InputError: with all problems of all files; a dataset that exists and no `overwrite`.
@@ -55,20 +79,126 @@ def preprocess(
     _check_destinations(output_path, folders, overwrite)
     problems = Problems()
     with contextlib.ExitStack() as datasets:
-        parts = [datasets.enter_context(atomic_folder(f, replace=overwrite)) for f in folders]
-        rngs = [random.Random(seed) for _ in files]
-        buckets = [
-            _spread(file, part, rng, payload_limit(block_size), bucket_bytes, problems)
-            for file, part, rng in zip(files, parts, rngs, strict=True)
+        spreads = [
+            _Spreading(
+                file,
+                datasets.enter_context(atomic_folder(folder, replace=overwrite)),
+                chunk_bytes or _piece(file, 64),
+                bucket_bytes or _piece(file, 16),
+            )
+            for file, folder in zip(files, folders, strict=True)
         ]
+        limit = payload_limit(block_size)
+        num_chunks = sum(len(s.chunks) for s in spreads)
+        with Workers(_encoder(tokenizer), min(workers, num_chunks)) as processes:
+            for spreading in spreads:
+                spreading.run(processes, seed, limit, problems, tokens_needed)
         problems.raise_if_any(
             f"{inputs}: {problems.count} problems, nothing was written", _record_help()
         )
-        for file, part, rng, paths in zip(files, parts, rngs, buckets, strict=True):
-            with DatasetWriter(part, output_name, block_size) as writer:
-                for path in progress(paths, description=f"writing {file.stem}", unit="buckets"):
-                    _append_shuffled(path, rng, writer)
+        reasons = [s.no_tokens for s in spreads if s.no_tokens]
+        if reasons and tokenizer is not None:
+            _warn(tokenizer, reasons[0])
+            tokenizer = None
+        for s in spreads:
+            assemble(s.buckets, s.folder, output_name, seed, block_size, tokenizer, workers)
     return [BinaryDataset(folder) for folder in folders]
+
+
+def _piece(file: Path, count: int) -> int:
+    return min(max(file.stat().st_size // count, LEAST_PIECE), LARGEST_PIECE)
+
+
+def _encoder(tokenizer: Tokenizer | None) -> Encoder | None:
+    if tokenizer is None:
+        return None
+    from cpm_bee.encoding import Encoder
+
+    tokenizer.match("")  # makes its tables, which the processes then share
+    return Encoder(tokenizer)
+
+
+def _warn(tokenizer: Tokenizer, reason: str) -> None:
+    print(
+        f"warning: no token index is made, training will make one: {tokenizer.source} is not the "
+        f"vocabulary of these records, or {reason}\n"
+        "--vocab FILE names the vocabulary of your model, --vocab none makes no index",
+        file=sys.stderr,
+    )
+
+
+@dataclass
+class _Spreading:
+    """The first pass over a file.
+
+    Attributes:
+        folder: of the dataset.
+        buckets: where its records are.
+        no_tokens: why the index cannot be made.
+    """
+
+    file: Path
+    folder: Path
+    chunk_bytes: int
+    bucket_bytes: int
+    buckets: Buckets = field(init=False)
+    no_tokens: str | None = None
+
+    @property
+    def chunks(self) -> list[tuple[int, int]]:
+        """Where each chunk begins and ends."""
+        size = self.file.stat().st_size
+        return [(b, min(b + self.chunk_bytes, size)) for b in range(0, size, self.chunk_bytes)]
+
+    def run(
+        self,
+        processes: Workers,
+        seed: int,
+        limit: int,
+        problems: Problems,
+        tokens_needed: bool,
+    ) -> None:
+        num_buckets = min(MAX_BUCKETS, self.file.stat().st_size // self.bucket_bytes + 1)
+        self.buckets = Buckets(num_buckets)
+
+        def tasks() -> Iterator[Chunk]:
+            for number, (begin, end) in enumerate(self.chunks):
+                target = self.folder / f".chunk-{number}"
+                self.buckets.paths.append(target)
+                yield Chunk(
+                    self.file,
+                    begin,
+                    end,
+                    seed=f"{seed}/chunk {number}",
+                    num_buckets=num_buckets,
+                    limit=limit,
+                    target=None if problems.count else target,
+                    make_tokens=self.no_tokens is None,
+                    tokens_needed=tokens_needed,
+                )
+
+        before = problems.count
+        num_lines = num_records = 0
+        size = self.file.stat().st_size
+        with progress(total=size, description=f"reading {self.file.stem}", unit="B") as bar:
+            for result in processes.map(spread, tasks()):
+                self._note(result, num_lines + 1, problems)
+                num_lines += result.num_lines
+                num_records += result.num_records
+                bar.update(min(self.chunk_bytes, size))
+                if not result.is_text:
+                    break
+        if num_records == 0 and problems.count == before:
+            problems.add(str(self.file), "holds no records")
+
+    def _note(self, result: Spread, first_line: int, problems: Problems) -> None:
+        for line, reason in result.problems:
+            problems.add(f"{self.file}:{first_line + line}", reason)
+        problems.count += result.num_problems - len(result.problems)
+        if result.no_tokens is not None and self.no_tokens is None:
+            line, reason = result.no_tokens
+            self.no_tokens = f"{self.file}:{first_line + line}: {reason}"
+        self.buckets.add(result)
 
 
 def _input_files(inputs: Path) -> list[Path]:
@@ -103,57 +233,3 @@ def _check_destinations(output_path: Path, folders: list[Path], overwrite: bool)
 
 def _record_help() -> str:
     return 'a record is one line: {"input": "...", "<ans>": "..."}, a literal < written <<'
-
-
-def _spread(
-    file: Path, folder: Path, rng: random.Random, limit: int, bucket_bytes: int, problems: Problems
-) -> list[Path]:
-    """Validate all records of a file and write each to a random bucket; the buckets' paths."""
-    count = min(MAX_BUCKETS, file.stat().st_size // bucket_bytes + 1)
-    paths = [folder / f".bucket-{i}" for i in range(count)]
-    with contextlib.ExitStack() as stack:
-        buckets = [stack.enter_context(open(path, "wb")) for path in paths]
-        before, empty = problems.count, True
-        for number, line in _lines(file, problems):
-            empty = False
-            value, reason = records.parse_line(line)
-            found = [reason] if reason else records.validate(value)
-            payload = b"" if found else encode(value)
-            if len(payload) > limit:
-                found = [
-                    f"the record takes {len(payload)} bytes, a block holds {limit} "
-                    "(give a larger --block-size)"
-                ]
-            problems.extend(f"{file}:{number}", found)
-            if not problems.count:
-                rng.choice(buckets).write(LENGTH.pack(len(payload)) + payload)
-        if empty and problems.count == before:
-            problems.add(str(file), "holds no records")
-    return paths
-
-
-def _lines(file: Path, problems: Problems) -> Iterator[tuple[int, str]]:
-    """The lines of a file with a progress bar; what is not UTF-8 becomes a problem and ends it."""
-    total = file.stat().st_size
-    with progress(total=total, description=f"reading {file.stem}", unit="B") as bar:
-        try:
-            for number, line in records.read_lines(file):
-                yield number, line
-                bar.update(len(line.encode()) + 1)
-        except InputError as error:
-            place, _, reason = str(error).removeprefix(f"{file}:").partition(": ")
-            problems.add(f"{file}:{place}", reason)
-
-
-def _append_shuffled(path: Path, rng: random.Random, writer: DatasetWriter) -> None:
-    data = path.read_bytes()
-    starts = []
-    position = 0
-    while position < len(data):
-        starts.append(position)
-        position += LENGTH.size + LENGTH.unpack_from(data, position)[0]
-    rng.shuffle(starts)
-    for start in starts:
-        begin = start + LENGTH.size
-        writer.write_payload(data[begin : begin + LENGTH.unpack_from(data, start)[0]])
-    path.unlink()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cpm_bee.data.batch import Pair
-from cpm_bee.encoding import EncodedRecord, Encoder, walk
+from cpm_bee.encoding import EncodedRecord, Encoder, outline
 from cpm_bee.records import ANSWER, Record, Tree
 from cpm_bee.tokenizer import ExtensionTable, Tokenizer
 
@@ -32,12 +32,12 @@ class Prompt:
 
         Raises `InputError` for a special token whose name the vocabulary lacks.
         """
-        segments = list(walk(record))
-        encoded, extension = encoder.encode_segments(segments, answers=False)
-        answers = tuple(i for i, segment in enumerate(segments) if segment.is_predicted)
+        segments = outline(record)
+        encoded, extension = encoder.encode_outline(segments, answers=False)
+        answers = tuple(i for i, predicted in enumerate(segments.shape.predicted) if predicted)
         first = len(encoder.tokenizer)
         numbers = {pair: first + i for i, pair in enumerate(extension.pairs)}
-        return cls(encoded, answers, encoder.tokenizer, extension.table, numbers)
+        return cls(encoded, answers, encoder.tokenizer, extension, numbers)
 
     @property
     def has_unknown(self) -> bool:

@@ -8,7 +8,8 @@ import torch
 
 from cpm_bee.data.batch import Batch
 from cpm_bee.engine import Engine
-from cpm_bee.model.network import CPMBee, target_loss
+from cpm_bee.model.loss import Scores
+from cpm_bee.model.network import CPMBee
 from cpm_bee.progress import progress
 from cpm_bee.train.feed import Feed
 
@@ -23,13 +24,13 @@ class Evaluation:
     records: int
 
 
-def score(logits: torch.Tensor, batch: Batch) -> list[float]:
+def sums_of(scores: Scores, batch: Batch) -> list[float]:
     """Sums over a batch: loss, targets, right tokens, right records, records."""
-    right = logits.argmax(dim=-1) == batch.targets  # (N,)
+    right = scores.right  # (N,)
     wrong = torch.zeros(len(batch.lengths), dtype=torch.int64, device=right.device)
     wrong.index_add_(0, batch.target_records, (~right).long())
     return [
-        target_loss(logits, batch).item(),
+        scores.losses.double().sum().item(),
         batch.num_targets,
         right.sum().item(),
         (wrong == 0).sum().item(),
@@ -53,13 +54,15 @@ def evaluate(model: CPMBee, engine: Engine, feed: Feed) -> Evaluation:
         quiet=engine.rank > 0,
     )
     with bar:
-        for step in feed.epoch(0):
-            for batch in feed.micro_batches(step, 0):
-                if batch is not None:
-                    with engine.autocast():
-                        logits = model(batch)
-                    sums = [a + b for a, b in zip(sums, score(logits, batch), strict=True)]
-            bar.update(len(step.numbers))
+        for step, batches in feed.batches(0):
+            for number, batch in enumerate(batches):
+                if batch is None:
+                    continue
+                with engine.autocast():
+                    scores = model.score(batch)
+                if number < len(step.shares):  # the others only keep other ranks going
+                    sums = [a + b for a, b in zip(sums, sums_of(scores, batch), strict=True)]
+            bar.update(step.records)
     loss, targets, right, exact, records = engine.reduce(sums)
     model.train()
     return Evaluation(loss / targets, right / targets, exact / records, int(records))

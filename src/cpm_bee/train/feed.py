@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 
 import numpy as np
 
-from cpm_bee.data.batch import Batch, collate
+from cpm_bee.data.batch import Batch, Pair, make_batch
 from cpm_bee.data.index import TokenIndex
-from cpm_bee.data.planning import Plan, Step
+from cpm_bee.data.planning import Plan, Row, micro_batches
 from cpm_bee.engine import Engine
 from cpm_bee.errors import InputError
 from cpm_bee.tokenizer import Tokenizer
+from cpm_bee.train.prefetch import Batches, prefetch
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of all ranks, and this rank's share of it."""
+
+    epoch: int
+    shares: list[list[int]]  # the records of each of this rank's batches
+    num_batches: int  # of the rank with the most
+    rows: int  # this and all below: of all ranks together
+    records: int
+    tokens: int
+    targets: int
+    extension: list[Pair]  # the (id, sub > 0) pairs of all records, sorted
 
 
 class Feed:
@@ -20,10 +38,15 @@ class Feed:
 
     Args:
         rows: rows of `max_length` tokens of a step, over all ranks and micro-steps.
+        accumulate: micro-steps of a step, each with as many of its rows.
+        max_tokens: largest batch; a micro-step with more tokens is split, a longer record stands
+            alone.
+        drop_last: leave out the last steps, which have fewer rows.
         shuffle_seed: of the order and of shuffled answers; None keeps both, as evaluation does.
 
     Raises:
-        InputError: the data set is empty, or no record fits into `max_length`.
+        InputError: the data set is empty, no record fits into `max_length`, or `drop_last` leaves
+            no step.
     """
 
     def __init__(
@@ -35,20 +58,21 @@ class Feed:
         rows: int,
         max_length: int,
         accumulate: int = 1,
+        max_tokens: int | None = None,
         drop_last: bool = False,
         shuffle_seed: int | None = None,
     ) -> None:
         self._index = index
         self._tokenizer = tokenizer
         self._engine = engine
+        self._rows = rows
+        self._max_length = max_length
         self._accumulate = accumulate
+        self._max_tokens = max_tokens
+        self._drop_last = drop_last
         self._seed = shuffle_seed
         self._plan = Plan(
-            index.lengths,
-            rows=rows,
-            max_length=max_length,
-            drop_last=drop_last,
-            shuffle_seed=shuffle_seed,
+            index.lengths, rows=rows, max_length=max_length, shuffle_seed=shuffle_seed
         )
         # What makes the plan: with other values, a step of it is another one.
         self.settings = {
@@ -59,40 +83,90 @@ class Feed:
             "--seed": shuffle_seed,
         }
         self.capacity = rows * max_length
-        self.num_too_long = int(np.count_nonzero(index.lengths > max_length))
-        self.num_records = len(index) - self.num_too_long
+        self.num_records = self._plan.num_records
+        self.num_too_long = len(index) - self.num_records
         if self.num_records == 0:
             longest = f" (the longest has {index.lengths.max()} tokens)" if len(index) else ""
             raise InputError(
                 f"{index.dataset.folder}: none of its {len(index)} records fits into --max-length "
                 f"{max_length}{longest}"
             )
+        # A lane with a record has a row.
+        if drop_last and self.num_records < rows:
+            raise InputError(
+                f"--drop-last leaves nothing: {index.dataset.folder} does not fill one step of "
+                f"{rows} rows"
+            )
 
-    def epoch(self, epoch: int) -> Iterator[Step]:
-        return self._plan.epoch(epoch)
+    @property
+    def min_steps(self) -> int:
+        """The steps of an epoch if all rows were full, one or two less than there are."""
+        lengths = self._index.lengths
+        tokens = int(lengths[lengths <= self._max_length].sum(dtype=np.int64))
+        return max(1, -(-tokens // self.capacity))
 
-    def num_steps(self, epoch: int) -> int:
-        return sum(1 for _ in self.epoch(epoch))
+    def batches(self, epoch: int, done: int = 0) -> Iterator[tuple[Step, Batches]]:
+        """The steps of an epoch (from 0) after the first `done`, and this rank's batches of each.
 
-    def num_targets(self, step: Step) -> int:
-        """The targets of a step on all ranks, from the index alone."""
-        return int(self._index.num_targets[step.numbers].sum())
+        Collective. Every rank gets the same steps and as many batches of each. Those past its
+        shares stand for records that it does not have: None or, where all ranks make as many
+        passes (`Engine.lockstep`), a batch that must not count.
+        """
+        return prefetch(self._steps(epoch, done), self._make, self._engine.device)
 
-    def num_tokens(self, step: Step) -> int:
-        """The tokens of a step on all ranks, from the index alone."""
-        return int(self._index.lengths[step.numbers].sum())
-
-    def micro_batches(self, step: Step, epoch: int) -> Iterator[Batch | None]:
-        """This rank's batches of a step, one a micro-step; None where it has no records."""
+    def _steps(self, epoch: int, done: int) -> Iterator[Step]:
         engine = self._engine
-        extension = self._index.extension_pairs(step.numbers)
-        for numbers in step.micro_steps(engine.rank, engine.world_size, self._accumulate):
-            if not numbers:
-                yield None
-                continue
-            records = [self._index.record(n, self._rng(epoch, n)) for n in numbers]
-            yield collate(records, self._tokenizer, extension).to(engine.device)
+        lanes = range(engine.rank, self._rows, engine.world_size)
+        planned = islice(self._plan.steps(epoch, lanes), done, None)
+        nothing: list[Row] = [[] for _ in lanes]
+        while True:
+            step = self._exchange(epoch, next(planned, nothing))  # others may have rows for longer
+            if step.rows < (self._rows if self._drop_last else 1):
+                return
+            yield step
 
-    def _rng(self, epoch: int, number: int) -> random.Random | None:
-        # A record's own generator: its answer is shuffled alike on any number of ranks.
-        return None if self._seed is None else random.Random(f"{self._seed}/{epoch}/{number}")
+    def _exchange(self, epoch: int, rows: list[Row]) -> Step:
+        """What the ranks tell each other of a step, of which each knows its own rows."""
+        index = self._index
+        shares = self._shares(rows)
+        numbers = [number for share in shares for number in share]
+        sums = self._engine.reduce(
+            [
+                sum(1 for row in rows if row),
+                len(numbers),
+                int(index.lengths[numbers].sum(dtype=np.int64)),
+                int(index.num_targets[numbers].sum(dtype=np.int64)),
+            ]
+        )
+        num_batches, *subs = self._engine.reduce_max([len(shares), *index.largest_subs(numbers)])
+        num_rows, records, tokens, targets = map(int, sums)
+        extension = index.extension_pairs(subs)
+        return Step(epoch, shares, num_batches, num_rows, records, tokens, targets, extension)
+
+    def _shares(self, rows: list[Row]) -> list[list[int]]:
+        shares: list[list[int]] = []
+        for i in range(self._accumulate):
+            numbers = [n for row in rows[i :: self._accumulate] for n in row]
+            lengths = self._index.lengths[numbers].tolist()
+            shares += micro_batches(numbers, lengths, self._max_tokens)
+        return shares
+
+    def _make(self, step: Step) -> list[Batch | None]:
+        def rng_of(number: int) -> random.Random:
+            # A record's own generator: its answer is shuffled alike on any number of ranks.
+            return random.Random(f"{self._seed}/{step.epoch}/{number}")
+
+        shuffle = None if self._seed is None else rng_of
+        batches: list[Batch | None] = [
+            make_batch(self._index.stream(share, shuffle), self._tokenizer, step.extension)
+            for share in step.shares
+        ]
+        missing = step.num_batches - len(batches)
+        return batches + [self._filler if missing and self._engine.lockstep else None] * missing
+
+    @cached_property
+    def _filler(self) -> Batch:
+        """A batch of the shortest record."""
+        shortest = [int(self._index.lengths.argmin())]
+        extension = self._index.extension_pairs(self._index.largest_subs(shortest))
+        return make_batch(self._index.stream(shortest), self._tokenizer, extension)

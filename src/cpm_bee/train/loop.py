@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
 
-from cpm_bee.data.planning import Step
 from cpm_bee.engine import Engine, StepResult
 from cpm_bee.errors import RunError
-from cpm_bee.model.network import CPMBee, target_loss
+from cpm_bee.model.network import CPMBee
 from cpm_bee.progress import progress
 from cpm_bee.train.evaluate import evaluate
-from cpm_bee.train.feed import Feed
+from cpm_bee.train.feed import Feed, Step
 from cpm_bee.train.options import Options
+from cpm_bee.train.prefetch import Batches
 from cpm_bee.train.reporting import Reporter
 from cpm_bee.train.saving import RunFiles
 from cpm_bee.train.schedules import learning_rate
@@ -36,6 +36,7 @@ class Progress:
     step: int = 0  # finished steps of this run
     epoch: int = 0
     step_in_epoch: int = 0
+    records_in_epoch: int = 0
     best_loss: float = math.inf
     evaluations_without_gain: int = 0
     evaluated_step: int = -1
@@ -127,39 +128,40 @@ class Trainer:
 
     def _epochs(self) -> None:
         while self.progress.epoch < self._options.epoch:
-            for step in self._remaining_steps():
-                self._check_limits()
-                self._train_step(step)
-                self._after_step()
+            with closing(self._remaining_steps()) as steps:
+                started = time.perf_counter()
+                for step, batches in steps:
+                    self._check_limits()
+                    self._train_step(step, batches, started)
+                    self._after_step()
+                    started = time.perf_counter()
             self.progress.epoch += 1
-            self.progress.step_in_epoch = 0
+            self.progress.step_in_epoch = self.progress.records_in_epoch = 0
 
-    def _remaining_steps(self) -> Iterator[Step]:
+    def _remaining_steps(self) -> Generator[tuple[Step, Batches], None, None]:
         epoch, done = self.progress.epoch, self.progress.step_in_epoch
         bar = progress(
-            total=self._training.num_steps(epoch),
-            initial=done,
+            total=self._training.num_records,
+            initial=self.progress.records_in_epoch,
             description=f"epoch {epoch + 1}/{self._options.epoch}",
-            unit="steps",
+            unit="records",
             quiet=self._engine.rank > 0,
         )
         with bar:
-            for number, step in enumerate(self._training.epoch(epoch)):
-                if number >= done:
-                    yield step
-                    bar.update()
+            for step, batches in self._training.batches(epoch, done):
+                yield step, batches
+                bar.update(step.records)
 
     def _check_limits(self) -> None:
         limit = self._options.max_steps
         if limit is not None and self.progress.step >= limit:
             raise _Stop(f"the limit of {limit} steps (--max-steps) is reached")
 
-    def _train_step(self, step: Step) -> None:
+    def _train_step(self, step: Step, batches: Batches, started: float) -> None:
         options, engine, progress = self._options, self._engine, self.progress
-        started = time.perf_counter()
         # Dropout: other masks on every rank and step, and the same ones after a resume.
         torch.manual_seed((options.seed + progress.step) * engine.world_size + engine.rank)
-        loss = self._forward_backward(step)
+        loss = self._forward_backward(step, batches)
         _require_finite(loss, f"loss of step {progress.step + 1}")
         rate = learning_rate(
             options.lr_decay_style,
@@ -172,21 +174,22 @@ class Trainer:
         result = engine.step(rate)
         progress.step += 1
         progress.step_in_epoch += 1
+        progress.records_in_epoch += step.records
         self._report(step, loss, rate, scale, result, time.perf_counter() - started)
 
-    def _forward_backward(self, step: Step) -> float:
+    def _forward_backward(self, step: Step, batches: Batches) -> float:
         """The mean loss over all targets of the step on all ranks; adds up its gradients.
 
         In the same exchange all ranks learn of a signal that any of them got, so that they leave
         at the same step.
         """
-        targets = self._training.num_targets(step)
         total = 0.0
-        for batch in self._training.micro_batches(step, self.progress.epoch):
+        for number, batch in enumerate(batches):
             if batch is None:
                 continue
+            weight = 1 if number < len(step.shares) else 0  # 0: it only keeps other ranks going
             with self._engine.autocast():
-                loss = target_loss(self._model(batch), batch) / targets
+                loss = self._model.loss(batch) * weight / step.targets
             self._engine.backward(loss)
             total += loss.item()
         mean, signals = self._engine.reduce([total, float(self._signals > 0)])
@@ -202,7 +205,6 @@ class Trainer:
         result: StepResult,
         seconds: float,
     ) -> None:
-        tokens = self._training.num_tokens(step)
         values = {
             "step": self.progress.step,
             "epoch": self.progress.epoch,
@@ -210,13 +212,13 @@ class Trainer:
             "lr": rate,
             "grad_norm": result.grad_norm,
             "loss_scale": scale,
-            "tokens": tokens,
-            "tokens_per_second": tokens / seconds,
+            "tokens": step.tokens,
+            "tokens_per_second": step.tokens / seconds,
         }
         self._reporter.train_step(
             values,
             seconds=seconds,
-            fill=tokens / self._training.capacity,
+            fill=step.tokens / self._training.capacity,
             skipped=result.skipped,
         )
 

@@ -1,0 +1,184 @@
+"""The tokens of many records as arrays, as a token index holds them.
+
+Records are encoded in chunks, and everything about a chunk is made, moved and written as whole
+arrays: single numpy calls for each record would take longer than its tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from cpm_bee.encoding import Encoder, Shape, TokenLists, is_shuffled, outline
+from cpm_bee.records import Record
+
+# The arrays of an index by file name, with their types and what counts their items.
+ARRAYS: dict[str, tuple[type, str]] = {
+    "lengths": (np.int32, "records"),
+    "num_targets": (np.int32, "records"),
+    "shapes": (np.int32, "records"),
+    "shuffled": (np.bool_, "records"),
+    "extension_counts": (np.int32, "records"),
+    "files": (np.int32, "records"),
+    "offsets": (np.int64, "records"),
+    "ids": (np.int32, "tokens"),
+    "subs": (np.uint16, "tokens"),
+    "segments": (np.uint16, "tokens"),
+    "extension_ids": (np.int32, "extensions"),
+    "extension_subs": (np.uint16, "extensions"),
+}
+PLACES = ("files", "offsets")  # where a record lies: known once it is in its dataset
+_CHUNK_ARRAYS = [name for name in ARRAYS if name not in PLACES]
+COUNTED = ("records", "tokens", "extensions")
+
+# Arrays by name, of consecutive records.
+Arrays = dict[str, np.ndarray]
+
+
+def counts_of(arrays: Arrays) -> np.ndarray:
+    """How many of each of `COUNTED` there are, int64 [3]."""
+    return np.array([len(arrays[name]) for name in ("lengths", "ids", "extension_ids")])
+
+
+class TokenChunk:
+    """Encodes records one by one and gives all arrays but `PLACES` of them at once.
+
+    Attributes:
+        shapes: the distinct shapes; array `shapes` holds numbers in this list.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._tokens = TokenLists(ids=array("i"), segment_lengths=array("i"))
+        self._predicted: list[bool] = []  # of each segment
+        self._num_segments = array("i")
+        self._record_ends = array("q")  # in tokens
+        self._shuffled: list[bool] = []
+        self._shape_numbers = array("i")
+        self._numbers: dict[int, int] = {}  # identity of a shape -> its number
+        self.shapes: list[Shape] = []
+
+    def __len__(self) -> int:
+        return len(self._num_segments)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._tokens.ids)
+
+    def add(self, record: Record) -> None:
+        """Encode a valid record. Raises `InputError` as `Encoder.encode`; it is then left out."""
+        texts, shape = segments = outline(record)
+        self._encoder.append(segments, self._tokens)
+        self._predicted += shape.predicted
+        self._num_segments.append(len(texts))
+        self._record_ends.append(len(self._tokens.ids))
+        self._shuffled.append(is_shuffled(record))
+        number = self._numbers.get(id(shape))  # hashing the shape itself would take long
+        if number is None:
+            number = self._numbers[id(shape)] = len(self.shapes)
+            self.shapes.append(shape)
+        self._shape_numbers.append(number)
+
+    def arrays(self) -> Arrays:
+        ids = np.array(self._tokens.ids, dtype=np.int32)
+        ends = np.array(self._record_ends, dtype=np.int64)
+        segment_lengths = np.array(self._tokens.segment_lengths, dtype=np.int32)
+        num_segments = np.array(self._num_segments, dtype=np.int64)
+        first_segments = np.cumsum(num_segments) - num_segments
+        numbers = np.arange(len(segment_lengths)) - first_segments.repeat(num_segments)
+        targets = np.where(np.array(self._predicted, dtype=np.bool_), segment_lengths, 0)
+        target_ends = np.concatenate([[0], np.cumsum(targets, dtype=np.int64)])
+        places, subs = np.array(self._tokens.subs, dtype=np.int64).reshape(-1, 2).T
+        record, extension_ids, extension_subs = _largest_subs(
+            np.searchsorted(ends, places, side="right"), ids[places], subs
+        )
+        all_subs = np.zeros(len(ids), dtype=np.uint16)
+        all_subs[places] = subs
+        values: dict[str, Any] = {
+            "lengths": np.diff(ends, prepend=0),
+            "num_targets": target_ends[first_segments + num_segments] - target_ends[first_segments],
+            "shapes": self._shape_numbers,
+            "shuffled": self._shuffled,
+            "extension_counts": np.bincount(record, minlength=len(self)),
+            "ids": ids,
+            "subs": all_subs,
+            "segments": numbers.astype(np.uint16).repeat(segment_lengths),
+            "extension_ids": extension_ids,
+            "extension_subs": extension_subs,
+        }
+        return {name: np.asarray(values[name], dtype=ARRAYS[name][0]) for name in _CHUNK_ARRAYS}
+
+
+def _largest_subs(
+    record: np.ndarray, ids: np.ndarray, subs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of tokens: the largest sub of each id in each record, by record and id."""
+    order = np.lexsort((subs, ids, record))
+    record, ids, subs = record[order], ids[order], subs[order]
+    is_last = np.ones(len(order), dtype=np.bool_)
+    is_last[:-1] = (np.diff(record) != 0) | (np.diff(ids) != 0)
+    return record[is_last], ids[is_last], subs[is_last]
+
+
+def take(arrays: Arrays, order: np.ndarray) -> Arrays:
+    """The same records in another order."""
+    sizes = {"tokens": arrays["lengths"], "extensions": arrays["extension_counts"]}
+    places = {counted: _places(lengths, order) for counted, lengths in sizes.items()}
+    return {
+        name: values[order if ARRAYS[name][1] == "records" else places[ARRAYS[name][1]]]
+        for name, values in arrays.items()
+    }
+
+
+def _places(lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """The places of items that come in runs of `lengths`, after the runs are put in order."""
+    starts = np.cumsum(lengths, dtype=np.int32) - lengths
+    lengths = lengths[order]
+    shifts = starts[order] - (np.cumsum(lengths, dtype=np.int32) - lengths)
+    places = np.arange(lengths.sum(), dtype=np.int32)
+    places += np.repeat(shifts, lengths)
+    return places
+
+
+def split(arrays: Arrays, ends: np.ndarray) -> Iterator[Arrays]:
+    """Parts of the records, one after the other, that end before each of `ends` (see `ends_of`)."""
+    for begin, end in itertools.pairwise([[0] * len(COUNTED), *ends.tolist()]):
+        part = dict(zip(COUNTED, map(slice, begin, end), strict=True))
+        yield {name: values[part[ARRAYS[name][1]]] for name, values in arrays.items()}
+
+
+def ends_of(arrays: Arrays, sizes: Sequence[int]) -> np.ndarray:
+    """Where parts of so many records end, counted as in `COUNTED`; int64 [parts, 3]."""
+    records = np.cumsum(sizes, dtype=np.int64)
+    counts = [arrays["lengths"], arrays["extension_counts"]]
+    tokens, extensions = (np.concatenate([[0], np.cumsum(c, dtype=np.int64)]) for c in counts)
+    return np.stack([records, tokens[records], extensions[records]], axis=1)
+
+
+def to_bytes(arrays: Arrays) -> Iterator[bytes]:
+    return (arrays[name].tobytes() for name in _CHUNK_ARRAYS)
+
+
+def from_bytes(data: memoryview, num_records: int) -> Arrays:
+    """The arrays that `to_bytes` wrote."""
+    arrays: Arrays = {}
+    sizes = {"records": num_records}
+    offset = 0
+    for name in _CHUNK_ARRAYS:
+        dtype, counted = ARRAYS[name]
+        values: np.ndarray = np.frombuffer(data, dtype=dtype, count=sizes[counted], offset=offset)
+        offset += values.nbytes
+        arrays[name] = values
+        if name == "lengths":
+            sizes["tokens"] = int(values.sum())
+        elif name == "extension_counts":
+            sizes["extensions"] = int(values.sum())
+    return arrays
+
+
+def join(parts: Sequence[Arrays]) -> Arrays:
+    return {name: np.concatenate([part[name] for part in parts]) for name in _CHUNK_ARRAYS}

@@ -1,0 +1,116 @@
+"""Functions spread over processes of this machine, their results in order."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from cpm_bee.errors import RunError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ProcessPoolExecutor
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+_AHEAD = 2  # tasks per process that are begun or wait while the first result is awaited
+
+_state: Any = None  # of a worker process
+
+
+def available_cores() -> int:
+    """The cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Workers:
+    """Processes that hold a common state; a context manager.
+
+    The processes are forked, so that they share the state's memory with this one. They end with
+    the context, and also where this process is killed. With `count` 1 all runs in this process.
+
+    Args:
+        state: the first argument of every function that they run.
+        count: of processes.
+    """
+
+    def __init__(self, state: Any, count: int) -> None:
+        self._local_state = state
+        self._count = count
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Workers:
+        if self._count > 1:
+            import multiprocessing
+            from concurrent.futures import ProcessPoolExecutor
+
+            gc.freeze()  # collecting garbage would write to the shared pages, and so copy them
+            self._pool = ProcessPoolExecutor(
+                self._count,
+                multiprocessing.get_context("fork"),
+                initializer=_begin,
+                initargs=(self._local_state,),
+            )
+            # Forks all of them at once: before this process has threads, a progress bar's too.
+            self._pool.submit(os.getpid)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            gc.unfreeze()
+
+    def map(
+        self, function: Callable[[Any, Task], Result], tasks: Iterable[Task]
+    ) -> Iterator[Result]:
+        """`function(state, task)` of each task, in order; tasks are drawn as they can be begun.
+
+        Raises:
+            RunError: a process was killed.
+        """
+        if self._pool is None:
+            yield from (function(self._local_state, task) for task in tasks)
+            return
+        from concurrent.futures.process import BrokenProcessPool
+
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for task in tasks:
+                waiting.append(self._pool.submit(_call, function, task))
+                if len(waiting) >= _AHEAD * self._count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise RunError(
+                "a worker process was killed, perhaps because memory ran out "
+                "(fewer --workers need less)"
+            ) from None
+
+
+def _begin(state: Any) -> None:
+    global _state
+    _state = state
+    # Ctrl-C reaches every process of the terminal: the main one ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    import multiprocessing
+
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _call(function: Callable[[Any, Task], Result], task: Task) -> Result:
+    return function(_state, task)

@@ -1,0 +1,82 @@
+"""Batches made ready and copied to the device while the step before them computes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+from cpm_bee.data.batch import Batch
+
+Step = TypeVar("Step")
+Batches = list[Batch | None]  # None where this rank has nothing to compute but others have
+
+
+def prefetch(
+    steps: Iterator[Step],
+    make: Callable[[Step], Sequence[Batch | None]],
+    device: torch.device,
+    *,
+    background: bool | None = None,
+) -> Iterator[tuple[Step, Batches]]:
+    """Steps, each with its batches on the device.
+
+    In the background, one thread makes the batches of the next step and copies them. `steps` may
+    exchange with other ranks: it is advanced in the caller's thread alone, one step ahead.
+
+    Args:
+        make: makes the batches of a step, on the CPU and without exchanges.
+        background: None: where `device` is a GPU; a CPU is busy with the step itself.
+    """
+    if background is None:
+        background = device.type == "cuda"
+    if not background:
+        for step in steps:
+            yield step, [None if b is None else b.to(device) for b in make(step)]
+        return
+    copier = _Copier(device)
+    waiting: deque[tuple[Step, Future[_Copy]]] = deque()
+    # Left early, by an error or by the caller, the pool waits for the one step in the making.
+    with ThreadPoolExecutor(1, "prefetch") as pool:
+        for step in steps:
+            waiting.append((step, pool.submit(lambda s: copier.send(make(s)), step)))
+            if len(waiting) > 1:
+                earlier, copy = waiting.popleft()
+                yield earlier, copier.receive(copy.result())
+        for step, copy in waiting:
+            yield step, copier.receive(copy.result())
+
+
+_Copy = tuple[Batches, torch.cuda.Event | None]
+
+
+class _Copier:
+    """Copies batches to a device, on a GPU from page-locked memory and on a stream of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def send(self, batches: Sequence[Batch | None]) -> _Copy:
+        """Begin to copy. The thread's current device is set with the stream."""
+        if self._stream is None:
+            return [None if b is None else b.to(self._device) for b in batches], None
+        with torch.cuda.stream(self._stream):
+            moved = [None if b is None else b.pin_memory().to(self._device) for b in batches]
+            return moved, self._stream.record_event()
+
+    def receive(self, copy: _Copy) -> Batches:
+        """The batches, for use on the current stream, which waits until they have come."""
+        batches, copied = copy
+        if copied is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(copied)
+            for batch in batches:
+                for tensor in batch.tensors().values() if batch is not None else ():
+                    # Or its memory, which belongs to the other stream, would be given away again
+                    # while kernels of this one still read it.
+                    tensor.record_stream(current)
+        return batches
