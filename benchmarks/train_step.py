@@ -24,13 +24,13 @@ from memory import peak_memory
 
 from cpm_bee import delta
 from cpm_bee.data.batch import Batch, collate
-from cpm_bee.data.planning import best_fit
+from cpm_bee.data.planning import pack
 from cpm_bee.encoding import Encoder
 from cpm_bee.engine import OptimizerSettings
 from cpm_bee.engine.torch_engine import TorchEngine
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.initialization import initialize
-from cpm_bee.model.network import CPMBee, target_loss
+from cpm_bee.model.network import CPMBee
 from cpm_bee.tokenizer import Tokenizer
 
 SIZES = {
@@ -47,9 +47,9 @@ def read_batches(data: Path, tokenizer: Tokenizer, count: int, max_length: int) 
             encoder.encode(json.loads(line))
             for line, _ in zip(file, range(60 * count), strict=False)
         ]
-    rows = best_fit(range(len(records)), [len(r) for r in records], 1, max_length)
+    rows = pack(range(len(records)), [len(r) for r in records], max_length)
     return [
-        collate([records[i] for i in row[0]], tokenizer)
+        collate([records[i] for i in row], tokenizer)
         for row, _ in zip(rows, range(count), strict=False)
     ]
 
@@ -112,7 +112,7 @@ def main() -> None:
     batches = read_batches(arguments.data, tokenizer, arguments.steps, arguments.max_length)
 
     def step(batch: Batch) -> None:
-        engine.backward(target_loss(model(batch), batch) / batch.num_targets)
+        engine.backward(model.loss(batch) / batch.num_targets)
         engine.step(1e-3)
 
     step(batches[0])

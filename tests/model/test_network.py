@@ -32,7 +32,7 @@ def gradients(model: CPMBee, batches: list[Batch]) -> tuple[float, dict[str, tor
     model.zero_grad()
     total = 0.0
     for batch in batches:
-        loss = target_loss(model(batch), batch)
+        loss = model.loss(batch)
         loss.backward()
         total += loss.item()
     return total, {
@@ -97,9 +97,9 @@ def test_padding_has_no_effect(monkeypatch: pytest.MonkeyPatch, share: float) ->
 def test_layout_holds_each_query_once(at_targets: bool) -> None:
     batch = part(tiny.encode(RECORDS), tiny.encode(RECORDS))
     layout = Layout.of(batch, tiny.make_model().position_bias, at_targets=at_targets)
-    queries = torch.cat([group.queries.flatten() for group in layout.groups])
+    queries = layout.queries.items
     count = batch.num_targets if at_targets else batch.num_tokens
-    assert queries[layout.inverse].tolist() == list(range(count))
+    assert queries[layout.queries.own].tolist() == list(range(count))
 
 
 @pytest.mark.parametrize("last_attention", [True, False])
@@ -152,9 +152,9 @@ def test_checkpointing_recomputes_the_same(dropout_p: float) -> None:
     model.train()
     results = []
     calls = []
-    model.encoder.layers[1].register_forward_pre_hook(lambda *_: calls.append(1))
+    model.encoder.layers[1].ffn.register_forward_pre_hook(lambda *_: calls.append(1))
     for checkpointing in (False, True):
-        model.encoder.checkpointing = checkpointing
+        model.encoder.set_checkpointing(checkpointing)
         torch.manual_seed(0)
         results.append(gradients(model, [part(encoded, encoded)]))
     assert_same(results[1], results[0])

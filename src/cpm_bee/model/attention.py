@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import nn
 from cpm_bee.data.batch import Batch
 from cpm_bee.encoding import MAX_DEPTH
 from cpm_bee.errors import InputError
+from cpm_bee.model.buffers import buffers
 from cpm_bee.model.config import ModelConfig
 
 # Records of one attention call are padded to the longest; a group takes records down to this
@@ -42,12 +43,10 @@ class PositionBias(nn.Module):
         far = torch.clamp(exact + far.to(torch.int64), max=half - 1)
         return (relative > 0).long() * half + torch.where(distance < exact, distance, far)
 
-    def rows(self, position: torch.Tensor, relation: torch.Tensor) -> torch.Tensor:
-        """Rows from positions k - q and segment relations of the same shape.
+    def check(self, relation: torch.Tensor) -> None:
+        """Raises `InputError` for a segment relation that the table has no row for.
 
-        Raises:
-            InputError: a relation that the table has no row for (only a table of fewer segment
-                buckets than there are relations can lack one).
+        Only a table of fewer segment buckets than there are relations can lack one.
         """
         if self.num_segment_buckets < MAX_DEPTH * MAX_DEPTH and relation.numel():
             largest = int(relation.max())
@@ -56,6 +55,14 @@ class PositionBias(nn.Module):
                     f"a record needs segment bucket {largest} of the position bias, this model "
                     f"has {self.num_segment_buckets}: its fields are nested too deeply"
                 )
+
+    def rows(self, position: torch.Tensor, relation: torch.Tensor) -> torch.Tensor:
+        """Rows from positions k - q and segment relations of the same shape.
+
+        Raises:
+            InputError: as `check`.
+        """
+        self.check(relation)
         same = relation == 0
         return torch.where(same, self.position_rows(position), self.num_buckets - 1 + relation)
 
@@ -74,9 +81,15 @@ class PositionBias(nn.Module):
 class Group(NamedTuple):
     """G records of similar length: Q queries each that look at L keys, both padded."""
 
-    queries: torch.Tensor  # (G, Q) number of the query; any valid one for padding
-    keys: torch.Tensor  # (G, L) position in the stream; any valid one for padding
     rows: torch.Tensor  # (G, Q, L) rows of the bias table
+
+    @property
+    def num_queries(self) -> int:
+        return self.rows.shape[0] * self.rows.shape[1]
+
+    @property
+    def num_keys(self) -> int:
+        return self.rows.shape[0] * self.rows.shape[2]
 
 
 class _Ragged(NamedTuple):
@@ -92,12 +105,62 @@ class _Ragged(NamedTuple):
         return cls(start + torch.minimum(offset, count - 1), offset < count)
 
 
+class Slots(NamedTuple):
+    """Items of the stream laid out in padded groups, end to end: P slots for N items.
+
+    Each item has one slot of its own; padding repeats some item.
+    """
+
+    items: torch.Tensor  # (P,) the item in each slot
+    own: torch.Tensor  # (N,) the slot of each item
+    padding: torch.Tensor  # (P - N,) the other slots
+
+    @classmethod
+    def of(cls, parts: list[_Ragged]) -> Slots:
+        items = torch.cat([part.items.flatten() for part in parts])
+        valid = torch.cat([part.valid.flatten() for part in parts])
+        own = torch.empty_like(items[: int(valid.sum())])
+        own[items[valid]] = torch.nonzero(valid).squeeze(1)
+        return cls(items, own, torch.nonzero(~valid).squeeze(1))
+
+
+def _select(x: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+    return torch.index_select(x, 0, items, out=buffers.empty(x, len(items), *x.shape[1:]))
+
+
+class _Spread(torch.autograd.Function):
+    """x [N, ...] -> [P, ...]. No gradient may come from padding: it is not looked at."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, slots: Slots) -> torch.Tensor:
+        ctx.slots = slots
+        return _select(x, slots.items)
+
+    @staticmethod
+    def backward(ctx: Any, *g: torch.Tensor) -> Any:
+        return _select(g[0], ctx.slots.own), None
+
+
+class _Gather(torch.autograd.Function):
+    """x [P, ...] -> [N, ...] without the padding."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, slots: Slots) -> torch.Tensor:
+        ctx.slots = slots
+        return _select(x, slots.own)
+
+    @staticmethod
+    def backward(ctx: Any, *g: torch.Tensor) -> Any:
+        return _select(g[0], ctx.slots.items).index_fill_(0, ctx.slots.padding, 0), None
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the stream's records are grouped for attention. Depends on the batch alone."""
 
     groups: tuple[Group, ...]
-    inverse: torch.Tensor  # (N,) position of each query among the groups' outputs laid end to end
+    queries: Slots
+    keys: Slots
 
     @classmethod
     def of(cls, batch: Batch, bias: PositionBias, *, at_targets: bool = False) -> Layout:
@@ -114,8 +177,8 @@ class Layout:
         order = [r for r in range(len(batch.lengths)) if counts[r]]
         order.sort(key=lambda r: -batch.lengths[r])
         groups: list[Group] = []
-        inverse = torch.empty(len(places), dtype=torch.int64, device=device)
-        padded = 0
+        asking: list[_Ragged] = []
+        asked: list[_Ragged] = []
         while order:
             longest = batch.lengths[order[0]]
             size = sum(batch.lengths[r] >= _GROUP_SHARE * longest for r in order)
@@ -130,11 +193,10 @@ class Layout:
                 [(relation_starts[r], batch.num_segments[r]) for r in members], device=device
             )
             rows = _rows(batch, bias, places[queries.items], queries.valid, keys, relations)
-            slots = padded + torch.arange(queries.items.numel(), device=device)
-            inverse[queries.items[queries.valid]] = slots.view_as(queries.items)[queries.valid]
-            padded += queries.items.numel()
-            groups.append(Group(queries.items, keys.items, rows))
-        return cls(tuple(groups), inverse)
+            groups.append(Group(rows))
+            asking.append(queries)
+            asked.append(keys)
+        return cls(tuple(groups), Slots.of(asking), Slots.of(asked))
 
 
 def _starts(lengths: list[int] | tuple[int, ...]) -> list[int]:
@@ -167,6 +229,16 @@ def _rows(
     return torch.where(visible, rows, bias.hidden_row)
 
 
+def aligned(bias: torch.Tensor) -> torch.Tensor:
+    """The same values [G, H, Q, L] as CUDA's memory-efficient kernel wants them to lie.
+
+    It takes a mask whose rows are contiguous and begin at multiples of 8 values, and copies any
+    other: once for every layer, and keeps the copies for the backward pass.
+    """
+    length = bias.shape[-1]
+    return F.pad(bias, (0, -length % 8)).contiguous()[..., :length]
+
+
 class GroupedAttention:
     """Attention of each record with itself, for all layers of one forward pass."""
 
@@ -175,16 +247,23 @@ class GroupedAttention:
     ) -> None:
         self._layout = layout
         self._biases = [bias.values(g.rows).to(dtype) for g in layout.groups]  # (G, H, Q, L)
+        if bias.relative_attention_bias.device.type == "cuda":
+            self._biases = [aligned(b) for b in self._biases]
         self._dropout_p = dropout_p
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
         """q [N, H, D] of the layout's queries, k and v [T, H, D] -> [N, H, D]."""
+        layout = self._layout
+        qs = _Spread.apply(q, layout.queries).split([g.num_queries for g in layout.groups])
+        ks, vs = (
+            _Spread.apply(x, layout.keys).split([g.num_keys for g in layout.groups]) for x in (k, v)
+        )
         outputs = []
-        for group, bias in zip(self._layout.groups, self._biases, strict=True):
-            gq = q[group.queries].transpose(1, 2)  # (G, H, Q, D)
-            gk, gv = (x[group.keys].transpose(1, 2) for x in (k, v))  # (G, H, L, D)
+        for group, bias, *qkv in zip(layout.groups, self._biases, qs, ks, vs, strict=True):
+            # (G, H, Q, D), and twice (G, H, L, D)
+            gq, gk, gv = (x.unflatten(0, (len(group.rows), -1)).transpose(1, 2) for x in qkv)
             o = F.scaled_dot_product_attention(gq, gk, gv, bias, self._dropout_p)
             outputs.append(o.transpose(1, 2).flatten(0, 1))  # (G*Q, H, D)
-        return torch.cat(outputs)[self._layout.inverse]
+        return _Gather.apply(torch.cat(outputs), layout.queries)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+import copy
+from collections.abc import Iterator
 
+import torch
+from torch import nn
+
+from cpm_bee.model.attention import PositionBias
+from cpm_bee.model.block import TransformerBlock
 from cpm_bee.model.config import ModelConfig
-from cpm_bee.model.layers import Attention, TransformerBlock
+from cpm_bee.model.layers import Attention, Embedding, RMSNorm
 from cpm_bee.model.network import CPMBee
 
 # Found by experiment on small models: with independent N(0, 1) weights everywhere, one with four
@@ -28,24 +34,54 @@ def initialize(model: CPMBee, seed: int) -> None:
     multiple of project_v transposed); feed-forward blocks begin with a small voice. Embeddings
     are large enough to be heard among the blocks' outputs, and the last norm makes up for it.
     """
+    parameters = dict(model.named_parameters())
+    for name, values in initial_values(model, seed):
+        parameters[name].copy_(values)
+
+
+@torch.no_grad()
+def initial_values(model: CPMBee, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """What `initialize` fills a model with, by name; the model may be on the meta device.
+
+    One layer is in memory at a time.
+    """
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "layernorm" in name:
-            parameter.fill_(1.0)
-        else:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    model.input_embedding.weight.mul_(_EMBEDDING_STD)
-    model.encoder.output_layernorm.weight.fill_(1 / _EMBEDDING_STD)
-    matching = model.config.num_heads // 2
-    bias = model.position_bias.relative_attention_bias  # (rows, heads)
-    bias[:, :matching] *= _MATCHING_BIAS
-    bias[:, matching:] *= _OTHER_BIAS
-    layers = [layer for layer in model.encoder.layers if isinstance(layer, TransformerBlock)]
-    for layer in layers:
-        if layer.self_att is not None:
-            _prepare_attention(layer.self_att.self_attention, model.config, matching)
-        if layer.ffn is not None:
-            layer.ffn.ffn.w_out.weight.mul_(_FFN_OUT_SCALE)
+    for prefix, place in _parts(model):
+        part = copy.deepcopy(place).float().to_empty(device="cpu")
+        for name, parameter in part.named_parameters():
+            if "layernorm" in f"{prefix}.{name}":
+                parameter.fill_(1.0)
+            else:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        _adjust(part, model.config)
+        for name, parameter in part.named_parameters():
+            yield f"{prefix}.{name}", parameter.detach()
+
+
+def _parts(model: CPMBee) -> Iterator[tuple[str, nn.Module]]:
+    """The parts of a model in the order of their parameters."""
+    yield "input_embedding", model.input_embedding
+    yield "position_bias", model.position_bias
+    for i, layer in enumerate(model.encoder.layers):
+        yield f"encoder.layers.{i}", layer
+    yield "encoder.output_layernorm", model.encoder.output_layernorm
+
+
+def _adjust(part: nn.Module, config: ModelConfig) -> None:
+    matching = config.num_heads // 2
+    if isinstance(part, Embedding):
+        part.weight.mul_(_EMBEDDING_STD)
+    elif isinstance(part, RMSNorm):
+        part.weight.fill_(1 / _EMBEDDING_STD)
+    elif isinstance(part, PositionBias):
+        bias = part.relative_attention_bias  # (rows, heads)
+        bias[:, :matching] *= _MATCHING_BIAS
+        bias[:, matching:] *= _OTHER_BIAS
+    elif isinstance(part, TransformerBlock):
+        if part.self_att is not None:
+            _prepare_attention(part.self_att.self_attention, config, matching)
+        if part.ffn is not None:
+            part.ffn.ffn.w_out.weight.mul_(_FFN_OUT_SCALE)
 
 
 def _prepare_attention(attention: Attention, config: ModelConfig, matching: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,10 @@ class Linear(nn.Module):
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
+        self.dim_in, self.dim_out = dim_in, dim_out
         self.weight = nn.Parameter(torch.empty(dim_out, dim_in))
         self.scale = 1 / math.sqrt(dim_in)
-        self.lora: nn.Module | None = None
+        self.lora: Any = None  # a delta.LoRA
 
     def operands(self) -> tuple[torch.Tensor, ...]:
         """The tensors that W is made of, for `dense`; a quantised layer has others."""
@@ -37,6 +39,12 @@ class Linear(nn.Module):
     def dense(self, operands: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
         """W [dim_out, dim_in] in a type, from `operands`."""
         return operands[0].to(dtype)
+
+    def pieces(
+        self, operands: tuple[torch.Tensor, ...], dtype: torch.dtype
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """W as rows and their values [rows, dim_in], of which one at a time need be in memory."""
+        yield slice(None), self.dense(operands, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x) * self.scale
@@ -169,23 +177,3 @@ class FeedForwardBlock(nn.Module):
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         return (h + self.dropout(self.ffn(self.layernorm_before_ffn(h)))) * RESIDUAL_SCALE
-
-
-class TransformerBlock(nn.Module):
-    """One layer; pruned releases lack its attention, its FFN or both."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.layer = layer
-        self.self_att = AttentionBlock(config) if config.has_attention(layer) else None
-        self.ffn = FeedForwardBlock(config) if config.has_ffn(layer) else None
-
-    def forward(
-        self, h: torch.Tensor, attend: Attend, queries: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """h [T, dim_model] -> the same; with N `queries`, positions, [N, dim_model] of these."""
-        if self.self_att is not None:
-            h = self.self_att(h, self.layer, attend, queries)
-        elif queries is not None:
-            h = h[queries]
-        return h if self.ffn is None else self.ffn(h)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from cpm_bee.data.batch import Batch
+from cpm_bee.model import flex
 from cpm_bee.model.attention import GroupedAttention, Layout, PositionBias
+from cpm_bee.model.block import TransformerBlock
 from cpm_bee.model.config import ModelConfig
-from cpm_bee.model.layers import Attend, Embedding, RMSNorm, TransformerBlock
+from cpm_bee.model.layers import Attend, Embedding, RMSNorm
+from cpm_bee.model.loss import Projection, Scores, TargetLoss, score
 
 
 class BlockStack(nn.Module):
@@ -18,11 +20,16 @@ class BlockStack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.num_layers))
         self.output_layernorm = RMSNorm(config.dim_model, config.eps)
-        self.checkpointing = False
         # The last layer with attention: after it, no position matters to another.
         self._last = max(
             (i for i in range(config.num_layers) if config.has_attention(i)), default=0
         )
+
+    def set_checkpointing(self, wanted: bool) -> None:
+        """Whether layers compute their activations again in the backward pass."""
+        for layer in self.layers:
+            assert isinstance(layer, TransformerBlock)
+            layer.checkpointing = wanted
 
     def forward(
         self,
@@ -38,10 +45,7 @@ class BlockStack(nn.Module):
         """
         for i, layer in enumerate(self.layers):
             asked = (attend_last or attend, queries) if i == self._last else (attend, None)
-            if self.checkpointing and torch.is_grad_enabled():
-                h = checkpoint(layer, h, *asked, use_reentrant=False)
-            else:
-                h = layer(h, *asked)
+            h = layer(h, *asked)
         return h
 
 
@@ -54,6 +58,7 @@ class CPMBee(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.attention = "auto"  # auto, sdpa or flex
         self.input_embedding = Embedding(config)
         self.position_bias = PositionBias(config)
         self.encoder = BlockStack(config)
@@ -64,17 +69,39 @@ class CPMBee(nn.Module):
         h = self.encoder(h, self._attention(batch, h))
         return self.encoder.output_layernorm(h)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits at the targets alone, [N, vocab_size + E]."""
+    def target_states(self, batch: Batch) -> torch.Tensor:
+        """The states after the last norm at the targets alone, [N, dim_model]."""
         h = self.input_embedding(batch.ids, batch.subs)  # (T, dim_model)
         at_targets = self._attention(batch, h, at_targets=True)
         h = self.encoder(h, self._attention(batch, h), at_targets, batch.target_positions)
-        h = self.encoder.output_layernorm(h)  # (N, dim_model)
+        return self.encoder.output_layernorm(h)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Logits at the targets alone, [N, vocab_size + E]."""
+        h = self.target_states(batch)
         return self.input_embedding.logits(h, batch.extension_ids, batch.extension_subs)
 
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Cross entropy summed over the targets, in fp32; a scalar."""
+        if self.input_embedding.weight.requires_grad:
+            return target_loss(self(batch), batch)
+        return TargetLoss.apply(self.target_states(batch), self._projection(batch), batch.targets)
+
+    def score(self, batch: Batch) -> Scores:
+        """The loss of each target and whether it is the most probable token; no gradients."""
+        with torch.no_grad():
+            return score(self.target_states(batch), self._projection(batch), batch.targets)
+
+    def _projection(self, batch: Batch) -> Projection:
+        embedding = self.input_embedding
+        table = embedding(batch.extension_ids, batch.extension_subs)
+        return Projection(embedding.weight, embedding.scale, table)
+
     def _attention(self, batch: Batch, h: torch.Tensor, *, at_targets: bool = False) -> Attend:
-        layout = Layout.of(batch, self.position_bias, at_targets=at_targets)
         dropout_p = self.config.dropout_p if self.training else 0.0
+        if flex.is_chosen(self.attention, h.device, dropout_p):
+            return flex.FlexAttention(batch, self.position_bias, at_targets=at_targets)
+        layout = Layout.of(batch, self.position_bias, at_targets=at_targets)
         return GroupedAttention(layout, self.position_bias, _compute_dtype(h), dropout_p)
 
 

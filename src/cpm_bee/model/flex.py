@@ -1,0 +1,144 @@
+"""Attention over the flat stream by FlexAttention: no bias or mask is ever laid out in memory.
+
+PyTorch's FlexAttention (torch.nn.attention.flex_attention) takes a block mask, by which blocks of
+keys that no query of a block sees are passed over, and a function that changes each score. It is
+for GPUs: on a CPU it has no backward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from cpm_bee.data.batch import Batch
+from cpm_bee.errors import InputError
+from cpm_bee.model.attention import PositionBias
+
+# The kernels are written for matrix units of this compute capability or later.
+_CAPABILITY = (8, 0)
+
+
+def obstacle(device: torch.device, dropout_p: float) -> str | None:
+    """Why FlexAttention cannot be used, or None."""
+    if device.type != "cuda":
+        return f"it has no backward pass on a {device.type}"
+    if dropout_p:
+        return "it has no dropout"
+    if torch.cuda.get_device_capability(device) < _CAPABILITY:
+        return f"the GPU's compute capability is below {_CAPABILITY[0]}.{_CAPABILITY[1]}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+def is_chosen(choice: str, device: torch.device, dropout_p: float) -> bool:
+    """Whether "auto", "sdpa" or "flex" stands for FlexAttention here.
+
+    Raises:
+        InputError: "flex" was asked for and cannot be.
+    """
+    if choice == "sdpa":
+        return False
+    reason = obstacle(device, dropout_p)
+    if choice == "flex" and reason:
+        raise InputError(f"--attention flex: {reason}; --attention sdpa works everywhere")
+    return reason is None
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Dynamic: every batch has another number of tokens.
+    return torch.compile(function, dynamic=True)
+
+
+def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+class FlexAttention:
+    """Attention of each record with itself, for all layers of one forward pass.
+
+    Args:
+        at_targets: only positions that have a target are queries.
+        compile: False runs PyTorch's plain form, which does lay out all scores: for tests.
+    """
+
+    def __init__(
+        self, batch: Batch, bias: PositionBias, *, at_targets: bool = False, compile: bool = True
+    ) -> None:
+        # Here, for it loads the compiler: 70 MiB that a CPU has better use for.
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        bias.check(batch.relations)
+        device = batch.ids.device
+        positions = torch.arange(batch.num_tokens, device=device)
+        queries = batch.target_positions if at_targets else positions
+        self._score = _score_mod(batch, bias, queries)
+        as_wanted = _compiled if compile else _plain
+        make_mask, self._attend = as_wanted(create_block_mask), as_wanted(flex_attention)
+        self._mask = make_mask(
+            _mask_mod(batch, queries), None, None, len(queries), batch.num_tokens, device=device
+        )
+
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """q [N, H, D] of the queries, k and v [T, H, D] -> [N, H, D]."""
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, N or T, D)
+        o = self._attend(q, k, v, score_mod=self._score, block_mask=self._mask)
+        return o[0].transpose(0, 1)
+
+
+def _records(batch: Batch) -> torch.Tensor:
+    """The record of each token, [T]."""
+    lengths = torch.tensor(batch.lengths, device=batch.ids.device)
+    numbers = torch.arange(len(batch.lengths), device=batch.ids.device)
+    return torch.repeat_interleave(numbers, lengths, output_size=batch.num_tokens)
+
+
+def _mask_mod(batch: Batch, queries: torch.Tensor) -> Callable[..., torch.Tensor]:
+    record, context = _records(batch), batch.context
+
+    def visible(b: Any, h: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        place = queries[q]
+        seen = context[k] | (~context[place] & (k <= place))
+        return seen & (record[place] == record[k])
+
+    return visible
+
+
+def _score_mod(
+    batch: Batch, bias: PositionBias, queries: torch.Tensor
+) -> Callable[..., torch.Tensor]:
+    device, tokens = batch.ids.device, batch.num_tokens
+    num_segments = torch.tensor(batch.num_segments, device=device)
+    squares = num_segments.square()
+    starts = squares.cumsum(0) - squares
+    record = _records(batch)
+    # Of each token: where the relations of its segment with those of its record begin.
+    begin = starts[record] + batch.segments * num_segments[record]
+    # A hidden key may be of a record with more segments; what is read for it must exist.
+    relations = F.pad(batch.relations.int(), (0, max(batch.num_segments)))
+    distances = torch.arange(1 - tokens, tokens, device=device)
+    by_distance = bias.position_rows(distances).int()
+    table, segments, last_position_row = (
+        bias.relative_attention_bias,
+        batch.segments,
+        bias.num_buckets - 1,
+    )
+
+    def score(
+        score: torch.Tensor, b: Any, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+    ) -> torch.Tensor:
+        place = queries[q]
+        relation = relations[begin[place] + segments[k]]
+        in_segment = by_distance[k - place + tokens - 1]
+        row = torch.where(relation == 0, in_segment, last_position_row + relation)
+        return score + table[row, h]
+
+    return score
