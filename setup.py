@@ -10,6 +10,8 @@ INIT = (ROOT / "src" / "cpm_bee" / "__init__.py").read_text(encoding="utf-8")
 
 TENSORBOARD = ["tensorboard>=2.10"]
 TINY_BASE = ["jieba>=0.42"]
+# NF4 needs none of it; its kernels are used on a GPU, its bytes compared with ours in tests.
+NF4 = ["bitsandbytes>=0.50"]
 
 setup(
     name="cpm_bee",
@@ -23,6 +25,8 @@ setup(
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "numpy>=1.24", "safetensors>=0.4", "tqdm>=4.60"],
     extras_require={
+        "bmtrain": ["bmtrain==1.0.1"],  # its wheels are for Python 3.10 and 3.11, Linux x86-64
+        "nf4": NF4,
         "tensorboard": TENSORBOARD,
         "tiny-base": TINY_BASE,
         "dev": [
@@ -31,6 +35,7 @@ setup(
             "pytest>=8.0",
             "pytest-timeout>=2.3",
             "ruff>=0.9",
+            *NF4,
             *TENSORBOARD,
             *TINY_BASE,
         ],

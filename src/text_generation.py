@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from cpm_bee import quantize
 from cpm_bee.cli import ArgumentParser, positive, real_number
 from cpm_bee.errors import run_command
 
@@ -34,6 +35,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--vocab", metavar="FILE", help="vocabulary (default: vocab.txt beside the checkpoint)")
     add("--delta", metavar="FILE", help="what delta tuning saved (default: the base model alone)")
+    add(
+        "--quantize",
+        choices=quantize.CHOICES,
+        default=quantize.NONE,
+        help="hold the base in 4 or 8 bit, kept beside the checkpoint (default: %(default)s)",
+    )
     add("--beam-size", type=positive, default=3, help="hypotheses kept (default: %(default)s)")
     add(
         "--max-length",
@@ -65,7 +72,8 @@ def main() -> None:
     placed = read_records(arguments.input)
     device = base.choose_device(arguments.device)
     dtype = base.choose_dtype(arguments.dtype, device)
-    loaded = base.load_base(arguments.load, arguments.model_config, arguments.vocab, dtype, device)
+    model = (arguments.load, arguments.model_config, arguments.vocab)
+    loaded = base.load_base(*model, dtype, device, quantize=arguments.quantize)
     if arguments.delta is not None:
         delta.load(loaded.model, arguments.delta, loaded.fingerprint)
     generator = Generator(loaded.model, loaded.tokenizer)

@@ -48,9 +48,11 @@ class LoRA(nn.Module):
 
     def __init__(self, linear: Linear, config: DeltaConfig) -> None:
         super().__init__()
-        dim_out, dim_in = linear.weight.shape
+        dim_in, dim_out = linear.dim_in, linear.dim_out
         # fp32 whatever the base: a 16-bit weight would lose most steps of a small learning rate.
-        device = linear.weight.device
+        device = linear.operands()[0].device  # a quantised layer has no weight
+        if device.type == "meta":
+            device = torch.device("cpu")  # the base's values come later, its own must not be lost
         self.lora_A = nn.Parameter(torch.empty(config.rank, dim_in, device=device))
         self.lora_B = nn.Parameter(torch.empty(dim_out, config.rank, device=device))
         self.scale = config.alpha / config.rank

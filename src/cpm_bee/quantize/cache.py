@@ -1,0 +1,211 @@
+"""A base quantised once: tensor by tensor into a safetensors file beside its checkpoint.
+
+The file has `NAME.codes` and `NAME.absmax` for each Linear of the blocks; embedding, norms and
+bias table are as the checkpoint has them. Its metadata name the base by fingerprint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import struct
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from cpm_bee.checkpoint import Checkpoint, Entry
+from cpm_bee.errors import InputError
+from cpm_bee.files import atomic_file
+from cpm_bee.mapped import drop_pages
+from cpm_bee.model.network import CPMBee
+from cpm_bee.progress import progress
+from cpm_bee.quantize.formats import FORMATS, Format
+from cpm_bee.quantize.linear import make_room
+
+VERSION = "1"
+_WEIGHT, _CODES, _ABSMAX = ".weight", ".codes", ".absmax"
+_TYPE_NAMES = {
+    torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float32: "F32",
+}  # fmt: skip
+_ALIGNMENT = 64  # of the first tensor; all sizes keep the alignment of their type
+
+
+class _Stored(NamedTuple):
+    """A tensor of the file, in the order of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def cache_path(checkpoint: Path, format: Format) -> Path:
+    """`pytorch_model.nf4.safetensors` for `pytorch_model.bin`, or for an index of its shards."""
+    name = checkpoint.name.removesuffix(".index.json")
+    return checkpoint.with_name(f"{Path(name).stem}.{format.name}.safetensors")
+
+
+def quantized_entries(model: CPMBee, checkpoint: Checkpoint, kind: str) -> dict[str, Entry]:
+    """The tensors of a quantised model; its Linears, on the meta device, become quantised ones.
+
+    They stand in the file beside the checkpoint, which is made where it is missing, stale or
+    damaged. Where it cannot be written, a message says so and they are made in memory.
+
+    Args:
+        model: on the meta device; the checkpoint fits it.
+        kind: the name of a format.
+
+    Raises:
+        InputError: the format cannot hold the model, or there are values that are not finite.
+    """
+    format = FORMATS[kind]
+    make_room(model, format)
+    stored = _layout(model, checkpoint)
+    return _from_cache(checkpoint, format, stored) or _in_memory(checkpoint, format, stored)
+
+
+def _layout(model: CPMBee, checkpoint: Checkpoint) -> list[_Stored]:
+    stored = []
+    for name, parameter in model.named_parameters():
+        entry = checkpoint.entries.get(name)  # none of what is quantised
+        dtype = parameter.dtype if entry is None else entry.dtype
+        stored.append(_Stored(name, tuple(parameter.shape), dtype))
+    # Sizes in bytes that are multiples of 4 first, so that all begin where their type may.
+    return sorted(stored, key=lambda s: s.num_bytes % 4 != 0)
+
+
+def _from_cache(
+    checkpoint: Checkpoint, format: Format, stored: list[_Stored]
+) -> dict[str, Entry] | None:
+    """The tensors of the file, which is made first where necessary; None where it cannot be."""
+    path = cache_path(checkpoint.path, format)
+    notes = {
+        "format": format.name,
+        "format_version": VERSION,
+        "base_fingerprint": checkpoint.fingerprint(),
+    }
+    with _alone(checkpoint.path) as locked:
+        found = _open(path, checkpoint.path, notes, stored)
+        if found is not None:
+            return found
+        print(f"quantising {checkpoint.path} to {format.name}, once", file=sys.stderr, flush=True)
+        try:
+            if locked:  # what a killed run left is nobody's
+                for left in path.parent.glob(f".{path.name}.partial-*"):
+                    left.unlink()
+            with atomic_file(path, "wb") as file:
+                _write(file, checkpoint, format, stored, notes)
+            # Not older than a checkpoint whose time lies in the future.
+            newest = max(path.stat().st_mtime_ns, checkpoint.path.stat().st_mtime_ns)
+            os.utime(path, ns=(newest, newest))
+        except OSError as error:
+            print(
+                f"warning: {path} cannot be written ({(error.strerror or str(error)).lower()}): "
+                "quantising in memory, as every run will until it can",
+                file=sys.stderr,
+                flush=True,
+            )
+            return None
+        return _open(path, checkpoint.path, notes, stored)
+
+
+@contextlib.contextmanager
+def _alone(checkpoint: Path) -> Iterator[bool]:
+    """Hold a lock, so that of several processes one quantises and the others use its file.
+
+    False where the file system has no locks: each makes the file for itself, the last one stays.
+    """
+    with open(checkpoint, "rb") as file:
+        locked = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            locked = False
+        yield locked
+
+
+def _open(
+    path: Path, checkpoint: Path, notes: dict[str, str], stored: list[_Stored]
+) -> dict[str, Entry] | None:
+    """The tensors of a file; None if it is missing, damaged, or not of this base and version."""
+    try:
+        if path.stat().st_mtime_ns < checkpoint.stat().st_mtime_ns:
+            return None  # a fingerprint covers both ends of each tensor, not all of it
+        file = safe_open(path, framework="pt")
+        metadata = file.metadata() or {}
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError):
+        return None
+    if any(metadata.get(key) != value for key, value in notes.items()):
+        return None
+    expected = {s.name: (list(s.shape), _TYPE_NAMES[s.dtype]) for s in stored}
+    if {n: (list(s.get_shape()), s.get_dtype()) for n, s in slices.items()} != expected:
+        return None
+    return {s.name: Entry(s.shape, s.dtype, partial(file.get_tensor, s.name)) for s in stored}
+
+
+def _write(
+    file: IO[bytes],
+    checkpoint: Checkpoint,
+    format: Format,
+    stored: list[_Stored],
+    notes: dict[str, str],
+) -> None:
+    header: dict[str, object] = {"__metadata__": notes}
+    offsets = {}
+    end = 0
+    for tensor in stored:
+        offsets[tensor.name] = end
+        end += tensor.num_bytes
+        header[tensor.name] = {
+            "dtype": _TYPE_NAMES[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": [end - tensor.num_bytes, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    file.write(struct.pack("<Q", len(text)) + text)
+    begin = 8 + len(text)
+    for name, value in _values(checkpoint, format, stored):
+        file.seek(begin + offsets[name])
+        # As bytes: NumPy has no bfloat16.
+        file.write(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def _values(
+    checkpoint: Checkpoint, format: Format, stored: list[_Stored]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors of the file, one tensor of the checkpoint in memory at a time."""
+    total = sum(torch.Size(e.shape).numel() * e.dtype.itemsize for e in checkpoint.entries.values())
+    names = {s.name for s in stored}
+    with progress(total=total, description="quantising", unit="B") as bar:
+        for name, entry in checkpoint.entries.items():
+            value = entry.read()
+            if name in names:
+                yield name, value
+            else:
+                layer = name.removesuffix(_WEIGHT)
+                try:
+                    codes, absmax = format.quantize(value)
+                except InputError as error:
+                    raise InputError(f"{checkpoint.path}: {name} {error}") from None
+                yield layer + _CODES, codes
+                yield layer + _ABSMAX, absmax
+            bar.update(value.numel() * value.element_size())
+            drop_pages(value)
+
+
+def _in_memory(checkpoint: Checkpoint, format: Format, stored: list[_Stored]) -> dict[str, Entry]:
+    values = dict(_values(checkpoint, format, stored))
+    return {s.name: Entry(s.shape, s.dtype, partial(values.__getitem__, s.name)) for s in stored}

@@ -1,0 +1,50 @@
+"""bitsandbytes' CUDA kernels on the same NF4 bytes; used where both are there, needed nowhere.
+
+Its API (0.50): `functional.QuantState`, `functional.dequantize_4bit`, `matmul_4bit`. It wants the
+codes as one column, and the scales of all blocks in a row, which is how ours lie in memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+
+_BLOCK = 64
+
+
+@functools.cache
+def available() -> bool:
+    """Whether bitsandbytes is installed. Does not import it: that takes seconds."""
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
+@functools.cache
+def _module(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+def _state(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> Any:
+    return _module("bitsandbytes.functional").QuantState(
+        absmax=absmax.float().reshape(-1),
+        shape=torch.Size((len(codes), 2 * codes.shape[1])),
+        dtype=dtype,
+        blocksize=_BLOCK,
+        quant_type="nf4",
+    )
+
+
+def dequantize(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """W [dim_out, dim_in] from codes [dim_out, dim_in/2] and absmax [dim_out, dim_in/64]."""
+    state = _state(codes, absmax, dtype)
+    return _module("bitsandbytes.functional").dequantize_4bit(codes.reshape(-1, 1), state)
+
+
+def product(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+    """x Wᵀ without a gradient, by a kernel that never makes W: for a few rows x [N, dim_in]."""
+    state = _state(codes, absmax, x.dtype)
+    with torch.no_grad():
+        return _module("bitsandbytes").matmul_4bit(x, codes.reshape(-1, 1), quant_state=state)

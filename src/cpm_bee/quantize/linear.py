@@ -1,0 +1,161 @@
+"""A Linear whose frozen weight is held in 4 or 8 bit, and models with such layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from cpm_bee.errors import InputError, Problems
+from cpm_bee.model.layers import Linear
+from cpm_bee.quantize import kernels
+from cpm_bee.quantize.formats import NF4, Format, row_chunks
+
+# Values of W made at a time on a CPU. Larger tensors than 32 MiB get fresh pages from the kernel
+# each time they are made, which takes longer than the arithmetic.
+_CHUNK = 1 << 21
+# Up to so many rows a CUDA kernel that multiplies by codes directly is the faster one.
+_FEW_ROWS = 16
+
+
+class QuantizedLinear(Linear):
+    """A Linear over `codes` and `absmax` of a format; W exists only piece by piece, in products.
+
+    Both are plain parameters without gradient: they follow the module to a device and are sharded
+    like others. `absmax` must stay fp32 (no `model.to(dtype)`).
+
+    Raises:
+        InputError: the format cannot hold a matrix of this size.
+    """
+
+    def __init__(self, dim_in: int, dim_out: int, format: Format) -> None:
+        with torch.device("meta"):
+            super().__init__(dim_in, dim_out)
+        del self.weight
+        self.format = format
+        codes_size, absmax_size = format.sizes(dim_out, dim_in)
+        self.codes = _frozen(torch.empty(codes_size, dtype=format.codes_dtype, device="meta"))
+        self.absmax = _frozen(torch.empty(absmax_size, device="meta"))
+
+    @classmethod
+    def of(cls, linear: Linear, format: Format) -> QuantizedLinear:
+        """The quantised form of a Linear that has values, with its LoRA if it has one."""
+        result = cls(linear.dim_in, linear.dim_out, format)
+        codes, absmax = format.quantize(linear.weight.detach().cpu())
+        device = linear.weight.device
+        result.codes, result.absmax = _frozen(codes.to(device)), _frozen(absmax.to(device))
+        result.lora = linear.lora
+        return result.train(linear.training)
+
+    def operands(self) -> tuple[torch.Tensor, ...]:
+        return self.codes, self.absmax
+
+    def dense(self, operands: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
+        codes, absmax = operands
+        return self.format.dense(codes, absmax, dtype)
+
+    def base(self, x: torch.Tensor) -> torch.Tensor:
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        if self._has_kernel(x):
+            return kernels.product(x, self.codes, self.absmax)
+        return _Product.apply(x, self, *self.operands())
+
+    def _has_kernel(self, x: torch.Tensor) -> bool:
+        return (
+            x.device.type == "cuda"
+            and not (torch.is_grad_enabled() and x.requires_grad)
+            and x.numel() <= _FEW_ROWS * self.dim_in
+            and isinstance(self.format, NF4)
+            and kernels.available()
+        )
+
+    def pieces(
+        self, operands: tuple[torch.Tensor, ...], dtype: torch.dtype
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """W as rows and their values, one piece in memory at a time; whole on a GPU."""
+        device = operands[0].device.type
+        chunk = _CHUNK if device == "cpu" else self.dim_in * self.dim_out
+        for rows in row_chunks(self.dim_out, self.dim_in, chunk):
+            yield rows, self.dense(tuple(o[rows] for o in operands), dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim_in} -> {self.dim_out}, {self.format.name}"
+
+
+def _frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ that keeps the operands of W alone and makes W again for the gradient of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, layer: QuantizedLinear, *operands: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(*operands)
+        flat = x.reshape(-1, layer.dim_in)  # (N, dim_in)
+        y = flat.new_empty(len(flat), layer.dim_out)
+        for rows, weight in layer.pieces(operands, x.dtype):
+            torch.mm(flat, weight.mT, out=y[:, rows])
+        return y.view(*x.shape[:-1], layer.dim_out)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        layer: QuantizedLinear = ctx.layer
+        operands = ctx.saved_tensors
+        flat = gradient.reshape(-1, layer.dim_out)  # (N, dim_out)
+        of_x = flat.new_zeros(len(flat), layer.dim_in)
+        for rows, weight in layer.pieces(operands, gradient.dtype):
+            of_x.addmm_(flat[:, rows], weight)
+        return (of_x.view(*gradient.shape[:-1], layer.dim_in), None, *(None for _ in operands))
+
+
+def quantize_(model: nn.Module, format: Format) -> None:
+    """Quantise each Linear of a model that has its values, in place.
+
+    Raises:
+        InputError: layers whose sizes the format cannot hold; each kind is listed once.
+    """
+    _replace(model, format, lambda linear: QuantizedLinear.of(linear, format))
+
+
+def make_room(model: nn.Module, format: Format) -> None:
+    """Put a QuantizedLinear without values in the place of each Linear of a model without values.
+
+    Raises:
+        InputError: as `quantize_`.
+    """
+    _replace(model, format, lambda linear: QuantizedLinear(linear.dim_in, linear.dim_out, format))
+
+
+def _replace(model: nn.Module, format: Format, make: Callable[[Linear], QuantizedLinear]) -> None:
+    linears = {name: m for name, m in model.named_modules() if type(m) is Linear}
+    problems = Problems()
+    refused = set()
+    for name, linear in linears.items():
+        kind = name.rpartition(".")[2]
+        try:
+            format.sizes(linear.dim_out, linear.dim_in)
+        except InputError as error:
+            if kind not in refused:
+                problems.add(kind, str(error))
+            refused.add(kind)
+    problems.raise_if_any(f"--quantize {format.name} does not fit this model:")
+    for name, linear in linears.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, make(linear))
+
+
+def num_weights(model: nn.Module) -> int:
+    """The number of a model's parameters, as if none were quantised."""
+    total = sum(p.numel() for p in model.parameters())
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLinear):
+            total += layer.dim_in * layer.dim_out - sum(o.numel() for o in layer.operands())
+    return total
