@@ -1,22 +1,29 @@
 """Measure loading: a generated native checkpoint (fp16) made ready for training in fp32 on the CPU.
 
-    python benchmarks/loading.py [--gigabytes 2] [--format bin|safetensors]
+    python benchmarks/loading.py [--gigabytes 2] [--format bin|safetensors] [--repeat 5] [--warm]
 
 Compares the time with that of reading the file, and the peak memory with the model's own size.
 Loading runs in a process of its own. Before each phase the file is dropped from the page cache, so
-that both read the disk; --warm leaves it there.
+that both read the disk; --warm leaves it there. What no loading can do without is shown beside it:
+filling new memory of the model's size.
+
+A virtual machine's memory may have to be fetched from its host when it is used for the first time
+(here at 0.1 to 2 GB/s, where the machine itself makes 10). So another process uses as much memory
+before each phase and gives it back; --fresh does without.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
@@ -52,8 +59,24 @@ def make(path: Path, gigabytes: float) -> int:
     return count(layers)
 
 
-def load(path: Path) -> None:
+def fetch_memory(size: int) -> None:
+    """Have the host of a virtual machine provide memory, without this process growing."""
+    if size == 0:
+        return
+    child = os.fork()
+    if child == 0:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        zeros = bytes(16 << 20)
+        for _ in range(size // len(zeros)):
+            memory.write(zeros)
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+def load(path: Path, size: int) -> None:
     """Runs in a process of its own; prints seconds and MiB above the import floor."""
+    import safetensors  # noqa: F401 - importing is no part of loading
     import torch
 
     from cpm_bee.base import load_weights
@@ -62,13 +85,31 @@ def load(path: Path) -> None:
     from cpm_bee.model.network import CPMBee
 
     floor = peak_memory()
-    started = time.perf_counter()
+    fetch_memory(size)
+    started, begin = time.perf_counter(), os.times()
     checkpoint = Checkpoint(path)
     with torch.device("meta"):
         model = CPMBee(derive_config(checkpoint))
     load_weights(model, checkpoint, torch.float32, torch.device("cpu"))
     checkpoint.fingerprint()
-    print(json.dumps({"seconds": time.perf_counter() - started, "mib": peak_memory() - floor}))
+    seconds, end = time.perf_counter() - started, os.times()
+    result = {"seconds": seconds, "mib": peak_memory() - floor}
+    result |= {"user": end.user - begin.user, "system": end.system - begin.system}
+    print(json.dumps(result))
+
+
+def fill(values: int, size: int) -> None:
+    """Runs in a process of its own; prints the seconds to fill new memory of fp32 values."""
+    import torch
+
+    from cpm_bee.mapped import use_huge_pages
+
+    fetch_memory(size)
+    started = time.perf_counter()
+    memory = torch.empty(values)
+    use_huge_pages(memory)
+    memory.fill_(1)
+    print(json.dumps(time.perf_counter() - started))
 
 
 def forget(path: Path) -> None:
@@ -88,6 +129,12 @@ def read(path: Path) -> float:
     return time.perf_counter() - started
 
 
+def run_apart(*arguments: object) -> Any:
+    """What this script prints, as JSON, with other arguments."""
+    command = [sys.executable, __file__, *map(str, arguments)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -95,26 +142,40 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--format", choices=("bin", "safetensors"), default="bin")
     parser.add_argument("--warm", action="store_true", help="leave the file in the page cache")
+    parser.add_argument("--repeat", type=int, default=5, help="the best of so many (5)")
+    parser.add_argument("--fresh", action="store_true", help="memory as the host provides it")
+    parser.add_argument("--size", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--fill", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.load:
-        load(arguments.load)
-        return
+        return load(arguments.load, arguments.size)
+    if arguments.fill:
+        return fill(arguments.fill, arguments.size)
     with tempfile.TemporaryDirectory() as folder:
         name = "pytorch_model.bin" if arguments.format == "bin" else "model.safetensors"
         path = Path(folder) / name
         values = make(path, arguments.gigabytes)
         prepare = read if arguments.warm else forget
-        prepare(path)
-        reading = read(path)
-        prepare(path)
-        command = [sys.executable, __file__, "--load", str(path)]
-        result = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
         model = values * 4 / 2**20
+        size = 0 if arguments.fresh else values * 4 + path.stat().st_size
         print(f"{name}: {path.stat().st_size / 1e9:.2f} GB, model of {model:.0f} MiB in fp32")
-        print(f"reading the file: {reading:.2f} s, ready for training: {result['seconds']:.2f} s "
-              f"({result['seconds'] / reading:.2f} x)")  # fmt: skip
-        print(f"peak memory beyond the model: {result['mib'] - model:.0f} MiB")
+        reading, filling, loading, peak = [], [], [], 0.0
+        for _ in range(arguments.repeat):
+            fetch_memory(size)
+            prepare(path)
+            reading.append(read(path))
+            filling.append(run_apart("--fill", values, "--size", size))
+            prepare(path)
+            result = run_apart("--load", path, "--size", size)
+            loading.append(result["seconds"])
+            peak = max(peak, result["mib"] - model)
+            print(f"  reading {reading[-1]:.2f} s, filling {filling[-1]:.2f} s, "
+                  f"ready {result['seconds']:.2f} s (user {result['user']:.2f} s, "
+                  f"system {result['system']:.2f} s), load {os.getloadavg()[0]:.1f}")  # fmt: skip
+    print(f"best: reading {min(reading):.2f} s, filling {min(filling):.2f} s, "
+          f"ready {min(loading):.2f} s ({min(loading) / min(reading):.2f} x reading)")  # fmt: skip
+    print(f"peak memory beyond the model: {peak:.0f} MiB")
 
 
 if __name__ == "__main__":

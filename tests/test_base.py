@@ -241,6 +241,45 @@ def test_every_disagreement_is_listed(tmp_path: Path) -> None:
     assert remedy == "--model-config auto takes the sizes from the checkpoint"
 
 
+def test_a_config_beside_that_contradicts_the_tensors_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks = ((False, False), (False, True), (False, False), (True, True))
+    model = tiny.make_model(3, num_layers=4, mask_modules=masks)
+    folder = write(tmp_path / "base", model)
+    path = folder / "config.json"
+    assert same_results(load(folder).model, model)
+    assert capsys.readouterr().err == ""  # the last layer is pruned whole
+
+    def warned(**values: Any) -> list[str]:
+        path.write_text(json.dumps(values))
+        assert same_results(load(folder).model, model)
+        header, *lines = capsys.readouterr().err.splitlines() or [""]
+        expected = f"warning: {path} does not describe {folder / 'pytorch_model.bin'}, whose "
+        assert not header or header == expected + "tensors decide:"
+        return [line.strip() for line in lines]
+
+    buckets = {"position_bias_num_buckets": 16, "position_bias_num_segment_buckets": 64}
+    buckets["position_bias_max_distance"] = model.config.position_bias_max_distance
+    assert warned(**buckets) == warned(**buckets, hidden_size=12, eps=1e-6) == []
+    assert warned(**buckets, hidden_size=4096, dim_ff=15) == [
+        "dim_model: 4096 in the config, 12 in the checkpoint",
+        "dim_ff: 15 in the config, 14 in the checkpoint",
+    ]
+    assert warned(**buckets, num_hidden_layers=5, mask_modules=[[0, 0], [0, 1]]) == [
+        "the model config cannot be used:",
+        f'{path}: "mask_modules" has 2 pairs for 5 layers',
+    ]
+    assert warned(**buckets, num_hidden_layers=3) == [
+        "layer 1: attention and FFN in the config, attention only in the checkpoint"
+    ]
+    found = warned(**buckets, num_hidden_layers=1)
+    assert found == ["num_layers: 1 in the config, 3 in the checkpoint"]
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert warned(**buckets, dim_ff=15) == []
+
+
 def test_a_given_config_decides_on_what_no_tensor_tells(folder: Path) -> None:
     path = folder / "other.json"
     changes: dict[str, Any] = {"position_bias_num_buckets": 12, "eps": 0.5, "half": True}

@@ -169,7 +169,7 @@ def test_generation_flags_with_their_defaults(document: Path) -> None:
     entries = [e.strip() for e in re.split(r"(?=--[a-z])", options)]
     matches = [re.fullmatch(r"(--\S+) .*\(default: (\S+)\)", entry) for entry in entries]
     defaults = {match[1]: match[2] for match in matches if match and match[2] != "all"}
-    assert len(defaults) == 5
+    assert len(defaults) == 6
     for flag, default in defaults.items():
         assert rows[flag][0] == f"`{default}`", flag
 

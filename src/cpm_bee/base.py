@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,25 +11,45 @@ from typing import Any
 import torch
 from torch import nn
 
-from cpm_bee.checkpoint import Checkpoint, fingerprint
-from cpm_bee.derive import check_agreement, derive_config
+from cpm_bee import quantize as quantization
+from cpm_bee.checkpoint import Checkpoint, Entry, fingerprint_of, sample
+from cpm_bee.derive import check_agreement, derive_config, warn_of_contradictions
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.model.config import ModelConfig
-from cpm_bee.model.initialization import initialize
+from cpm_bee.model.initialization import initial_values
 from cpm_bee.model.network import CPMBee
+from cpm_bee.quantize.cache import quantized_entries
+from cpm_bee.quantize.linear import QuantizedLinear
 from cpm_bee.tokenizer import Tokenizer
+from cpm_bee.transfer import transfer
 
 AUTO = "auto"
 _FETCH = "bash scripts/fetch_vocab.sh gets the vocabulary of the released models"
 
 
+# Goes through the tensors of a model once, by name.
+Tensors = Callable[[], Iterator[tuple[str, Entry]]]
+
+
 @dataclass(frozen=True)
 class Base:
-    """A model with its vocabulary; `fingerprint` identifies the weights it started from."""
+    """A model with its vocabulary; `fingerprint` identifies the weights it started from.
+
+    The model of `open_base` has no values yet: all its tensors are on the meta device, in the
+    type that they will have, and `tensors` gives their values.
+    """
 
     model: CPMBee
     tokenizer: Tokenizer
     fingerprint: str
+    tensors: Tensors
+
+    def fill(self, device: torch.device) -> None:
+        """Put the values onto a device; a checkpoint's file is read once, in its order.
+
+        Where type and device are the file's own, the tensors stay memory-mapped (copy on write).
+        """
+        _fill(self.model, dict(self.tensors()), device)
 
 
 def choose_device(name: str = AUTO) -> torch.device:
@@ -65,44 +86,78 @@ def load_base(
     device: torch.device,
     *,
     seed: int = 0,
+    quantize: str = quantization.NONE,
 ) -> Base:
-    """Load a model, or make one with random weights where `load` is None.
+    """`open_base`, filled with values."""
+    base = open_base(load, model_config, vocab, dtype, seed=seed, quantize=quantize)
+    base.fill(device)
+    return base
+
+
+def open_base(
+    load: str | None,
+    model_config: str,
+    vocab: str | None,
+    dtype: torch.dtype,
+    *,
+    seed: int = 0,
+    quantize: str = quantization.NONE,
+) -> Base:
+    """A model without its values, with those of a checkpoint or, where `load` is None, random ones.
 
     Args:
         model_config: a config file, or "auto" to derive it from the checkpoint.
         vocab: a vocabulary file; None looks beside the checkpoint.
         dtype: the type of the weights in memory.
         seed: of the random weights.
+        quantize: a format of `quantize.CHOICES` for the Linears of a loaded, frozen model.
 
     Raises:
         InputError: checkpoint, config and vocabulary do not fit each other; says all of it.
     """
     if load is None:
-        return _random_base(model_config, vocab, dtype, device, seed)
+        return _random_base(model_config, vocab, dtype, seed)
     checkpoint = Checkpoint(load)
     note = _sidecar(checkpoint.path)
     derived = derive_config(checkpoint, note)
     config = derived
-    if model_config != AUTO:
+    if model_config == AUTO:
+        warn_of_contradictions(checkpoint, note, derived)
+    else:
         config = ModelConfig.load(model_config)
         check_agreement(config, derived, model_config, checkpoint.path)
     tokenizer = _vocabulary(vocab, checkpoint.path, note, config)
     model = _meta_model(config)
-    load_weights(model, checkpoint, dtype, device)
-    return Base(model, tokenizer, checkpoint.fingerprint())
+    check_tensors(model, checkpoint)
+    entries = checkpoint.entries
+    if quantize != quantization.NONE:
+        entries = quantized_entries(model, checkpoint, quantize)
+    _set_type(model, dtype)
+    return Base(model, tokenizer, checkpoint.fingerprint(), lambda: iter(entries.items()))
 
 
-def _random_base(
-    model_config: str, vocab: str | None, dtype: torch.dtype, device: torch.device, seed: int
-) -> Base:
+def _random_base(model_config: str, vocab: str | None, dtype: torch.dtype, seed: int) -> Base:
     if model_config == AUTO or vocab is None:
         raise InputError("a random start (no --load) needs --model-config FILE and --vocab FILE")
     config = ModelConfig.load(model_config)
     tokenizer = _checked_vocabulary(Path(vocab), config)
-    model = _meta_model(config).to_empty(device="cpu")
-    initialize(model, seed)
-    weights = {name: (lambda p=p: p) for name, p in model.named_parameters()}
-    return Base(model.to(device=device, dtype=dtype), tokenizer, fingerprint(weights))
+    model = _meta_model(config)
+    _set_type(model, dtype)
+
+    def tensors() -> Iterator[tuple[str, Entry]]:
+        for name, tensor in initial_values(model, seed):
+            yield name, Entry.of(tensor)
+
+    samples = (sample(name, tensor) for name, tensor in initial_values(model, seed))
+    return Base(model, tokenizer, fingerprint_of(samples), tensors)
+
+
+def _set_type(model: CPMBee, dtype: torch.dtype) -> None:
+    """Give the parameters of a model on the meta device their type, but for quantised ones."""
+    for module in model.modules():
+        if not isinstance(module, QuantizedLinear):
+            for leaf, p in list(module.named_parameters(recurse=False)):
+                setattr(module, leaf, nn.Parameter(p.to(dtype), p.requires_grad))
 
 
 def _meta_model(config: ModelConfig) -> CPMBee:
@@ -146,13 +201,30 @@ def _checked_vocabulary(path: Path, config: ModelConfig) -> Tokenizer:
 def load_weights(
     model: CPMBee, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Fill a model on the meta device, tensor by tensor.
+    """Fill a model on the meta device; the file is read once, in its order.
 
     Where type and device are the file's own, the tensors stay memory-mapped (copy on write).
 
     Raises:
-        InputError: lists all missing, unexpected and misshapen tensors.
+        InputError: as `check_tensors`.
     """
+    check_tensors(model, checkpoint)
+    _set_type(model, dtype)
+    _fill(model, checkpoint.entries, device)
+
+
+def _fill(model: CPMBee, entries: Mapping[str, Entry], device: torch.device) -> None:
+    for dtype in {p.dtype for p in model.parameters()}:
+        wanted = {n: p for n, p in model.named_parameters() if n in entries and p.dtype == dtype}
+        sources = {name: entries[name].read() for name in wanted}
+        for name, tensor in transfer(sources, device, dtype).items():
+            owner, _, leaf = name.rpartition(".")
+            parameter = nn.Parameter(tensor, requires_grad=wanted[name].requires_grad)
+            setattr(model.get_submodule(owner), leaf, parameter)
+
+
+def check_tensors(model: CPMBee, checkpoint: Checkpoint) -> None:
+    """Raise `InputError` with all missing, unexpected and misshapen tensors of a checkpoint."""
     problems = Problems()
     expected = dict(model.named_parameters())
     for name in sorted({*expected, *checkpoint.entries}):
@@ -167,7 +239,3 @@ def load_weights(
                 f"expected {list(expected[name].shape)}",
             )
     problems.raise_if_any(f"{checkpoint.path}: does not fit the model:")
-    for name in expected:
-        owner, _, leaf = name.rpartition(".")
-        tensor = checkpoint.entries[name].copy_to(device, dtype)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))

@@ -15,7 +15,7 @@ import torch
 
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.files import atomic_file
-from cpm_bee.mapped import drop_pages
+from cpm_bee.transfer import transfer
 
 _PREFIX = "cpmbee."
 _TIED = "lm_head.weight"
@@ -46,11 +46,21 @@ class Entry(NamedTuple):
 
         Where both are the file's own it stays mapped (copy on write).
         """
-        tensor = self.read()
-        result = tensor.to(device=device, dtype=dtype)
-        if result.data_ptr() != tensor.data_ptr():
-            drop_pages(tensor)
-        return result
+        return transfer({"": self.read()}, device, dtype)[""]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Entry:
+        """A tensor that is in memory already."""
+        return cls(tuple(tensor.shape), tensor.dtype, partial(_same, tensor))
+
+    def rows(self, begin: int, end: int) -> Entry:
+        """The rows [begin, end) of the first dimension, of which alone a mapped file is read.
+
+        For a rank's shard: rows past the last one are left out, as in a slice.
+        """
+        begin, end, _ = slice(begin, end).indices(self.shape[0])
+        shape = (max(0, end - begin), *self.shape[1:])
+        return Entry(shape, self.dtype, lambda: self.read()[begin:end])
 
 
 class Checkpoint:
@@ -96,13 +106,21 @@ class Checkpoint:
 
 def fingerprint(tensors: Mapping[str, Callable[[], torch.Tensor]]) -> str:
     """sha256 over names, shapes and the first and last 256 values (as fp16) of each tensor."""
+    return fingerprint_of(sample(name, read()) for name, read in tensors.items())
+
+
+def sample(name: str, tensor: torch.Tensor) -> tuple[str, bytes]:
+    """A tensor's name and what a fingerprint takes from it."""
+    flat = tensor.detach().reshape(-1)
+    ends = torch.cat([flat[:_SAMPLED], flat[-_SAMPLED:]]).float().cpu().half()
+    return name, f"{name} {list(tensor.shape)} ".encode() + ends.numpy().tobytes()
+
+
+def fingerprint_of(samples: Iterable[tuple[str, bytes]]) -> str:
+    """The `fingerprint` of tensors seen one after the other, in any order."""
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]().detach()
-        flat = tensor.reshape(-1)
-        ends = torch.cat([flat[:_SAMPLED], flat[-_SAMPLED:]]).float().cpu().half()
-        digest.update(f"{name} {list(tensor.shape)} ".encode())
-        digest.update(ends.numpy().tobytes())
+    for _, taken in sorted(samples):
+        digest.update(taken)
     return digest.hexdigest()
 
 
@@ -214,7 +232,7 @@ def _read_bin(path: Path) -> dict[str, Entry]:
         elif value.layout != torch.strided or value.is_meta:
             problems.add(name, "is sparse or holds no values")
         else:
-            entries[name] = Entry(tuple(value.shape), value.dtype, partial(_same, value))
+            entries[name] = Entry.of(value)
     problems.raise_if_any(f"{path}: not a flat dictionary of tensors:")
     return entries
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from cpm_bee.checkpoint import Checkpoint, layers_present
 from cpm_bee.errors import InputError, Problems
+from cpm_bee.launch import Place
 from cpm_bee.model.config import ModelConfig
 
 _BUCKETS = ("buckets", "segment_buckets")
@@ -71,8 +73,35 @@ def _first_shape(shapes: dict[str, tuple[int, ...]], ending: str) -> tuple[int, 
     return next((s for n, s in shapes.items() if n.endswith(ending) and len(s) == 2), ())
 
 
+def warn_of_contradictions(
+    checkpoint: Checkpoint, note: dict[str, Any] | None, derived: ModelConfig
+) -> None:
+    """Say on stderr where the config beside a checkpoint tells other sizes than its tensors."""
+    source, noted = _noted_config(checkpoint.path, note)
+    known = ModelConfig.native_names(noted)
+    whole = {"mask_modules": ()} if "num_layers" in known else {}
+    try:
+        told = ModelConfig.from_dict({**derived.to_dict(), **whole, **known}, source)
+        text = _differences(told, derived).text()
+    except InputError as error:
+        text = str(error)
+    if text and Place.of_this_process().local_rank == 0:
+        print(
+            f"warning: {source} does not describe {checkpoint.path}, whose tensors decide:\n{text}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def check_agreement(given: ModelConfig, derived: ModelConfig, source: str, path: Path) -> None:
     """Raise `InputError` with all differences between a given config and the checkpoint's own."""
+    _differences(given, derived).raise_if_any(
+        f"{source} does not describe {path}:",
+        "--model-config auto takes the sizes from the checkpoint",
+    )
+
+
+def _differences(given: ModelConfig, derived: ModelConfig) -> Problems:
     sizes = ["vocab_size", "dim_model", "num_heads", "dim_head", "dim_ff"]
     problems = Problems()
     for name in sizes:
@@ -93,10 +122,7 @@ def check_agreement(given: ModelConfig, derived: ModelConfig, source: str, path:
     for i, (wanted, present) in enumerate(zip(expected, actual, strict=False)):
         if wanted != present:
             problems.add(f"layer {i}", f"{wanted} in the config, {present} in the checkpoint")
-    problems.raise_if_any(
-        f"{source} does not describe {path}:",
-        "--model-config auto takes the sizes from the checkpoint",
-    )
+    return problems
 
 
 def _blocks(config: ModelConfig) -> list[str]:

@@ -41,10 +41,12 @@ def progress(
     description: str,
     unit: str,
     quiet: bool = False,
+    delay: float = 0,
 ) -> Any:
     """A tqdm bar, over an iterable or advanced by `update`; bytes ("B") are scaled.
 
-    Shows nothing if `quiet` or where stderr is no terminal, and leaves nothing behind.
+    Shows nothing if `quiet`, where stderr is no terminal, and before `delay` seconds have passed;
+    leaves nothing behind.
     """
     if tqdm is None:
         return _NoBar(iterable)
@@ -57,6 +59,7 @@ def progress(
         unit_scale=unit == "B",
         disable=True if quiet else None,
         leave=False,
+        delay=delay,
     )
 
 
