@@ -26,8 +26,23 @@ make_venv() {
         echo "installing into $project/.venv (PyTorch is large: this takes some minutes)"
         (cd "$project" && .venv/bin/python -m pip install --quiet --disable-pip-version-check \
             -c constraints.txt -e ".${extra:+[$extra]}")
+        if [ "$extra" = dev ]; then install_bmtrain; fi
         echo "$fingerprint" > "$stamp"
     fi
     unset VIRTUAL_ENV
     use_venv
+}
+
+# For the tests of --engine bmtrain; its wheels are for Python 3.10 and 3.11 on Linux. Without its
+# dependencies: its NCCL would be written over the one of a CUDA build of PyTorch.
+install_bmtrain() {
+    local python="$project/.venv/bin/python"
+    "$python" -c 'import platform as p, sys
+sys.exit((p.system(), p.machine()) != ("Linux", "x86_64") or sys.version_info >= (3, 12))' || return 0
+    local packages=(bmtrain)
+    if "$python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then
+        packages+=(nvidia-nccl-cu11)
+    fi
+    (cd "$project" && "$python" -m pip install --quiet --disable-pip-version-check --no-deps \
+        -c constraints.txt "${packages[@]}")
 }

@@ -1,0 +1,263 @@
+"""The bmtrain engine: ZeRO-3 on CUDA, with the optimizer's state on the host.
+
+The only file that imports bmtrain, and only once an engine is made. bmtrain 1.0.1 is the version
+that this is written for: what is relied on, and which of its ways fail silently, is tested in
+tests/engine/test_bmtrain_rules.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import os
+import socket
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from cpm_bee.engine import OptimizerSettings, StepResult, TensorStatistics
+from cpm_bee.engine.bmtrain_sharding import part_of, spread, whole_of
+from cpm_bee.errors import RunError
+from cpm_bee.launch import Place
+from cpm_bee.model.network import CPMBee
+
+_BETAS, _EPS = (0.9, 0.999), 1e-8
+# Below this an overflow is no question of scale: the gradients themselves are broken.
+_SMALLEST_SCALE = 2.0**-20
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why this engine cannot run on a device here, and what mends it; None if it can."""
+    if device.type != "cuda":
+        return "runs on GPUs only; --engine torch runs anywhere"
+    if importlib.util.find_spec("bmtrain") is None:
+        return (
+            "bmtrain is not installed (Python 3.10 or 3.11): pip install --no-deps bmtrain==1.0.1"
+        )
+    return None
+
+
+def _start() -> Any:
+    """Import bmtrain and let the processes find each other."""
+    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
+    import bmtrain as bmt
+
+    if bmt.init.is_initialized():
+        return bmt
+    if Place.of_this_process().world_size == 1 and "MASTER_PORT" not in os.environ:
+        # Its own default is one port for all, so that a second run on a machine would fail.
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    bmt.init.print_dict = lambda title, content: None  # a block of text from each process
+    try:
+        bmt.init_distributed()
+    except (RuntimeError, ValueError) as error:
+        raise RunError(f"the processes do not find each other: {error}") from None
+    return bmt
+
+
+class BMTrainEngine:
+    """See `engine.Engine`. Every process holds a part of each tensor, trained or frozen.
+
+    The processes exchange parts in every pass.
+
+    Weights are held in the compute type, those of a LoRA in fp32. The optimizer keeps an fp32
+    copy of trained ones, with its moments, on the host.
+    """
+
+    name = "bmtrain"
+    lockstep = True  # all processes make the same number of passes, forward and backward
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._bmt = _start()
+        self.rank, self.world_size = self._bmt.rank(), self._bmt.world_size()
+        self.dtype = dtype
+        self.device = device
+        if device.type == "cuda":
+            self.device = torch.device("cuda", Place.of_this_process().local_rank)
+
+    @property
+    def loss_scale(self) -> float:
+        return float(self._manager.loss_scale)
+
+    def prepare(self, model: CPMBee, settings: OptimizerSettings) -> None:
+        """See `Engine.prepare`; the model may be in any type, on the CPU and memory-mapped."""
+        self._settings = settings
+        self._model = model
+        self._trained = spread(self._bmt, model, self.dtype, self.autocast)
+        self._make_optimizer()
+
+    def _make_optimizer(self) -> None:
+        wide = [p for p in self._trained.values() if p.dtype == torch.float32]
+        narrow = [p for p in self._trained.values() if p.dtype != torch.float32]
+        # bmtrain decays 16-bit weights as AdamW does, but fp32 ones through their gradient.
+        groups = [
+            {"params": wide, "weight_decay": 0.0},
+            {"params": narrow, "weight_decay": self._settings.weight_decay},
+        ]
+        self._optimizer = self._bmt.optim.AdamOffloadOptimizer(
+            [g for g in groups if g["params"]], lr=0.0, betas=_BETAS, eps=_EPS
+        )
+        self._manager = self._bmt.optim.OptimManager(
+            loss_scale=self._settings.loss_scale if self.dtype == torch.float16 else None,
+            loss_scale_factor=self._settings.loss_scale_factor,
+            loss_scale_steps=self._settings.loss_scale_steps,
+            grad_scale=1,  # gradients are summed over ranks, not averaged
+        )
+        self._manager.add_optimizer(self._optimizer)
+        self._steps = 0  # those not skipped
+        self._gradient_scale = 1.0  # of the gradients left from the last step
+        self._has_stale_gradients = False
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._drop_stale_gradients()
+        self._manager.backward(loss)
+
+    def _drop_stale_gradients(self) -> None:
+        # Gradients outlive their step, for `statistics`. Setting them to None would leave those of
+        # a block in its storage, to be added to the next ones.
+        if self._has_stale_gradients:
+            self._manager.zero_grad()
+            self._has_stale_gradients = False
+
+    def step(self, lr: float) -> StepResult:
+        self._drop_stale_gradients()
+        for part in self._trained.values():
+            if part.grad is None:
+                part.grad = torch.zeros_like(part)
+        groups = self._optimizer.param_groups
+        norm = float(self._manager.clip_grad_norm(groups, self._settings.clip_grad))
+        self._has_stale_gradients = True
+        self._gradient_scale = self.loss_scale
+        # bmtrain looks for overflow in 16-bit gradients only; the norm is the same on all ranks.
+        if not math.isfinite(norm):
+            self._shrink_scale()
+            return StepResult(norm, skipped=True)
+        for group in groups:
+            group["lr"] = lr
+        self._decay(lr)
+        self._manager.step()
+        self._steps += 1
+        return StepResult(norm, skipped=False)
+
+    def _shrink_scale(self) -> None:
+        if self.dtype != torch.float16:
+            raise RunError("the gradients are not finite (NaN or infinite)")
+        self._manager.loss_scale /= self._manager.loss_scale_factor
+        self._manager.steps_since_last_scale = 0
+        if self.loss_scale < _SMALLEST_SCALE:
+            raise RunError(
+                f"the gradients overflow at every loss scale down to {self.loss_scale:g}; "
+                "--dtype bf16 or fp32 has the range"
+            )
+
+    @torch.no_grad()
+    def _decay(self, lr: float) -> None:
+        factor = 1 - lr * self._settings.weight_decay
+        for part in self._trained.values():
+            if part.dtype == torch.float32:
+                # The copy on the host is what the optimizer steps, once it has made it.
+                self._optimizer.state.get(part, {}).get("_param_fp32", part).mul_(factor)
+
+    def reduce(self, values: Sequence[float]) -> list[float]:
+        return self._reduce(values, torch.float64, "sum")
+
+    def reduce_max(self, values: Sequence[int]) -> list[int]:
+        return self._reduce(values, torch.int64, "max")
+
+    def _reduce(self, values: Sequence[Any], dtype: torch.dtype, operation: str) -> list[Any]:
+        if not len(values):
+            return []
+        own = torch.tensor(values, dtype=dtype, device=self.device)
+        return list(self._bmt.distributed.all_reduce(own, operation).tolist())
+
+    def barrier(self) -> None:
+        self._bmt.synchronize()
+
+    def _whole(self, part: Any, own: torch.Tensor) -> torch.Tensor:
+        return whole_of(self._bmt, part, own, self.device)
+
+    def _exact(self, part: Any) -> torch.Tensor:
+        """The fp32 values of a part; a 16-bit weight is a rounded copy of them."""
+        state = self._optimizer.state.get(part, {})
+        return state.get("_param_fp32", part.detach()).float()
+
+    def trained_tensors(self) -> dict[str, torch.Tensor]:
+        return {name: self._whole(part, self._exact(part)) for name, part in self._trained.items()}
+
+    def training_state(self) -> dict[str, Any]:
+        """See `Engine.training_state`; in the torch engine's form, so that either can go on."""
+        moments = {}
+        for name, part in self._trained.items():
+            state = self._optimizer.state.get(part, {})
+            nothing = torch.zeros(part.numel())
+            moments[name] = {
+                "exp_avg": self._whole(part, state.get("exp_avg", nothing)),
+                "exp_avg_sq": self._whole(part, state.get("exp_avg_sq", nothing)),
+                "step": torch.tensor(float(self._steps)),
+            }
+        return {
+            "tensors": self.trained_tensors(),
+            "optimizer": moments,
+            "loss_scale": self.loss_scale,
+            "good_steps": self._manager.steps_since_last_scale,
+        }
+
+    @torch.no_grad()
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        tensors, moments = state["tensors"], state["optimizer"]
+        if {n: t.shape for n, t in tensors.items()} != {
+            n: p._original_shape for n, p in self._trained.items()
+        }:
+            raise RunError("the saved state has other trained tensors than this run")
+        self._steps = int(next(iter(moments.values()))["step"])
+        own = {}
+        for name, part in self._trained.items():
+            exact = part_of(part, tensors[name])
+            part.copy_(exact)
+            own[part] = {
+                "step": self._steps,
+                "exp_avg": part_of(part, moments[name]["exp_avg"]),
+                "exp_avg_sq": part_of(part, moments[name]["exp_avg_sq"]),
+                "_param_fp32": exact,
+            }
+        # Its own order, by type, is another than that of the names.
+        ordered = [part for group in self._optimizer.param_groups for part in group["params"]]
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict(
+            {"state": dict(enumerate(own[part] for part in ordered)), "param_groups": groups}
+        )
+        if self.dtype == torch.float16:
+            self._manager.loss_scale = state["loss_scale"]
+            self._manager.steps_since_last_scale = state["good_steps"]
+
+    def statistics(self) -> list[TensorStatistics]:
+        found = self._bmt.inspect.inspect_model(self._model, "*")
+        return [self._statistics_of(s) for s in found if s["name"] in self._trained]
+
+    def _statistics_of(self, values: dict[str, Any]) -> TensorStatistics:
+        count = math.prod(values["shape"])
+        share = (count - 1) / count  # bmtrain's deviations are those of a sample
+        std, grad_std = (values[n] if count > 1 else 0.0 for n in ("std", "grad_std"))
+        mean_square = share * grad_std**2 + values["grad_mean"] ** 2
+        return TensorStatistics(
+            values["name"],
+            tuple(values["shape"]),
+            values["mean"],
+            math.sqrt(share) * std,
+            math.sqrt(count * mean_square) / self._gradient_scale,
+        )
+
+    def close(self) -> None:
+        # NCCL's own end waits for processes that may be gone; the process's end does not.
+        pass

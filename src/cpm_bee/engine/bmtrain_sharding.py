@@ -1,0 +1,165 @@
+"""Spreads a model over processes with bmtrain, which the caller hands in."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from cpm_bee.delta import LoRA
+from cpm_bee.mapped import drop_pages
+from cpm_bee.model.layers import Attend
+from cpm_bee.model.network import CPMBee
+
+# The methods of the model that a pass begins with.
+_PASSES = ("forward", "loss", "score")
+
+
+def spread(
+    bmt: Any,
+    model: CPMBee,
+    dtype: torch.dtype,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> dict[str, Any]:
+    """Leave each process a part of every tensor, ZeRO-3; returns the parts to be trained, by name.
+
+    A part is flat; it is empty where a process has none of its tensor. The model may be in any
+    type and memory-mapped: each process reads its own parts, one layer after the other.
+
+    Args:
+        dtype: of all weights but those of a LoRA, which keep theirs.
+        autocast: the context of every forward pass.
+    """
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    for i, layer in enumerate(model.encoder.layers):
+        _split(bmt, layer, dtype)
+        model.encoder.layers[i] = _block(bmt, layer, autocast)
+    _split(bmt, model, dtype)
+    bmt.BMTrainModelWrapper(model)
+    _gather_once_a_pass(model)
+    parts = dict(model.named_parameters())
+    return {name: parts[name] for name in names}
+
+
+def _split(bmt: Any, model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace the parameters of a module, but for those in blocks, by this process's parts."""
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is None or isinstance(parameter, bmt.DistributedParameter):
+                continue
+            whole = parameter.detach()
+            part = bmt.DistributedParameter(whole, parameter.requires_grad)
+            drop_pages(whole)
+            if part.is_floating_point() and not isinstance(module, LoRA):
+                _convert(part, dtype)
+            module._parameters[leaf] = part
+
+
+def _convert(part: Any, dtype: torch.dtype) -> None:
+    """Change the type of a part in place. The last part's storage may be longer than it."""
+    if part.dtype != dtype:
+        values = torch.empty(part.storage().size(), dtype=dtype, device=part.device)
+        values[: part.numel()] = part.data
+        part.data = values[: part.numel()]
+
+
+def _block(
+    bmt: Any, layer: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]
+) -> nn.Module:
+    """A layer that has its whole tensors only while it computes, forward or backward.
+
+    It recomputes activations by itself (`TransformerBlock.checkpointing`). bmtrain's way detaches
+    the arguments, and the gradient of a tensor that reaches a layer in another way, as the trained
+    bias table does, would be an error.
+    """
+    plain = layer.forward
+
+    def forward(
+        h: torch.Tensor, attend: Attend, queries: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        # Where only a layer's parameters need gradients, bmtrain computes it again in the
+        # backward pass, outside of the forward pass's autocast.
+        with autocast():
+            return plain(h, attend, queries)
+
+    layer.forward = forward
+    return bmt.Block(bmt.BMTrainModelWrapper(layer), use_checkpoint=False)
+
+
+def _gather_once_a_pass(model: CPMBee) -> None:
+    """Gather what is outside of layers at the begin of a pass, each tensor once.
+
+    By itself bmtrain gathers at each access. Their number depends on the records, so that
+    processes would wait for each other for ever; and the embedding is accessed three times.
+    """
+    outside = [
+        (module, leaf)
+        for module in model.modules()
+        for leaf, parameter in module._parameters.items()
+        if parameter is not None and not parameter._in_block  # type: ignore[attr-defined]
+    ]
+
+    @contextlib.contextmanager
+    def gathered() -> Iterator[None]:
+        for module, leaf in outside:
+            part: Any = module._parameters[leaf]
+            whole = part.gather()
+            if whole.requires_grad:
+                whole.register_hook(_own_storage)
+            vars(module)[leaf] = whole  # found before the parameter
+        try:
+            yield
+        finally:
+            for module, leaf in outside:
+                del vars(module)[leaf]
+
+    running = False
+
+    def a_pass(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            nonlocal running
+            if running:  # a part of a pass
+                return method(*args)
+            running = True
+            try:
+                with gathered():
+                    return method(*args)
+            finally:
+                running = False
+
+        return call
+
+    for name in _PASSES:
+        setattr(model, name, a_pass(getattr(model, name)))
+
+
+def _own_storage(gradient: torch.Tensor) -> torch.Tensor:
+    # bmtrain sends a gradient's storage from its begin on, and resizes it: a view's is wrong.
+    storage = gradient.untyped_storage().nbytes()
+    if gradient.is_contiguous() and storage == gradient.numel() * gradient.element_size():
+        return gradient
+    return gradient.clone(memory_format=torch.contiguous_format)
+
+
+def part_of(part: Any, whole: torch.Tensor) -> torch.Tensor:
+    """The values of a whole tensor that a part holds, in fp32 on the CPU."""
+    if not part.numel():
+        return torch.empty(0)
+    return whole.reshape(-1)[part._start_partition : part._end_partition].float().cpu().clone()
+
+
+@torch.no_grad()
+def whole_of(bmt: Any, part: Any, own: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on rank 0's CPU from all ranks' values `own`, which lie as their parts do.
+
+    Collective; empty on other ranks.
+    """
+    whole = torch.zeros(part._original_shape.numel(), dtype=own.dtype, device=device)
+    if part.numel():
+        whole[part._start_partition : part._end_partition] = own.to(device)
+    whole = bmt.distributed.all_reduce(whole, "sum")
+    return whole.view(part._original_shape).cpu() if bmt.rank() == 0 else torch.empty(0)
