@@ -227,7 +227,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--data", type=Path, help="bee records, one a line; default: the sample's")
     add("--tokens", type=int, default=256, help="of the fixed batch")
     add("--steps", type=int, default=3)
-    add("--lr", type=float, default=2e-3)
+    add("--lr", type=float, default=5e-4)
     add("--quantize", choices=("nf4", "int8"), default="nf4")
     add("--answer-tokens", type=int, default=4, help="about the most that are generated")
     add("--limit", type=float, default=9.0, help="GB of resident memory that a phase may need")
