@@ -234,6 +234,7 @@ def test_every_flag_that_is_mentioned_exists(document: Path) -> None:
         "src/text_generation.py",
         "src/preprocess_dataset.py",
         "tutorials/basic_task_finetune/data_reformat.py",
+        "benchmarks/gpu_memory.py",
     ):
         known |= flags_in_help(script)
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", text_of(document)))

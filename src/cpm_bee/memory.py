@@ -1,0 +1,323 @@
+"""Peak memory of a training step, predicted by running the step on tensors without values.
+
+The step is the real one: `CPMBee.loss`, its backward pass, clipping, the engine's AdamW. The
+weights are PyTorch's fake tensors. The batch is real, so that what depends on its values (which
+records are grouped) is as it will be.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cpm_bee import delta, quantize
+from cpm_bee.data.batch import Batch
+from cpm_bee.engine.adamw import AdamW
+from cpm_bee.model.config import ModelConfig
+from cpm_bee.model.network import CPMBee
+from cpm_bee.quantize.formats import FORMATS, Format
+from cpm_bee.quantize.linear import make_room
+
+_SEGMENTS = 8  # of a record of `typical_batch`; no matter for memory
+# What is predicted may take so much more, by fragmentation and inside of kernels.
+_MARGIN = 1.2
+_GIB = 2**30
+# Where control groups of version 2 and 1 keep a container's limit.
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained.
+
+    Attributes:
+        dtype: the compute type.
+        held: the type of the weights; None: `dtype` under a delta, else fp32.
+    """
+
+    dtype: torch.dtype
+    delta: delta.DeltaConfig | None = None
+    quantize: str = quantize.NONE
+    checkpointing: bool = False
+    held: torch.dtype | None = None
+
+
+class Prediction(NamedTuple):
+    """Bytes. `rest` is what a step holds at its worst moment beside the other three."""
+
+    weights: int
+    gradients: int
+    moments: int
+    rest: int  # activations and temporaries
+
+    @property
+    def peak(self) -> int:
+        return sum(self)
+
+    def peak_of(self, shards: int, num_layers: int) -> int:
+        """Of one of `shards` processes that divide all but the rest between them (FSDP2).
+
+        Two layers are gathered at a time: one computes, the next one comes.
+        """
+        if shards == 1:
+            return self.peak
+        gathered = self.weights * 2 // max(2, num_layers)
+        return (self.peak - self.rest) // shards + gathered + self.rest
+
+
+def predict(config: ModelConfig, training: Training, batch: Batch) -> Prediction:
+    """The peak of a training step on one process without sharding.
+
+    Imports PyTorch's fake tensors, which takes seconds and 75 MiB. Not seen are memory inside of
+    kernels, fragmentation, and what a process needs anyway (on a GPU about 0.5 GiB).
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    model = meta_model(config, training)
+
+    def make(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        with fake:
+            return torch.empty(shape, dtype=dtype, device="cpu")
+
+    with LiveStorages(fake) as live:
+        fill(model, training, make)
+        weights = live.live
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        optimizer = AdamW(trained, weight_decay=0.01)
+        moments = live.live - weights
+        for p in trained.values():
+            p.grad = torch.zeros_like(p)  # of the step before: the engine keeps them so long
+        gradients = live.live - weights - moments
+        with torch.autocast("cpu", training.dtype, enabled=training.dtype != torch.float32):
+            loss = model.loss(batch)
+        for p in trained.values():
+            p.grad = None
+        (loss / batch.num_targets).backward()
+        del loss
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        found = {name: p.grad for name, p in trained.items() if p.grad is not None}
+        optimizer.step(trained, found, 1e-3)
+    return Prediction(weights, gradients, moments, live.peak - weights - gradients - moments)
+
+
+def meta_model(config: ModelConfig, training: Training) -> CPMBee:
+    """The model without values, as it is trained; `fill` gives it some."""
+    with torch.device("meta"):
+        model = CPMBee(config)
+    if training.quantize != quantize.NONE:
+        make_room(model, _opaque(FORMATS[training.quantize]))
+    if training.delta is not None:
+        delta.insert(model, training.delta, seed=0)
+    model.encoder.set_checkpointing(training.checkpointing)
+    return model.train()
+
+
+def fill(
+    model: CPMBee,
+    training: Training,
+    make: Callable[[torch.Size, torch.dtype], torch.Tensor],
+) -> None:
+    """Put what `make` makes in the place of a model's parameters, in the types of training."""
+    held = training.held or (torch.float32 if training.delta is None else training.dtype)
+    for name, p in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        keeps_type = leaf in ("codes", "absmax", "lora_A", "lora_B")
+        value = make(p.shape, p.dtype if keeps_type else held)
+        parameter = nn.Parameter(value, requires_grad=p.requires_grad)
+        setattr(model.get_submodule(owner), leaf, parameter)
+
+
+def _opaque(format: Format) -> Format:
+    """The format, its matrix made without temporaries, as by a GPU's kernel or in small pieces."""
+
+    def dense(
+        self: Format, codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        return codes.new_empty(len(codes), self.dim_in(codes), dtype=dtype)
+
+    opaque: Format = type("Opaque", (type(format),), {"dense": dense})()
+    return opaque
+
+
+class LiveStorages(TorchDispatchMode):
+    """Sums the storages that are alive, of those that operations inside it made.
+
+    Args:
+        fake: a FakeTensorMode that what is empty is made in; None where tensors are real.
+
+    Attributes:
+        live, peak: bytes now, and at most so far.
+    """
+
+    def __init__(self, fake: Any = None) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._fake = fake
+        self._known: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
+            return 1.0  # a norm or a loss: no size depends on it
+        if self._fake is not None and func is torch.ops.aten.empty.memory_format:
+            # Room for something large, to be filled from fake tensors.
+            with self._fake:
+                found = func(*args, **(kwargs or {}))
+        else:
+            found = func(*args, **(kwargs or {}))
+        self._see(found)
+        return found
+
+    def _see(self, found: Any) -> None:
+        if isinstance(found, (list, tuple)):
+            for item in found:
+                self._see(item)
+        if not isinstance(found, torch.Tensor):
+            return
+        storage = found.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known[key] = storage.nbytes()
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._gone, key)
+
+    def _gone(self, key: int) -> None:
+        self.live -= self._known.pop(key)
+
+
+def _is_fake(tensor: torch.Tensor) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+def typical_batch(lengths: Sequence[int], num_targets: int, vocab_size: int) -> Batch:
+    """A batch of records of given lengths, the last `num_targets` tokens of each predicted."""
+    counts = [min(num_targets, length) for length in lengths]
+    record = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    ends = torch.tensor(lengths).cumsum(0)
+    until_end = ends[record] - torch.arange(len(record))
+    positions = torch.nonzero(until_end <= num_targets).squeeze(1)
+    context = torch.ones(len(record), dtype=torch.bool).index_fill_(0, positions, False)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    assert len(positions) == sum(counts)
+    return Batch(
+        ids=torch.arange(len(record)) % vocab_size,
+        subs=torch.zeros(len(record), dtype=torch.int64),
+        segments=torch.arange(len(record)) % _SEGMENTS,
+        context=context,
+        lengths=tuple(lengths),
+        num_segments=(_SEGMENTS,) * len(lengths),
+        relations=torch.zeros(_SEGMENTS**2 * len(lengths), dtype=torch.uint8),
+        target_positions=positions,
+        targets=positions % vocab_size,
+        target_records=record[positions],
+        extension_ids=nothing,
+        extension_subs=nothing,
+    )
+
+
+def batch_of_data(
+    lengths: np.ndarray, num_targets: np.ndarray, max_length: int, tokens: int, vocab_size: int
+) -> Batch:
+    """A batch of so many tokens: the data's longest record, and others of mean length.
+
+    Args:
+        lengths, num_targets: of all records, [R].
+        max_length: records longer than this are left out; at least one is not.
+    """
+    fitting = lengths <= max_length
+    longest, mean = int(lengths[fitting].max()), max(1, round(float(lengths[fitting].mean())))
+    tokens = min(tokens, int(lengths[fitting].sum(dtype=np.int64)))
+    others = max(0, tokens - longest) // mean
+    targets = max(1, round(float(num_targets[fitting].mean())))
+    return typical_batch([longest, *[mean] * others], targets, vocab_size)
+
+
+def bound(config: ModelConfig, training: Training, batch: Batch) -> int:
+    """More bytes than a training step needs, by counting generously; takes no time."""
+    model = meta_model(config, training)
+    static = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters())
+    if training.delta is None:
+        static += sum(4 * p.numel() for p in model.parameters())  # copies made by autocast
+    inner = config.num_heads * config.dim_head
+    a_token = 4 * (16 * config.dim_model + 12 * inner + 12 * config.dim_ff)
+    pairs = 2 * sum((length / 0.8) ** 2 for length in batch.lengths)  # padded, and at targets
+    kept = 3 * config.num_layers if training.delta is None else 3
+    attention = pairs * (4 * config.num_heads * kept + 64)
+    held = batch.num_targets if training.delta is None else min(batch.num_targets, 272)
+    logits = 4 * 4 * held * config.vocab_size
+    matrix = max(config.dim_model, inner) * max(config.dim_model, inner, config.dim_ff)
+    temporary = 16 * matrix + 8 * config.dim_model * config.vocab_size * (training.delta is None)
+    return round(
+        static + batch.num_tokens * config.num_layers * a_token + attention + logits + temporary
+    )
+
+
+class Choice(NamedTuple):
+    checkpointing: bool
+    reason: str  # with the figures
+
+
+def choose_checkpointing(
+    config: ModelConfig, training: Training, batch: Batch, capacity: int, shards: int = 1
+) -> Choice:
+    """None where the predicted peak without it fits into `capacity` bytes with a margin.
+
+    Args:
+        shards: the processes that weights, gradients and moments are divided between.
+    """
+    most = bound(config, training, batch)
+    if most * _MARGIN <= capacity:
+        return Choice(False, f"a step needs less than {_gib(most)} of {_gib(capacity)}")
+
+    def peak(checkpointing: bool) -> int:
+        predicted = predict(config, replace(training, checkpointing=checkpointing), batch)
+        return predicted.peak_of(shards, config.num_layers)
+
+    without = peak(False)
+    if without * _MARGIN <= capacity:
+        return Choice(False, f"a step needs about {_gib(without)} of {_gib(capacity)}")
+    reason = f"a step needs about {_gib(peak(True))}, without it {_gib(without)}"
+    return Choice(True, f"{reason}, of {_gib(capacity)}")
+
+
+def _gib(size: float) -> str:
+    return f"{size / _GIB:.2f} GiB"
+
+
+def capacity(device: torch.device, processes: int = 1) -> int:
+    """Bytes that this process can have on a device, with those that it has already.
+
+    Args:
+        processes: that share the machine, for a CPU; each takes as much.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    available = _kib("/proc/meminfo", "MemAvailable") * 1024
+    own = _kib("/proc/self/status", "RssAnon") * 1024
+    limits = [int(t) for t in map(_text, _LIMITS) if t.isdigit()]
+    return min([available // processes + own, *(limit // processes for limit in limits)])
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def _kib(path: str, name: str) -> int:
+    line = next(line for line in _text(path).splitlines() if line.startswith(name + ":"))
+    return int(line.split()[1])
