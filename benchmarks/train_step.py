@@ -28,6 +28,7 @@ from cpm_bee.data.planning import pack
 from cpm_bee.encoding import Encoder
 from cpm_bee.engine import OptimizerSettings
 from cpm_bee.engine.torch_engine import TorchEngine
+from cpm_bee.model.buffers import keep_no_large_pieces
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.initialization import initialize
 from cpm_bee.model.network import CPMBee
@@ -107,6 +108,7 @@ def main() -> None:
     model = CPMBee(config)
     initialize(model, 0)
     delta.insert(model, delta.DeltaConfig(), 0)
+    keep_no_large_pieces()
     engine = TorchEngine(torch.device("cpu"), torch.float32)
     engine.prepare(model, OptimizerSettings(0.01, 1.0, 1.0, 2.0, 512))
     batches = read_batches(arguments.data, tokenizer, arguments.steps, arguments.max_length)

@@ -18,8 +18,15 @@ fi
 GPUS_PER_NODE="${GPUS_PER_NODE:-$GPUS}"               # processes on this machine; 0 GPUs: one
 [ "$GPUS_PER_NODE" = 0 ] && GPUS_PER_NODE=1
 NNODES="${NNODES:-1}"                                 # machines
+if [ "$NNODES" != 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
+    echo "error: NNODES=$NNODES needs MASTER_ADDR=..., the first machine's address," \
+        "the same on all machines" >&2
+    exit 2
+fi
 MASTER_ADDR="${MASTER_ADDR:-localhost}"               # the first of them
 MASTER_PORT="${MASTER_PORT:-$([ "$NNODES" = 1 ] && echo 0 || echo 12345)}"   # 0: any free port
+
+RDZV_TIMEOUT="${RDZV_TIMEOUT:-300}"                   # seconds in which all machines must come
 
 LOAD="${LOAD:-ckpts/pytorch_model.bin}"               # base model
 MODEL_CONFIG="${MODEL_CONFIG:-}"                      # default: derived from the checkpoint
@@ -60,9 +67,15 @@ OPTS=(
 [ "${USE_DELTA:-1}" = 0 ] || OPTS+=(--use-delta)               # delta tuning (LoRA)
 [ -n "${VOCAB:-}" ] && OPTS+=(--vocab "$VOCAB")                # default: vocab.txt beside LOAD
 
+MEETING=""                                            # flags of torchrun
+if [ "$NNODES" != 1 ]; then
+    MEETING="$(PYTHONPATH="$project/src" python -m cpm_bee.meeting \
+        "$MASTER_ADDR" "$MASTER_PORT" "$RDZV_TIMEOUT")" || exit $?
+fi
+
 CMD=(
     torchrun --nnodes="$NNODES" --nproc_per_node="$GPUS_PER_NODE" --rdzv_id="${RDZV_ID:-1}"
-    --rdzv_backend=c10d --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT"
+    --rdzv_backend=c10d --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT" $MEETING
     "$project/src/finetune_cpm_bee.py" "${OPTS[@]}" "$@"
 )
 echo "${CMD[*]}"

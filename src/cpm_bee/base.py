@@ -51,6 +51,10 @@ class Base:
         """
         _fill(self.model, dict(self.tensors()), device)
 
+    def fill_mapped(self) -> None:
+        """Put the values in place as a file has them: in its types, memory-mapped."""
+        _put(self.model, {name: entry.read() for name, entry in self.tensors()})
+
 
 def choose_device(name: str = AUTO) -> torch.device:
     """The device of a name; `auto` is the GPU where there is one."""
@@ -145,7 +149,8 @@ def _random_base(model_config: str, vocab: str | None, dtype: torch.dtype, seed:
     _set_type(model, dtype)
 
     def tensors() -> Iterator[tuple[str, Entry]]:
-        for name, tensor in initial_values(model, seed):
+        # Of a model of its own: this one may be sharded by then.
+        for name, tensor in initial_values(_meta_model(config), seed):
             yield name, Entry.of(tensor)
 
     samples = (sample(name, tensor) for name, tensor in initial_values(model, seed))
@@ -217,10 +222,15 @@ def _fill(model: CPMBee, entries: Mapping[str, Entry], device: torch.device) -> 
     for dtype in {p.dtype for p in model.parameters()}:
         wanted = {n: p for n, p in model.named_parameters() if n in entries and p.dtype == dtype}
         sources = {name: entries[name].read() for name in wanted}
-        for name, tensor in transfer(sources, device, dtype).items():
-            owner, _, leaf = name.rpartition(".")
-            parameter = nn.Parameter(tensor, requires_grad=wanted[name].requires_grad)
-            setattr(model.get_submodule(owner), leaf, parameter)
+        _put(model, transfer(sources, device, dtype))
+
+
+def _put(model: CPMBee, tensors: Mapping[str, torch.Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        parameter = nn.Parameter(tensor, requires_grad=parameters[name].requires_grad)
+        setattr(model.get_submodule(owner), leaf, parameter)
 
 
 def check_tensors(model: CPMBee, checkpoint: Checkpoint) -> None:

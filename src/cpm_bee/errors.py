@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-from cpm_bee.launch import Place, end_torchrun_quietly, remove_empty_log_folders
+from cpm_bee.launch import Place, end_torchrun_quietly, remove_empty_log_folders, reports
 
 
 class CpmBeeError(Exception):
@@ -95,7 +95,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         if debug:
             raise
         status = error.exit_status if isinstance(error, CpmBeeError) else 1
-        if Place.of_this_process().local_rank == 0:
+        if reports():
             print(f"error: {_describe(error)}", file=sys.stderr, flush=True)
         end_torchrun_quietly(status)
     sys.exit(status or 0)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 # Taken at import, before anything slow: a process whose torchrun is gone has another parent by
 # the time it reports an error, usually process 1, whose children are none of our business.
 _PARENT = os.getppid()
-# How long the other workers of a machine leave the reporting to the first one, in seconds.
+# How long the other workers of a machine leave the reporting to one, in seconds.
 _PATIENCE = 30.0
 
 
@@ -34,6 +34,16 @@ class Place(NamedTuple):
         return cls(int(rank), int(local_rank), int(world_size))
 
 
+# Ranks of this run that are known to have ended.
+lost: set[int] = set()
+
+
+def reports() -> bool:
+    """Whether this process reports for all of this machine: the first of those that are left."""
+    place = Place.of_this_process()
+    return lost.issuperset(range(place.rank - place.local_rank, place.rank))
+
+
 def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
@@ -42,7 +52,7 @@ def end_torchrun_quietly(exit_status: int) -> None:
     """After an error was reported by message: end the torchrun above us without its traceback.
 
     torchrun answers every failing worker with a traceback of its own, which would bury the line
-    that says what to mend. All workers of a machine come to the same error, so the first one ends
+    that says what to mend. All workers of a machine come to the same error, so one (`reports`) ends
     the others and torchrun, by a signal that it does not handle; the others wait for that. A shell
     sees status 128 + SIGUSR1 for exit status 2 and 128 + SIGUSR2 for 1.
 
@@ -53,7 +63,7 @@ def end_torchrun_quietly(exit_status: int) -> None:
     if os.getppid() != _PARENT or _PARENT == 1:
         sys.stdout.flush()
         os._exit(exit_status)
-    if Place.of_this_process().local_rank == 0:
+    if reports():
         siblings = _children(_PARENT) - {os.getpid()}
         remove_empty_log_folders()
         os.kill(_PARENT, signal.SIGUSR1 if exit_status == 2 else signal.SIGUSR2)

@@ -49,12 +49,13 @@ class Exchange:
         return result
 
 
-def engines(world_size: int) -> tuple[list[Any], Exchange]:
+def engines(world_size: int, *, lockstep: bool = False) -> tuple[list[Any], Exchange]:
     exchange = Exchange(world_size)
     ranks = [
         SimpleNamespace(
             rank=rank,
             world_size=world_size,
+            lockstep=lockstep,
             device=torch.device("cpu"),
             reduce=lambda values, rank=rank: exchange(rank, values, sum),
             reduce_max=lambda values, rank=rank: exchange(rank, values, max),
@@ -65,7 +66,13 @@ def engines(world_size: int) -> tuple[list[Any], Exchange]:
 
 
 def run(
-    index: TokenIndex, world_size: int = 1, *, epoch: int = 0, done: int = 0, **options: Any
+    index: TokenIndex,
+    world_size: int = 1,
+    *,
+    epoch: int = 0,
+    done: int = 0,
+    lockstep: bool = False,
+    **options: Any,
 ) -> list[Epoch]:
     """An epoch on every rank."""
     options = {"rows": 4, "max_length": 64, **options}
@@ -74,7 +81,7 @@ def run(
         return list(Feed(index, TOKENIZER, engine, **options).batches(epoch, done))
 
     with ThreadPoolExecutor(world_size) as pool:
-        return list(pool.map(epoch_of, engines(world_size)[0]))
+        return list(pool.map(epoch_of, engines(world_size, lockstep=lockstep)[0]))
 
 
 def numbers(step: Step) -> list[int]:
@@ -168,6 +175,24 @@ def test_a_rank_without_a_row_gets_none(index: TokenIndex) -> None:
     idle = [batches for step, batches in last if not step.shares]
     assert idle and len(idle) < 4
     assert all(batches == [None] for batches in idle)
+
+
+def test_in_lockstep_a_rank_has_a_batch_for_each_of_the_others(index: TokenIndex) -> None:
+    plain = run(index, 4, max_length=RAGGED, max_tokens=40)
+    lockstep = run(index, 4, max_length=RAGGED, max_tokens=40, lockstep=True)
+    fillers = 0
+    for before, after in zip(plain, lockstep, strict=True):
+        for (step, batches), (same_step, filled) in zip(before, after, strict=True):
+            assert same_step == step and len(filled) == step.num_batches
+            own = len(step.shares)
+            assert_same_batches(batches[:own], filled[:own])
+            for batch in filled[own:]:
+                assert batch is not None
+                assert batch.lengths == (index.lengths.min(),) and batch.num_targets
+                classes = len(TOKENIZER) + len(batch.extension_ids)
+                assert int(batch.targets.max()) < classes
+                fillers += 1
+    assert fillers
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -23,6 +23,7 @@ from cpm_bee import memory
 from cpm_bee.cli import not_negative, positive, whole_number
 from cpm_bee.data.batch import Batch
 from cpm_bee.errors import InputError, run_command
+from cpm_bee.model import compiled
 from cpm_bee.model.attention import GroupedAttention
 from cpm_bee.model.network import BlockStack, CPMBee
 from cpm_bee.train.options import Options, parser
@@ -488,6 +489,21 @@ def _engine(lab: Lab) -> None:
 
 
 @case
+def _parallel(lab: Lab) -> None:
+    # What each does among several processes is in test_distributed.py.
+    runs = [lab.run(parallel=way) for way in ("auto", "ddp", "fsdp")]
+    assert all(run.losses == runs[0].losses for run in runs)
+    assert "one process, with the whole model" in lab.printed
+
+
+@case
+def _offload(lab: Lab) -> None:
+    # With several processes: tests/engine/test_sharding.py.
+    assert "--parallel fsdp" in lab.refusal(offload=True)
+    assert "several processes" in lab.refusal(offload=True, parallel="fsdp")
+
+
+@case
 def _device(lab: Lab) -> None:
     lab.patch.setattr(torch.cuda, "is_available", lambda: False)
     assert lab.run(device="cpu").losses == lab.run(device="auto").losses
@@ -528,12 +544,30 @@ def _checkpointing(lab: Lab) -> None:
     assert "checkpointing full: as asked" in lab.printed
     lab.run(checkpointing="auto")
     assert "checkpointing none: a step needs less than" in lab.printed
-    lab.patch.setattr(memory, "capacity", lambda *_: 1 << 20)
+    lab.patch.setattr(memory, "capacity", lambda *_: 1 << 16)
     chosen: list[bool] = []
     lab.patch.setattr(BlockStack, "set_checkpointing", lambda self, wanted: chosen.append(wanted))
     lab.run(checkpointing="auto", **values)
     assert chosen[-1]
     assert "checkpointing full: a step needs about 0.00 GiB, without it" in lab.printed
+
+
+@case
+def _attention(lab: Lab) -> None:
+    assert lab.run(attention="sdpa").losses == lab.run(attention="auto").losses
+    assert "no backward pass on a cpu" in lab.refusal(attention="flex")  # see tests/model/test_flex
+
+
+@case
+def _compile(lab: Lab) -> None:
+    lab.patch.setattr(compiled, "BACKEND", "eager")  # see tests/model/test_compiled
+    wanted = []
+    original = torch.compile
+    lab.patch.setattr(torch, "compile", lambda *a, **k: wanted.append(a) or original(*a, **k))
+    run, usual = lab.run(compile=True), lab.run()
+    assert len(wanted) == train_support.CONFIG.num_layers
+    assert run.losses == pytest.approx(usual.losses, rel=1e-6)
+    assert distance(run.weights(), usual.weights()) < 1e-6
 
 
 @pytest.mark.parametrize("action", flags(), ids=lambda action: action.dest)

@@ -47,6 +47,11 @@ class Engine(Protocol):
     world_size: int
     device: torch.device
     dtype: torch.dtype  # compute type
+    name: str  # for people
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether the processes exchange weights in every pass, so that all must make as many."""
 
     @property
     def loss_scale(self) -> float:

@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from cpm_bee.engine import OptimizerSettings, StepResult, TensorStatistics
+from cpm_bee.engine import OptimizerSettings, StepResult, TensorStatistics, processes
+from cpm_bee.engine.adamw import AdamW
+from cpm_bee.engine.replicas import Replicas
 from cpm_bee.errors import RunError
 from cpm_bee.launch import Place
 from cpm_bee.model.network import CPMBee
 
-_BETAS, _EPS = (0.9, 0.999), 1e-8
+if TYPE_CHECKING:
+    from cpm_bee.base import Tensors
+    from cpm_bee.engine.sharding import Shards
+
 # Below this an overflow is no question of scale: the gradients themselves are broken.
 _SMALLEST_SCALE = 2.0**-20
-_TIMEOUT = datetime.timedelta(minutes=30)  # the first rank may be making a token index
-
-
-@contextlib.contextmanager
-def _lost_processes() -> Iterator[None]:
-    """The end of one process shows in the others as an error of their next exchange."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RunError(f"another process of this run has ended ({reason})") from error
 
 
 class TorchEngine:
-    """See `engine.Engine`. Gradients are summed over ranks once a step, in one flat tensor."""
+    """See `engine.Engine`. Every process has the whole model, unless `shard` is called."""
+
+    name = "torch"
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         place = Place.of_this_process()
@@ -45,69 +40,96 @@ class TorchEngine:
             self.device = torch.device("cuda", place.local_rank)
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            try:
-                dist.init_process_group(backend, timeout=_TIMEOUT)
-            except (RuntimeError, ValueError) as error:
-                raise RunError(f"the processes do not find each other: {error}") from None
+            processes.join(self.device)
+        self._layout: Replicas | Shards = Replicas(self.device, self.world_size)
+
+    def shard(self, tensors: Tensors, *, offload: bool) -> None:
+        """Have `prepare` cut all tensors over the processes (FSDP2).
+
+        Args:
+            tensors: the values of the tensors that the model has on the meta device.
+            offload: keep the parts in host memory.
+        """
+        from cpm_bee.engine.sharding import Shards  # takes a second and 100 MiB
+
+        self._layout = Shards(self.device, self.world_size, tensors, offload=offload)
+
+    @property
+    def lockstep(self) -> bool:
+        return self._layout.lockstep
 
     @property
     def loss_scale(self) -> float:
         return self._loss_scale
 
     def prepare(self, model: CPMBee, settings: OptimizerSettings) -> None:
+        """See `Engine.prepare`; the model may be on any device."""
         self._settings = settings
+        self._layout.spread(model)
         self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self._optimizer = torch.optim.AdamW(
-            self._trained.values(),
-            lr=0.0,
-            betas=_BETAS,
-            eps=_EPS,
-            weight_decay=settings.weight_decay,
-        )
+        self._optimizer = AdamW(self._locals(), settings.weight_decay)
         self._loss_scale = settings.loss_scale if self.dtype == torch.float16 else 1.0
         self._good_steps = 0
         self._has_stale_gradients = False
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        with self._in_pass():
+            if self.dtype == torch.float32:
+                yield
+            else:
+                with torch.autocast(self.device.type, self.dtype):
+                    yield
+
+    def _in_pass(self) -> AbstractContextManager[None]:
+        return processes.exchange() if self.lockstep else contextlib.nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
         self._drop_stale_gradients()
-        (loss * self._loss_scale).backward()
+        with self._in_pass():
+            (loss * self._loss_scale).backward()
+
+    def _locals(self) -> dict[str, torch.Tensor]:
+        """This process's parts of the trained tensors."""
+        return {name: self._layout.local(p) for name, p in self._trained.items()}
 
     def _drop_stale_gradients(self) -> None:
         # Gradients outlive their step, for `statistics`.
         if self._has_stale_gradients:
-            self._optimizer.zero_grad(set_to_none=True)
+            for p in self._trained.values():
+                p.grad = None
             self._has_stale_gradients = False
 
     def step(self, lr: float) -> StepResult:
         self._drop_stale_gradients()  # those of the last step, where this rank had no records
-        parameters = list(self._trained.values())
-        gradients = []
-        for p in parameters:
+        gradients = {}
+        for name, p in self._trained.items():
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-            gradients.append(p.grad)
-        self._sum(gradients)
+            gradients[name] = self._layout.local(p.grad)
+        self._layout.sum_gradients(list(gradients.values()))
         if self._loss_scale != 1:
-            torch._foreach_mul_(gradients, 1 / self._loss_scale)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._settings.clip_grad))
+            torch._foreach_mul_(list(gradients.values()), 1 / self._loss_scale)
+        norm = self._clip(list(gradients.values()))
         self._has_stale_gradients = True
         if not math.isfinite(norm):
             self._shrink_scale()
             return StepResult(norm, skipped=True)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
+        self._optimizer.step(self._locals(), gradients, lr)
         self._good_steps += 1
         if self.dtype == torch.float16 and self._good_steps >= self._settings.loss_scale_steps:
             self._loss_scale *= self._settings.loss_scale_factor
             self._good_steps = 0
         return StepResult(norm, skipped=False)
+
+    @torch.no_grad()
+    def _clip(self, gradients: list[torch.Tensor]) -> float:
+        """Clip by the global norm; returns it."""
+        norms = torch.stack(torch._foreach_norm(gradients))
+        norm = self._layout.sum_of_parts(norms.double().square().sum()).sqrt()
+        factor = (self._settings.clip_grad / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, factor.to(norms))
+        return float(norm)
 
     def _shrink_scale(self) -> None:
         if self.dtype != torch.float16:
@@ -120,16 +142,6 @@ class TorchEngine:
                 "--dtype bf16 or fp32 has the range"
             )
 
-    def _sum(self, gradients: list[torch.Tensor]) -> None:
-        if self.world_size == 1:
-            return
-        flat = torch.cat([g.reshape(-1) for g in gradients])
-        with _lost_processes():
-            dist.all_reduce(flat)
-        parts = flat.split([g.numel() for g in gradients])
-        for gradient, summed in zip(gradients, parts, strict=True):
-            gradient.copy_(summed.view_as(gradient))
-
     def reduce(self, values: Sequence[float]) -> list[float]:
         return self._reduce(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.SUM)
 
@@ -139,54 +151,67 @@ class TorchEngine:
     def _reduce(self, values: torch.Tensor, operation: Any) -> list[Any]:
         if self.world_size > 1 and len(values):
             values = values.to(self.device)
-            with _lost_processes():
+            with processes.exchange():
                 dist.all_reduce(values, operation)
+                return values.tolist()
         return values.tolist()
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            with _lost_processes():
+            with processes.exchange():
                 dist.barrier()
 
     def trained_tensors(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach().cpu().clone() for name, p in self._trained.items()}
+        return {n: self._layout.whole(t, self._trained[n]) for n, t in self._locals().items()}
 
     def training_state(self) -> dict[str, Any]:
+        whole = self._layout.whole
+        moments = {}
+        for name, (first, second, step) in self._optimizer.state.items():
+            like = self._trained[name]
+            moments[name] = {
+                "exp_avg": whole(first, like),
+                "exp_avg_sq": whole(second, like),
+                "step": step.cpu(),
+            }
         return {
             "tensors": self.trained_tensors(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": moments,
             "loss_scale": self._loss_scale,
             "good_steps": self._good_steps,
         }
 
+    @torch.no_grad()
     def load_training_state(self, state: dict[str, Any]) -> None:
-        if {n: t.shape for n, t in state["tensors"].items()} != {
+        tensors, moments = state["tensors"], state["optimizer"]
+        if {n: t.shape for n, t in tensors.items()} != {
             n: p.shape for n, p in self._trained.items()
         }:
             raise RunError("the saved state has other trained tensors than this run")
-        with torch.no_grad():
-            for name, parameter in self._trained.items():
-                parameter.copy_(state["tensors"][name])
-        self._optimizer.load_state_dict(state["optimizer"])
-        for group in self._optimizer.param_groups:
-            group["weight_decay"] = self._settings.weight_decay
+        for name, local in self._locals().items():
+            like, saved, part_of = self._trained[name], moments[name], self._layout.part_of
+            first, second, step = self._optimizer.state[name]
+            local.copy_(part_of(tensors[name], like))
+            first.copy_(part_of(saved["exp_avg"], like))
+            second.copy_(part_of(saved["exp_avg_sq"], like))
+            step.copy_(saved["step"])
         if self.dtype == torch.float16:
             self._loss_scale = state["loss_scale"]
             self._good_steps = state["good_steps"]
 
     @torch.no_grad()
     def statistics(self) -> list[TensorStatistics]:
-        return [
-            TensorStatistics(
-                name,
-                tuple(p.shape),
-                p.mean().item(),
-                p.std(correction=0).item(),
-                0.0 if p.grad is None else p.grad.norm().item(),
-            )
-            for name, p in self._trained.items()
-        ]
+        return [self._statistics_of(name, p) for name, p in self._trained.items()]
+
+    def _statistics_of(self, name: str, p: torch.Tensor) -> TensorStatistics:
+        def total(values: torch.Tensor) -> float:
+            return self._layout.sum_of_parts(values.sum(dtype=torch.float64)).item()
+
+        local = self._layout.local(p)
+        mean = total(local) / p.numel()
+        std = math.sqrt(total((local - mean).square()) / p.numel())
+        square = 0.0 if p.grad is None else total(self._layout.local(p.grad).square())
+        return TensorStatistics(name, tuple(p.shape), mean, std, math.sqrt(square))
 
     def close(self) -> None:
-        if self.world_size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+        processes.leave()

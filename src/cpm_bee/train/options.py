@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from dataclasses import dataclass
 
+from cpm_bee import quantize
 from cpm_bee.cli import (
     ArgumentParser,
     comma_list,
@@ -24,6 +25,7 @@ class Options:
     model_config: str
     load: str | None
     vocab: str | None
+    quantize: str
     dataset: str
     eval_dataset: str | None
     max_length: int
@@ -37,6 +39,7 @@ class Options:
     max_steps: int | None
     batch_size: int
     accumulate: int
+    max_tokens: int | None
     lr: float
     lr_decay_style: str
     warmup_iters: int
@@ -62,6 +65,10 @@ class Options:
     device: str
     dtype: str
     checkpointing: str
+    attention: str
+    compile: bool
+    parallel: str
+    offload: bool
 
     @property
     def schedule_end(self) -> int:
@@ -98,6 +105,12 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         "or a folder; without it training starts from random weights",
     )
     add("--vocab", metavar="FILE", help="vocabulary; default: vocab.txt beside the checkpoint")
+    add(
+        "--quantize",
+        choices=quantize.CHOICES,
+        default=quantize.NONE,
+        help="hold the frozen base in 4 or 8 bit; needs --use-delta. Kept beside the checkpoint",
+    )
 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
@@ -110,7 +123,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         default=512,
         help="tokens of a row; longer records are left out and counted",
     )
-    add("--drop-last", action="store_true", help="leave out an epoch's last, incomplete step")
+    add("--drop-last", action="store_true", help="leave out an epoch's last, incomplete steps")
 
 
 def _add_delta(group: argparse._ArgumentGroup) -> None:
@@ -136,6 +149,12 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     add("--max-steps", type=positive, help="stop after this many steps")
     add("--batch-size", type=positive, default=32, help="rows of max-length tokens a step and rank")
     add("--accumulate", type=positive, default=1, help="micro-steps of batch-size rows a step")
+    add(
+        "--max-tokens",
+        type=positive,
+        help="tokens computed at once: larger micro-steps are split, with the same result in less "
+        "memory; a longer record stands alone",
+    )
     add("--lr", type=above_zero, default=1e-4, help="start learning rate")
     add("--lr-decay-style", choices=STYLES, default="noam", help="schedule")
     add("--warmup-iters", type=not_negative, default=100, help="steps of warm-up")
@@ -181,6 +200,14 @@ def _add_watching(group: argparse._ArgumentGroup) -> None:
 def _add_machine(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--engine", choices=("auto", "torch", "bmtrain"), default="auto", help="training engine")
+    add(
+        "--parallel",
+        choices=("auto", "ddp", "fsdp"),
+        default="auto",
+        help="with several processes: each has the whole model (ddp) or a part of every tensor "
+        "(fsdp); auto: ddp where the model fits into half of the memory",
+    )
+    add("--offload", action="store_true", help="with --parallel fsdp: keep the parts on the host")
     add("--device", default="auto", help="cpu, cuda or auto")
     add(
         "--dtype",
@@ -192,5 +219,13 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
         "--checkpointing",
         choices=("auto", "none", "full"),
         default="auto",
-        help="compute activations again in the backward pass; auto: on a GPU",
+        help="compute activations again in the backward pass; auto: where a step without it is "
+        "predicted not to fit into free memory",
     )
+    add(
+        "--attention",
+        choices=("auto", "sdpa", "flex"),
+        default="auto",
+        help="FlexAttention needs a GPU and triton; auto: flex where it can be",
+    )
+    add("--compile", action="store_true", help="compile the blocks with torch.compile")

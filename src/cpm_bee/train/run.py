@@ -5,29 +5,37 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from cpm_bee import delta
-from cpm_bee.base import Base, choose_device, choose_dtype, load_base
+from cpm_bee import delta, memory, quantize
+from cpm_bee.base import Base, choose_device, choose_dtype, open_base
 from cpm_bee.data.container import BinaryDataset
 from cpm_bee.data.index import TokenIndex
 from cpm_bee.engine import Engine, OptimizerSettings
-from cpm_bee.engine.torch_engine import TorchEngine
+from cpm_bee.engine.choice import make_engine, why_not_bmtrain
 from cpm_bee.errors import CpmBeeError, InputError, Problems, RunError
+from cpm_bee.launch import Place
+from cpm_bee.model import flex
+from cpm_bee.model.buffers import keep_no_large_pieces
 from cpm_bee.progress import say
+from cpm_bee.quantize.linear import num_weights
 from cpm_bee.tokenizer import Tokenizer
 from cpm_bee.train.feed import Feed
 from cpm_bee.train.loop import Trainer
 from cpm_bee.train.options import Options
+from cpm_bee.train.parallel import AUTO, spread
 from cpm_bee.train.reporting import Reporter
 from cpm_bee.train.saving import Identity, RunFiles
 
 _LESS_MEMORY = (
-    "Less memory: --checkpointing full, a smaller --batch-size (with --accumulate for the same "
-    "step), a smaller --max-length"
+    "Less memory: --checkpointing full, --max-tokens (the same step in smaller parts), a smaller "
+    "--batch-size or --max-length"
 )
+
+_NAMES = {False: "none", True: "full"}
 
 
 def finetune(options: Options) -> None:
@@ -40,16 +48,17 @@ def finetune(options: Options) -> None:
     _check(options)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
+    flex.is_chosen(options.attention, device, 0.0)  # told now if it cannot be
     datasets = [BinaryDataset(d) for d in (options.dataset, options.eval_dataset) if d]
     delta_config = _delta_config(options)
     # Full fine-tuning updates fp32 weights; a frozen base is held in the compute type.
-    base = load_base(
+    base = open_base(
         options.load,
         options.model_config,
         options.vocab,
         dtype if options.use_delta else torch.float32,
-        torch.device("cpu"),
         seed=options.seed,
+        quantize=options.quantize,
     )
     if delta_config is not None:
         delta.insert(base.model, delta_config, options.seed)
@@ -58,9 +67,10 @@ def finetune(options: Options) -> None:
     files = RunFiles(options.save, options.save_name, identity)
     # Read now: a state that does not fit is told before the data is read.
     resumed_step = files.load_state()[1]["step"] if options.resume else None
-    engine: Engine = TorchEngine(device, dtype)
+    engine = make_engine(options.engine, _why_not_bmtrain(options), device, dtype)
     try:
-        _train(options, engine, base, datasets, files, resumed_step)
+        spreading = spread(options.parallel, options.offload, engine, base)
+        _train(options, engine, base, datasets, files, resumed_step, spreading)
     finally:
         engine.close()
 
@@ -72,12 +82,22 @@ def _train(
     datasets: list[BinaryDataset],
     files: RunFiles,
     resumed_step: int | None,
+    spreading: str,
 ) -> None:
-    model = base.model.to(engine.device)
-    model.encoder.checkpointing = options.checkpointing == "full" or (
-        options.checkpointing == "auto" and engine.device.type == "cuda"
-    )
-    feeds = _feeds(options, engine, datasets, base.tokenizer)
+    model = base.model
+    sizes = _sizes(base)
+    indexes = [_index(engine, dataset, base.tokenizer) for dataset in datasets]
+    feeds = _feeds(options, engine, indexes, base.tokenizer)
+    checkpointing = _checkpointing(options, engine, base, indexes[0])
+    model.encoder.set_checkpointing(checkpointing.checkpointing)
+    model.attention = options.attention
+    if engine.device.type == "cpu":
+        keep_no_large_pieces()
+    if options.compile:
+        # Here, for it loads the compiler.
+        from cpm_bee.model.compiled import compile_blocks
+
+        compile_blocks(model.encoder)
     engine.prepare(
         model,
         OptimizerSettings(
@@ -101,8 +121,10 @@ def _train(
     if options.resume:
         trainer.resume()
         reporter.line(f"resumed after step {trainer.progress.step}")
-    for line in _summary(options, engine, base, feeds):
+    for line in _summary(options, engine, sizes, feeds):
         reporter.line(line)
+    reporter.line(spreading)
+    reporter.line(f"checkpointing {_NAMES[checkpointing.checkpointing]}: {checkpointing.reason}")
     reporter.start({"options": asdict(options), "world_size": engine.world_size})
     try:
         trainer.run()
@@ -130,10 +152,19 @@ def _check(options: Options) -> None:
             problems.add(f"{flag} {path}", "no such file")
     if options.load is None and options.use_delta:
         problems.add("--use-delta", "needs a base model (--load CHECKPOINT)")
+    if options.quantize != quantize.NONE and not options.use_delta:
+        problems.add(
+            f"--quantize {options.quantize}",
+            "needs --use-delta: a quantised base cannot be trained in full",
+        )
+    if options.offload and options.parallel != "fsdp":
+        problems.add("--offload", "needs --parallel fsdp: it keeps the parts in host memory")
+    if options.offload and Place.of_this_process().world_size == 1:
+        problems.add("--offload", "needs several processes (torchrun): one has no parts to keep")
     if options.delta_dropout >= 1:
         problems.add("--delta-dropout", "must be less than 1")
-    if options.engine == "bmtrain":
-        problems.add("--engine bmtrain", "is not there yet; --engine torch runs on GPUs too")
+    if options.engine == "bmtrain" and (obstacle := _why_not_bmtrain(options)):
+        problems.add("--engine bmtrain", obstacle)
     if abs(options.seed) >= 2**48:
         problems.add(f"--seed {options.seed}", "must be less than 2**48")
     if options.tensorboard is not None and importlib.util.find_spec("tensorboard") is None:
@@ -143,6 +174,15 @@ def _check(options: Options) -> None:
     if options.save_name != Path(options.save_name).name or not options.save_name:
         problems.add(f"--save-name {options.save_name}", "is a name, the folder is --save")
     problems.raise_if_any("this run cannot start:")
+
+
+def _why_not_bmtrain(options: Options) -> str | None:
+    extras = {
+        "--parallel": options.parallel != AUTO,
+        "--offload": options.offload,
+        "--compile": options.compile,
+    }
+    return why_not_bmtrain(choose_device(options.device), options.quantize, extras)
 
 
 def _delta_config(options: Options) -> delta.DeltaConfig | None:
@@ -157,7 +197,11 @@ def _delta_config(options: Options) -> delta.DeltaConfig | None:
 
 
 def _index(engine: Engine, dataset: BinaryDataset, tokenizer: Tokenizer) -> TokenIndex:
-    """Rank 0 makes the index where necessary; all ranks learn whether it could."""
+    """Rank 0 makes the index where necessary; all ranks learn whether it could.
+
+    Raises `InputError` on all ranks if it could not, or if the ranks have other data or another
+    vocabulary: each plans for itself, and they would wait for each other for ever.
+    """
     failure: Exception | None = None
     if engine.rank == 0:
         try:
@@ -166,41 +210,74 @@ def _index(engine: Engine, dataset: BinaryDataset, tokenizer: Tokenizer) -> Toke
             failure = error
     if engine.reduce([float(failure is not None)])[0]:
         raise failure or InputError(f"{dataset.folder}: the first process cannot read it")
+    own = int(dataset.fingerprint[:15], 16) ^ int(tokenizer.fingerprint[:15], 16)
+    largest, least = engine.reduce_max([own, -own])
+    if largest != -least:
+        raise InputError(
+            f"{dataset.folder}: the processes have different data or vocabularies; copy the folder "
+            "and the vocabulary to all machines again"
+        )
     return TokenIndex.of(dataset, tokenizer)
 
 
 def _feeds(
-    options: Options, engine: Engine, datasets: list[BinaryDataset], tokenizer: Tokenizer
+    options: Options, engine: Engine, indexes: list[TokenIndex], tokenizer: Tokenizer
 ) -> list[Feed]:
-    indexes = [_index(engine, dataset, tokenizer) for dataset in datasets]
     rows = options.batch_size * engine.world_size
-    training = Feed(
-        indexes[0],
-        tokenizer,
-        engine,
-        rows=rows * options.accumulate,
+    feed = partial(
+        Feed,
+        tokenizer=tokenizer,
+        engine=engine,
         max_length=options.max_length,
+        max_tokens=options.max_tokens,
+    )
+    training = feed(
+        indexes[0],
+        rows=rows * options.accumulate,
         accumulate=options.accumulate,
         drop_last=options.drop_last,
         shuffle_seed=options.seed,
     )
-    if next(training.epoch(0), None) is None:
-        raise InputError(
-            f"--drop-last leaves nothing: {indexes[0].dataset.folder} does not fill one step of "
-            f"{rows * options.accumulate} rows"
-        )
-    return [training] + [
-        Feed(index, tokenizer, engine, rows=rows, max_length=options.max_length)
-        for index in indexes[1:]
-    ]
+    return [training] + [feed(index, rows=rows) for index in indexes[1:]]
 
 
-def _summary(options: Options, engine: Engine, base: Base, feeds: list[Feed]) -> list[str]:
+def _checkpointing(
+    options: Options, engine: Engine, base: Base, index: TokenIndex
+) -> memory.Choice:
+    """Whether activations are computed again, and why; the same on all ranks."""
+    if options.checkpointing != "auto":
+        return memory.Choice(options.checkpointing == "full", "as asked")
+    config = base.model.config
+    rows = options.batch_size * options.max_length
+    batch = memory.batch_of_data(
+        index.lengths,
+        index.num_targets,
+        options.max_length,
+        min(rows, options.max_tokens or rows),
+        config.vocab_size,
+    )
+    training = memory.Training(engine.dtype, _delta_config(options), options.quantize)
+    room = memory.capacity(engine.device, engine.world_size)
+    shards = engine.world_size if engine.lockstep else 1
+    own = memory.choose_checkpointing(config, training, batch, room, shards)
+    if engine.reduce_max([int(own.checkpointing)])[0] and not own.checkpointing:
+        return memory.Choice(True, "another process has less memory")
+    return own
+
+
+def _sizes(base: Base) -> tuple[int, int]:
+    """The numbers of weights and of trained ones, before an engine cuts them up."""
     trained = sum(p.numel() for p in base.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in base.model.parameters())
+    return num_weights(base.model), trained
+
+
+def _summary(
+    options: Options, engine: Engine, sizes: tuple[int, int], feeds: list[Feed]
+) -> list[str]:
+    total, trained = sizes
     scale = engine.loss_scale if engine.dtype == torch.float16 else "not needed"
     lines = [
-        f"engine torch, {engine.world_size} process(es) on {engine.device.type}, "
+        f"engine {engine.name}, {engine.world_size} process(es) on {engine.device.type}, "
         f"{str(engine.dtype).removeprefix('torch.')}, loss scale {scale}, "
         f"{torch.get_num_threads()} threads of {os.cpu_count()}",
         f"model with {total:,} parameters, {trained:,} of them trained",
@@ -220,11 +297,11 @@ def _summary(options: Options, engine: Engine, base: Base, feeds: list[Feed]) ->
 def _schedule_warning(options: Options, training: Feed) -> list[str]:
     if options.lr_decay_style not in ("linear", "cosine"):
         return []
-    steps = options.epoch * training.num_steps(0)
+    steps = options.epoch * training.min_steps
     last = options.start_step + min(steps, options.max_steps or steps)
     if last <= options.schedule_end:
         return []
     return [
         f"warning: the {options.lr_decay_style} schedule reaches rate 0 at step "
-        f"{options.schedule_end} (--train-iters), the run goes on to step {last}"
+        f"{options.schedule_end} (--train-iters), the run goes on to step {last} or more"
     ]

@@ -1,0 +1,140 @@
+"""Run under torchrun by tests/engine/test_sharding.py: each check raises where it fails."""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+
+from cpm_bee import delta
+from cpm_bee.base import open_base
+from cpm_bee.checkpoint import Entry, save_tensors
+from cpm_bee.data.batch import collate
+from cpm_bee.engine import OptimizerSettings
+from cpm_bee.engine.torch_engine import TorchEngine
+from cpm_bee.model.config import ModelConfig
+
+RECORDS = [{"input": "春天 ab" * 3, "<ans>": "天"}, {"input": "x", "<ans>": {"a": "b", "x": ""}}]
+SETTINGS = OptimizerSettings(0.1, 1.0, 8.0, 2.0, 3)
+CPU = torch.device("cpu")
+# 16.8 million parameters, 64 MiB in fp32; a first dimension that two do not divide.
+LARGE = tiny.make_config(dim_model=512, num_heads=8, dim_head=64, dim_ff=1365, num_layers=5)
+
+
+def write_model(folder: Path, config: ModelConfig) -> str:
+    """A checkpoint in fp16, its config and vocabulary."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = tiny.make_model(0, **config.to_dict())
+    save_tensors(folder / "model.bin", {n: p.half() for n, p in model.state_dict().items()})
+    tiny.write_vocabulary(folder / "vocab.txt")
+    return str(folder / "model.bin")
+
+
+def open_model(path: str, config: Path, dtype: torch.dtype = torch.float32) -> Any:
+    return open_base(path, str(config), None, dtype)
+
+
+def memory(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def reading(engine: TorchEngine, folder: Path) -> None:
+    """Each rank reads its own rows, and has room for no more."""
+    base = open_model(str(folder / "large" / "model.bin"), folder / "large" / "config.json")
+    rows: dict[str, tuple[int, int, int]] = {}
+    original = Entry.rows
+
+    def counted(entry: Entry, begin: int, end: int) -> Entry:
+        found = original(entry, begin, end)
+        name = next(name for name, other in entries.items() if other is entry)
+        rows[name] = (begin, begin + found.shape[0], entry.shape[0])
+        return found
+
+    entries = dict(base.tensors())
+    Entry.rows = counted  # type: ignore[method-assign]
+    engine.shard(lambda: iter(entries.items()), offload=False)
+    whole = sum(4 * math.prod(entry.shape) for entry in entries.values())
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = memory("VmRSS")
+    base.model.requires_grad_(False)
+    engine.prepare(base.model, SETTINGS)
+    peak = memory("VmHWM") - before
+    Entry.rows = original  # type: ignore[method-assign]
+    assert rows.keys() == entries.keys()
+    for begin, end, count in rows.values():
+        half = -(-count // 2)
+        assert (begin, end) == ((0, half) if engine.rank == 0 else (half, count))
+    assert 0.5 * whole < peak < 0.75 * whole, (peak / whole, whole)
+    print(f"rank {engine.rank}: peak {peak / whole:.3f} of the model")
+
+
+def run(engine: TorchEngine, folder: Path, way: str) -> dict[str, Any]:
+    """Steps with the first of which gradients overflow; what an engine tells of them."""
+    path, config = folder / "small" / "model.bin", folder / "small" / "config.json"
+    base = open_model(str(path), config, engine.dtype)
+    delta.insert(base.model, delta.DeltaConfig(rank=3, targets=("project_q", "w_out")), 0)
+    if way == "ddp":
+        base.fill(CPU)
+    else:
+        engine.shard(base.tensors, offload=way == "offload")
+    engine.prepare(base.model, SETTINGS)
+    batch = collate(tiny.encode(RECORDS), tiny.TOKENIZER)
+    told: dict[str, Any] = {"results": []}
+    for step in range(4):
+        weight = math.inf if step == 0 and engine.rank == 0 else 0.1 + engine.rank
+        with engine.autocast():
+            loss = base.model.loss(batch) * weight / batch.num_targets
+        engine.backward(loss)
+        result = engine.step(0.05)
+        told["results"].append((result.skipped, engine.loss_scale))
+        if step:
+            told[f"norm {step}"] = torch.tensor(result.grad_norm)
+        if step == 2:
+            told["state"] = copy.deepcopy(engine.training_state())
+    for s in engine.statistics():
+        told[s.name] = torch.tensor([s.mean, s.std, s.grad_norm])
+        told["results"].append(s.shape)
+    told |= {f"trained {name}": tensor for name, tensor in engine.trained_tensors().items()}
+    return told
+
+
+def spreading(engine: TorchEngine, folder: Path) -> None:
+    """fp16 with its loss scale, skipped steps, statistics and states, in each way alike."""
+    # Once sharded, an engine stays so.
+    kinds = {way: run(engine, folder, way) for way in ("ddp", "fsdp", "offload")}
+    expected = kinds["ddp"]
+    assert [r[0] for r in expected["results"][:4]] == [True, False, False, False]
+    for way in ("fsdp", "offload"):
+        found = kinds[way]
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            if name.startswith("trained") and engine.rank > 0:
+                continue  # complete on rank 0 alone
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-4)
+            elif name == "results":
+                assert found[name] == value, (found[name], value)
+    if engine.rank == 0:
+        first, second = (kinds[way]["state"] for way in ("ddp", "fsdp"))
+        assert first.keys() == second.keys()
+        assert first["loss_scale"] == second["loss_scale"]
+        for name, moments in first["optimizer"].items():
+            assert moments.keys() == second["optimizer"][name].keys()
+            for kind, value in moments.items():
+                assert value.shape == second["optimizer"][name][kind].shape
+
+
+if __name__ == "__main__":
+    place, one = Path(sys.argv[1]), TorchEngine(CPU, torch.float16)
+    spreading(one, place)
+    reading(one, place)
+    one.barrier()
+    one.close()
+    if one.rank == 0:
+        print("all checks passed")
