@@ -23,7 +23,7 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     python_requires=">=3.10",
-    install_requires=["torch>=2.6", "numpy>=1.24", "safetensors>=0.4", "tqdm>=4.60"],
+    install_requires=["torch>=2.13", "numpy>=1.24", "safetensors>=0.4", "tqdm>=4.60"],
     extras_require={
         "bmtrain": ["bmtrain==1.0.1"],  # its wheels are for Python 3.10 and 3.11, Linux x86-64
         "nf4": NF4,

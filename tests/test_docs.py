@@ -59,7 +59,8 @@ GENERATED = [
 NOT_PATHS = {"alpha/r", "tokens/s", "token/max"}
 NOT_PATHS |= {".bin", ".pt", ".json", "….index.json", "-log.jsonl", "*.jsonl"}
 TORCHRUN = {"--nproc_per_node"}
-COMMAND_LINE_TOOLS = {"--query-gpu", "--format"}  # nvidia-smi's
+# Of nvidia-smi, sbatch and pip.
+COMMAND_LINE_TOOLS = {"--query-gpu", "--format", "--nodes", "--gpus-per-node", "--no-deps"}
 
 
 def text_of(document: Path) -> str:
