@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -83,14 +84,6 @@ class Group(NamedTuple):
 
     rows: torch.Tensor  # (G, Q, L) rows of the bias table
 
-    @property
-    def num_queries(self) -> int:
-        return self.rows.shape[0] * self.rows.shape[1]
-
-    @property
-    def num_keys(self) -> int:
-        return self.rows.shape[0] * self.rows.shape[2]
-
 
 class _Ragged(NamedTuple):
     """Consecutive items of each of G records, padded to the most that any of them has."""
@@ -114,6 +107,7 @@ class Slots(NamedTuple):
     items: torch.Tensor  # (P,) the item in each slot
     own: torch.Tensor  # (N,) the slot of each item
     padding: torch.Tensor  # (P - N,) the other slots
+    sizes: list[int]  # slots of each group
 
     @classmethod
     def of(cls, parts: list[_Ragged]) -> Slots:
@@ -121,37 +115,44 @@ class Slots(NamedTuple):
         valid = torch.cat([part.valid.flatten() for part in parts])
         own = torch.empty_like(items[: int(valid.sum())])
         own[items[valid]] = torch.nonzero(valid).squeeze(1)
-        return cls(items, own, torch.nonzero(~valid).squeeze(1))
+        sizes = [part.items.numel() for part in parts]
+        return cls(items, own, torch.nonzero(~valid).squeeze(1), sizes)
 
 
 def _select(x: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
     return torch.index_select(x, 0, items, out=buffers.empty(x, len(items), *x.shape[1:]))
 
 
+def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    rows = sum(len(part) for part in parts)
+    return torch.cat(list(parts), out=buffers.empty(parts[0], rows, *parts[0].shape[1:]))
+
+
 class _Spread(torch.autograd.Function):
-    """x [N, ...] -> [P, ...]. No gradient may come from padding: it is not looked at."""
+    """x [N, ...] -> the slots of each group. Gradients of padding are not looked at."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, slots: Slots) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, slots: Slots) -> tuple[torch.Tensor, ...]:
         ctx.slots = slots
-        return _select(x, slots.items)
+        return _select(x, slots.items).split(slots.sizes)
 
     @staticmethod
     def backward(ctx: Any, *g: torch.Tensor) -> Any:
-        return _select(g[0], ctx.slots.own), None
+        return _select(_join(g), ctx.slots.own), None
 
 
 class _Gather(torch.autograd.Function):
-    """x [P, ...] -> [N, ...] without the padding."""
+    """The slots of each group -> [N, ...] without the padding."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, slots: Slots) -> torch.Tensor:
+    def forward(ctx: Any, slots: Slots, *parts: torch.Tensor) -> torch.Tensor:
         ctx.slots = slots
-        return _select(x, slots.own)
+        return _select(_join(parts), slots.own)
 
     @staticmethod
     def backward(ctx: Any, *g: torch.Tensor) -> Any:
-        return _select(g[0], ctx.slots.items).index_fill_(0, ctx.slots.padding, 0), None
+        spread = _select(g[0], ctx.slots.items).index_fill_(0, ctx.slots.padding, 0)
+        return None, *spread.split(ctx.slots.sizes)
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,8 @@ class GroupedAttention:
         self, layout: Layout, bias: PositionBias, dtype: torch.dtype, dropout_p: float
     ) -> None:
         self._layout = layout
-        self._biases = [bias.values(g.rows).to(dtype) for g in layout.groups]  # (G, H, Q, L)
+        # (G, H, Q, L). Contiguous: a CPU's kernel reads a strided mask one value at a time.
+        self._biases = [bias.values(g.rows).to(dtype).contiguous() for g in layout.groups]
         if bias.relative_attention_bias.device.type == "cuda":
             self._biases = [aligned(b) for b in self._biases]
         self._dropout_p = dropout_p
@@ -256,14 +258,12 @@ class GroupedAttention:
     ) -> torch.Tensor:
         """q [N, H, D] of the layout's queries, k and v [T, H, D] -> [N, H, D]."""
         layout = self._layout
-        qs = _Spread.apply(q, layout.queries).split([g.num_queries for g in layout.groups])
-        ks, vs = (
-            _Spread.apply(x, layout.keys).split([g.num_keys for g in layout.groups]) for x in (k, v)
-        )
+        qs = _Spread.apply(q, layout.queries)
+        ks, vs = (_Spread.apply(x, layout.keys) for x in (k, v))
         outputs = []
         for group, bias, *qkv in zip(layout.groups, self._biases, qs, ks, vs, strict=True):
             # (G, H, Q, D), and twice (G, H, L, D)
             gq, gk, gv = (x.unflatten(0, (len(group.rows), -1)).transpose(1, 2) for x in qkv)
             o = F.scaled_dot_product_attention(gq, gk, gv, bias, self._dropout_p)
             outputs.append(o.transpose(1, 2).flatten(0, 1))  # (G*Q, H, D)
-        return _Gather.apply(torch.cat(outputs), layout.queries)
+        return _Gather.apply(layout.queries, *outputs)
