@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from cpm_bee.errors import RunError
 from cpm_bee.model.network import CPMBee
 
 
@@ -28,6 +29,23 @@ class StepResult(NamedTuple):
 
     grad_norm: float
     skipped: bool
+
+
+# Below this an overflow is no question of scale: the gradients themselves are broken.
+_SMALLEST_SCALE = 2.0**-20
+
+
+def shrunk_scale(scale: float, dtype: torch.dtype, factor: float) -> float:
+    """The loss scale after an overflow. Raises `RunError` where a smaller one is of no use."""
+    if dtype != torch.float16:
+        raise RunError("the gradients are not finite (NaN or infinite)")
+    scale /= factor
+    if scale < _SMALLEST_SCALE:
+        raise RunError(
+            f"the gradients overflow at every loss scale down to {scale:g}; "
+            "--dtype bf16 or fp32 has the range"
+        )
+    return scale
 
 
 class TensorStatistics(NamedTuple):

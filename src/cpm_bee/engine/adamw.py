@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch.optim.adamw import adamw
 
-_BETAS, _EPS = (0.9, 0.999), 1e-8
+BETAS, EPS = (0.9, 0.999), 1e-8
 
 
 class State(NamedTuple):
@@ -59,10 +59,10 @@ class AdamW:
             [self.state[name].step for name in names],
             fused=True,
             amsgrad=False,
-            beta1=_BETAS[0],
-            beta2=_BETAS[1],
+            beta1=BETAS[0],
+            beta2=BETAS[1],
             lr=lr,
             weight_decay=self._weight_decay,
-            eps=_EPS,
+            eps=EPS,
             maximize=False,
         )

@@ -19,15 +19,12 @@ from typing import Any
 
 import torch
 
-from cpm_bee.engine import OptimizerSettings, StepResult, TensorStatistics
+from cpm_bee.engine import OptimizerSettings, StepResult, TensorStatistics, shrunk_scale
+from cpm_bee.engine.adamw import BETAS, EPS
 from cpm_bee.engine.bmtrain_sharding import part_of, spread, whole_of
 from cpm_bee.errors import RunError
 from cpm_bee.launch import Place
 from cpm_bee.model.network import CPMBee
-
-_BETAS, _EPS = (0.9, 0.999), 1e-8
-# Below this an overflow is no question of scale: the gradients themselves are broken.
-_SMALLEST_SCALE = 2.0**-20
 
 
 def obstacle(device: torch.device) -> str | None:
@@ -101,7 +98,7 @@ class BMTrainEngine:
             {"params": narrow, "weight_decay": self._settings.weight_decay},
         ]
         self._optimizer = self._bmt.optim.AdamOffloadOptimizer(
-            [g for g in groups if g["params"]], lr=0.0, betas=_BETAS, eps=_EPS
+            [g for g in groups if g["params"]], lr=0.0, betas=BETAS, eps=EPS
         )
         self._manager = self._bmt.optim.OptimManager(
             loss_scale=self._settings.loss_scale if self.dtype == torch.float16 else None,
@@ -151,15 +148,9 @@ class BMTrainEngine:
         return StepResult(norm, skipped=False)
 
     def _shrink_scale(self) -> None:
-        if self.dtype != torch.float16:
-            raise RunError("the gradients are not finite (NaN or infinite)")
-        self._manager.loss_scale /= self._manager.loss_scale_factor
+        factor = self._manager.loss_scale_factor
+        self._manager.loss_scale = shrunk_scale(self.loss_scale, self.dtype, factor)
         self._manager.steps_since_last_scale = 0
-        if self.loss_scale < _SMALLEST_SCALE:
-            raise RunError(
-                f"the gradients overflow at every loss scale down to {self.loss_scale:g}; "
-                "--dtype bf16 or fp32 has the range"
-            )
 
     @torch.no_grad()
     def _decay(self, lr: float) -> None:

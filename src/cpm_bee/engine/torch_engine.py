@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from cpm_bee.engine import OptimizerSettings, StepResult, TensorStatistics, processes
+from cpm_bee.engine import (
+    OptimizerSettings,
+    StepResult,
+    TensorStatistics,
+    processes,
+    shrunk_scale,
+)
 from cpm_bee.engine.adamw import AdamW
 from cpm_bee.engine.replicas import Replicas
 from cpm_bee.errors import RunError
@@ -21,9 +27,6 @@ from cpm_bee.model.network import CPMBee
 if TYPE_CHECKING:
     from cpm_bee.base import Tensors
     from cpm_bee.engine.sharding import Shards
-
-# Below this an overflow is no question of scale: the gradients themselves are broken.
-_SMALLEST_SCALE = 2.0**-20
 
 
 class TorchEngine:
@@ -132,15 +135,9 @@ class TorchEngine:
         return float(norm)
 
     def _shrink_scale(self) -> None:
-        if self.dtype != torch.float16:
-            raise RunError("the gradients are not finite (NaN or infinite)")
-        self._loss_scale /= self._settings.loss_scale_factor
+        factor = self._settings.loss_scale_factor
+        self._loss_scale = shrunk_scale(self._loss_scale, self.dtype, factor)
         self._good_steps = 0
-        if self._loss_scale < _SMALLEST_SCALE:
-            raise RunError(
-                f"the gradients overflow at every loss scale down to {self._loss_scale:g}; "
-                "--dtype bf16 or fp32 has the range"
-            )
 
     def reduce(self, values: Sequence[float]) -> list[float]:
         return self._reduce(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.SUM)
