@@ -14,6 +14,7 @@ Once installed it stays: use it in processes that do nothing else.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import datetime
@@ -28,11 +29,16 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.distributed as dist
+
+from cpm_bee.engine import processes
+
+if TYPE_CHECKING:
+    from cpm_bee.engine.bmtrain_engine import BMTrainEngine
 
 _ROOT = Path(__file__).resolve().parent.parent
 _CPU = torch.device("cpu")
@@ -176,6 +182,7 @@ class _Communicator:
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT
         )
+        atexit.register(processes.leave)
         return 1
 
     def all_reduce(self, source: int, to: int, count: int, kind: int, op: int, *_: int) -> None:
@@ -200,7 +207,7 @@ def _patch_nccl(c: Any) -> None:
     communicator = _Communicator()
     c.ncclGetUniqueId = communicator.unique_id
     c.ncclCommInitRank = communicator.init
-    c.ncclCommDestroy = lambda comm: dist.destroy_process_group()
+    c.ncclCommDestroy = lambda comm: processes.leave()
     c.ncclCommCount = lambda comm: dist.get_world_size()
     c.ncclCommUserRank = lambda comm: dist.get_rank()
     c.ncclGroupStart = c.ncclGroupEnd = lambda: None
@@ -269,6 +276,19 @@ def run_ranks(script: str, world_size: int, *arguments: object, seconds: float =
             outputs.append(process.communicate()[0] + "\nno end in time")
     statuses = [process.returncode for process in processes]
     assert statuses == [0] * world_size, "\n".join(outputs)
+
+
+def engines() -> tuple[Any, Callable[[torch.dtype], BMTrainEngine]]:
+    """bmtrain, and what makes an engine of this process, for a compute type."""
+    bmt = install()
+    from cpm_bee.engine.bmtrain_engine import BMTrainEngine
+
+    def make(dtype: torch.dtype) -> BMTrainEngine:
+        engine = BMTrainEngine(torch.device("cpu"), dtype)
+        torch.set_num_threads(1)  # bmtrain sets it too
+        return engine
+
+    return bmt, make
 
 
 def main() -> None:

@@ -274,14 +274,7 @@ BIG = {"dim_model": 256, "num_heads": 4, "dim_head": 64, "dim_ff": 1024, "num_la
 
 
 def main(folder: Path) -> None:
-    bmt = bmtrain_cpu.install()
-    from cpm_bee.engine.bmtrain_engine import BMTrainEngine
-
-    def make(dtype: torch.dtype) -> BMTrainEngine:
-        engine = BMTrainEngine(CPU, dtype)
-        torch.set_num_threads(1)
-        return engine
-
+    bmt, make = bmtrain_cpu.engines()
     world_size = make(torch.float32).world_size
     own = f"bmtrain-{world_size}"
     found: dict[str, Any] = {"runs": {}}

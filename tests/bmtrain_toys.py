@@ -23,7 +23,6 @@ from cpm_bee.engine import OptimizerSettings
 from cpm_bee.engine.bmtrain_sharding import _gather_once_a_pass
 from cpm_bee.model.network import CPMBee
 
-CPU = torch.device("cpu")
 SETTINGS = OptimizerSettings(
     weight_decay=0.0, clip_grad=1e9, loss_scale=8.0, loss_scale_factor=2.0, loss_scale_steps=100
 )
@@ -293,14 +292,7 @@ SCENES = (
 
 
 def main(folder: Path) -> None:
-    bmt = bmtrain_cpu.install()
-    from cpm_bee.engine.bmtrain_engine import BMTrainEngine
-
-    def make(dtype: torch.dtype) -> BMTrainEngine:
-        engine = BMTrainEngine(CPU, dtype)
-        torch.set_num_threads(1)
-        return engine
-
+    bmt, make = bmtrain_cpu.engines()
     make(torch.float32)
     found = {scene.__name__: scene(bmt, make) for scene in SCENES}
     torch.save(found, folder / f"rank-{bmt.rank()}.pt")

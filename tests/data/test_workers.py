@@ -128,6 +128,7 @@ def test_ctrl_c_leaves_nothing(root: Path, tmp_path: Path) -> None:
 
 def test_workers_end_with_a_killed_run(root: Path, tmp_path: Path) -> None:
     process, workers = start(root, tmp_path)
+    assert len(workers) == 2 and all(map(is_alive, workers))
     process.kill()
     process.wait()
     wait_for_end(workers)

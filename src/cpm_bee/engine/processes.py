@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import os
 import sys
+import time
 from collections.abc import Iterator
 
 import torch
@@ -15,6 +16,7 @@ from cpm_bee.engine.watch import Watch
 from cpm_bee.errors import RunError
 
 _TIMEOUT = datetime.timedelta(minutes=30)  # the first rank may be making a token index
+_LETTING_GO = 0.1  # seconds
 _MEETING = datetime.timedelta(minutes=2)  # for an answer at the first machine's address
 
 
@@ -54,6 +56,9 @@ def leave() -> None:
         _watch = None
     if dist.is_initialized():
         dist.destroy_process_group()
+        # A thread of gloo's may still have to let go of the last tensor, for which it needs the
+        # interpreter: one that is ending by then aborts the process, though all is done.
+        time.sleep(_LETTING_GO)
 
 
 @contextlib.contextmanager

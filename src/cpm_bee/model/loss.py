@@ -19,7 +19,7 @@ class Scores(NamedTuple):
     """Of N targets."""
 
     losses: torch.Tensor  # (N,) fp32, cross entropy
-    right: torch.Tensor  # (N,) bool, whether nothing is more probable than the target
+    right: torch.Tensor  # (N,) bool, whether the target is the most probable; of equals the first
 
 
 class Projection(NamedTuple):
@@ -42,16 +42,25 @@ class _Piece:
         self._extension = (table @ padded.mT).float()  # (E, n)
         self._projection, self._targets = projection, targets
 
-    def scores(self) -> Scores:
-        """Turns the logits into probabilities but for a factor."""
+    def right(self) -> torch.Tensor:
+        """Whether each target is the argmax of its logits, bool [n]; before `losses`."""
+        best = self._vocabulary.argmax(dim=0)
+        if len(self._extension):
+            # In 16 bit several may be equal: as in one row of logits, the first one counts.
+            higher = self._extension.amax(dim=0) > self._vocabulary.amax(dim=0)
+            other = self._extension.argmax(dim=0) + len(self._vocabulary)
+            best = torch.where(higher, other, best)
+        return best[: len(self._targets)] == self._targets
+
+    def losses(self) -> torch.Tensor:
+        """Of each target, fp32 [n]; turns the logits into probabilities but for a factor."""
         parts = [part for part in (self._vocabulary, self._extension) if len(part)]
         top = torch.stack([part.amax(dim=0) for part in parts]).amax(dim=0)  # (n,)
         chosen = self._at_targets(self._vocabulary, self._extension)
         self._total = torch.zeros_like(top)
         for part in parts:
             self._total += part.sub_(top).exp_().sum(dim=0)
-        top = top[: len(chosen)]
-        return Scores(self._total[: len(chosen)].log() + top - chosen, chosen == top)
+        return (self._total.log() + top)[: len(chosen)] - chosen
 
     def _at_targets(self, vocabulary: torch.Tensor, extension: torch.Tensor) -> torch.Tensor:
         column = torch.arange(len(self._targets), device=vocabulary.device)
@@ -64,7 +73,7 @@ class _Piece:
         )
 
     def gradient(self) -> torch.Tensor:
-        """Of the sum of the losses by h, [n, dim_model]; after `scores`."""
+        """Of the sum of the losses by h, [n, dim_model]; after `losses`."""
         weight, scale, table = self._projection
         expected = (self._vocabulary.mT.to(weight.dtype) @ weight) * scale
         last = len(weight) - 1
@@ -88,7 +97,7 @@ class TargetLoss(torch.autograd.Function):
         for i in range(0, len(h), _PIECE):
             part = slice(i, i + _PIECE)
             piece = _Piece(h[part], projection, targets[part])
-            total += piece.scores().losses.sum()
+            total += piece.losses().sum()
             if ctx.needs_input_grad[0]:
                 gradient[part] = piece.gradient()
             del piece  # its memory serves the next one
@@ -108,6 +117,7 @@ def score(h: torch.Tensor, projection: Projection, targets: torch.Tensor) -> Sco
     scores = []
     for i in range(0, len(h), _PIECE):
         piece = _Piece(h[i : i + _PIECE], projection, targets[i : i + _PIECE])
-        scores.append(piece.scores())
+        right = piece.right()
+        scores.append(Scores(piece.losses(), right))
         del piece
     return Scores(*(torch.cat(parts) for parts in zip(*scores, strict=True)))

@@ -122,18 +122,17 @@ class AttentionPass:
         self._h = h
         self._result = get_gradient_edge(attended) if attended.requires_grad else None
         attended = attended.detach()
-        self._attended = attended if self._out.lora else h  # looked at for a LoRA only
+        self._attended = attended.flatten(-2) if self._out.lora else h  # for a LoRA only
         return attended
 
     def backward(
         self, g: torch.Tensor, *, input_needed: bool
     ) -> tuple[torch.Tensor | None, Gradients]:
         h, scale = self._h, RESIDUAL_SCALE * self._out.linear.scale
-        attended = self._attended.flatten(1) if self._out.lora else h
-        of_out = self._out.gradients(g, attended, scale)
+        of_out = self._out.gradients(g, self._attended, scale)
         ga = self._out.input_gradient(g, scale).unflatten(-1, self._heads)
         gq, gk, gv = self._attention_gradients(ga)
-        del ga, attended, self._attended, self._edges, self._result
+        del ga, self._attended, self._edges, self._result
         x = self._norm.again(h) if any(w.lora for w in (self._q, self._k, self._v)) else h
         asking = x if self._queries is None else x[self._queries]
         gradients: Gradients = [None]

@@ -17,6 +17,8 @@ from cpm_bee.cli import (
 )
 from cpm_bee.train.schedules import STYLES
 
+PARALLEL = AUTO, DDP, FSDP = ("auto", "ddp", "fsdp")  # --parallel
+
 
 @dataclass(frozen=True)
 class Options:
@@ -202,8 +204,8 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
     add("--engine", choices=("auto", "torch", "bmtrain"), default="auto", help="training engine")
     add(
         "--parallel",
-        choices=("auto", "ddp", "fsdp"),
-        default="auto",
+        choices=PARALLEL,
+        default=AUTO,
         help="with several processes: each has the whole model (ddp) or a part of every tensor "
         "(fsdp); auto: ddp where the model fits into half of the memory",
     )

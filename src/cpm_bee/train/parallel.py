@@ -6,8 +6,7 @@ from cpm_bee import memory
 from cpm_bee.base import Base
 from cpm_bee.engine import Engine
 from cpm_bee.engine.torch_engine import TorchEngine
-
-AUTO, DDP, FSDP = "auto", "ddp", "fsdp"
+from cpm_bee.train.options import AUTO, DDP, FSDP
 
 # Of what a process can have: the rest is for activations.
 _SHARE = 0.5

@@ -25,8 +25,8 @@ from cpm_bee.quantize.linear import num_weights
 from cpm_bee.tokenizer import Tokenizer
 from cpm_bee.train.feed import Feed
 from cpm_bee.train.loop import Trainer
-from cpm_bee.train.options import Options
-from cpm_bee.train.parallel import AUTO, spread
+from cpm_bee.train.options import AUTO, FSDP, Options
+from cpm_bee.train.parallel import spread
 from cpm_bee.train.reporting import Reporter
 from cpm_bee.train.saving import Identity, RunFiles
 
@@ -157,7 +157,7 @@ def _check(options: Options) -> None:
             f"--quantize {options.quantize}",
             "needs --use-delta: a quantised base cannot be trained in full",
         )
-    if options.offload and options.parallel != "fsdp":
+    if options.offload and options.parallel != FSDP:
         problems.add("--offload", "needs --parallel fsdp: it keeps the parts in host memory")
     if options.offload and Place.of_this_process().world_size == 1:
         problems.add("--offload", "needs several processes (torchrun): one has no parts to keep")
