@@ -50,15 +50,17 @@ def join(device: torch.device) -> None:
 def leave() -> None:
     """Leave the others, if there are any; called while an error ends the run, tell them of it."""
     global _watch
+    error = sys.exc_info()[1]
     if _watch is not None:
-        error = sys.exc_info()[1]
         _watch.close(None if error is None else _reason(error))
         _watch = None
     if dist.is_initialized():
         dist.destroy_process_group()
-        # A thread of gloo's may still have to let go of the last tensor, for which it needs the
-        # interpreter: one that is ending by then aborts the process, though all is done.
-        time.sleep(_LETTING_GO)
+        if error is None:
+            # A thread of gloo's may still have to let go of the last tensor, for which it needs the
+            # interpreter: one that is ending by then aborts the process, though all is done. After
+            # an error there is no time: torchrun may end this process before it says what it was.
+            time.sleep(_LETTING_GO)
 
 
 @contextlib.contextmanager
