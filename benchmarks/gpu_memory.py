@@ -4,7 +4,7 @@
     python benchmarks/gpu_memory.py --check      # the prediction against measured peaks on the CPU
     python benchmarks/gpu_memory.py --gpu 10B    # against a GPU's
 
-The step of `cpm_bee.memory` is the real one on tensors without values. What it cannot see: memory
+The step of `cpm_bee.train.memory_estimate` is the real one on tensors without values. What it cannot see: memory
 inside of kernels, fragmentation, the CUDA context (about 0.5 GiB). Nobody has compared the table
 with a GPU yet (docs/gpu-checklist.md).
 """
@@ -32,13 +32,13 @@ from cpm_bee import delta
 from cpm_bee.data.batch import Batch
 from cpm_bee.engine import OptimizerSettings
 from cpm_bee.engine.torch_engine import TorchEngine
-from cpm_bee.memory import Training, fill, meta_model, predict, typical_batch
-from cpm_bee.model import buffers
 from cpm_bee.model.config import ModelConfig
+from cpm_bee.model.frozen import buffers
 from cpm_bee.model.initialization import initialize
 from cpm_bee.model.network import CPMBee
 from cpm_bee.quantize.formats import FORMATS
 from cpm_bee.quantize.linear import QuantizedLinear, quantize_
+from cpm_bee.train.memory_estimate import Training, fill, meta_model, predict, typical_batch
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB, MIB = 2**30, 2**20

@@ -36,7 +36,7 @@ def make(path: Path, gigabytes: float) -> int:
     """Write a checkpoint of about so many GB (1e9 bytes); returns the number of its values."""
     import torch
 
-    from cpm_bee.checkpoint import save_tensors
+    from cpm_bee.checkpoint.reader import save_tensors
     from cpm_bee.model.config import ModelConfig
     from cpm_bee.model.network import CPMBee
 
@@ -79,10 +79,10 @@ def load(path: Path, size: int) -> None:
     import safetensors  # noqa: F401 - importing is no part of loading
     import torch
 
-    from cpm_bee.base import load_weights
-    from cpm_bee.checkpoint import Checkpoint
-    from cpm_bee.derive import derive_config
+    from cpm_bee.checkpoint.config_from_weights import derive_config
+    from cpm_bee.checkpoint.reader import Checkpoint
     from cpm_bee.model.network import CPMBee
+    from cpm_bee.pretrained import load_weights
 
     floor = peak_memory()
     fetch_memory(size)
@@ -102,7 +102,7 @@ def fill(values: int, size: int) -> None:
     """Runs in a process of its own; prints the seconds to fill new memory of fp32 values."""
     import torch
 
-    from cpm_bee.mapped import use_huge_pages
+    from cpm_bee.checkpoint.mapped_pages import use_huge_pages
 
     fetch_memory(size)
     started = time.perf_counter()

@@ -28,11 +28,11 @@ import numpy as np
 import torch
 from memory import peak_memory
 
-from cpm_bee.data.container import BinaryDataset
-from cpm_bee.data.index import TokenIndex
-from cpm_bee.data.index_writer import ARRAYS, INFO
+from cpm_bee.data.bin_dataset import BinaryDataset
+from cpm_bee.data.token_index.reader import TokenIndex
+from cpm_bee.data.token_index.writer import ARRAYS, INFO
 from cpm_bee.tokenizer import Tokenizer
-from cpm_bee.train.feed import Feed
+from cpm_bee.train.data_loader import Feed
 
 MAX_LENGTH = 2048
 ENOUGH_TOKENS = 2_000_000

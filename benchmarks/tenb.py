@@ -99,7 +99,7 @@ def checkpoint_phase(work: Work, arguments: argparse.Namespace) -> dict[str, Any
 def load(work: Work, arguments: argparse.Namespace) -> Any:
     import torch
 
-    from cpm_bee.base import load_base
+    from cpm_bee.pretrained import load_base
 
     return load_base(
         str(work.checkpoint),
@@ -179,7 +179,7 @@ def train_phase(work: Work, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def generate_phase(work: Work, arguments: argparse.Namespace) -> dict[str, Any]:
     from cpm_bee import delta
-    from cpm_bee.generate.beam import GenerationOptions, Generator
+    from cpm_bee.generate.beam_search import GenerationOptions, Generator
 
     base = load(work, arguments)
     delta.load(base.model, work.delta, base.fingerprint)

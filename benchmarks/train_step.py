@@ -24,12 +24,12 @@ from memory import peak_memory
 
 from cpm_bee import delta
 from cpm_bee.data.batch import Batch, collate
-from cpm_bee.data.planning import pack
+from cpm_bee.data.packing import pack
 from cpm_bee.encoding import Encoder
 from cpm_bee.engine import OptimizerSettings
 from cpm_bee.engine.torch_engine import TorchEngine
-from cpm_bee.model.buffers import keep_no_large_pieces
 from cpm_bee.model.config import ModelConfig
+from cpm_bee.model.frozen.buffers import keep_no_large_pieces
 from cpm_bee.model.initialization import initialize
 from cpm_bee.model.network import CPMBee
 from cpm_bee.tokenizer import Tokenizer

@@ -69,7 +69,7 @@ OPTS=(
 
 MEETING=""                                            # flags of torchrun
 if [ "$NNODES" != 1 ]; then
-    MEETING="$(PYTHONPATH="$project/src" python -m cpm_bee.meeting \
+    MEETING="$(PYTHONPATH="$project/src" python -m cpm_bee.distributed.rendezvous \
         "$MASTER_ADDR" "$MASTER_PORT" "$RDZV_TIMEOUT")" || exit $?
 fi
 
@@ -79,7 +79,7 @@ CMD=(
     "$project/src/finetune_cpm_bee.py" "${OPTS[@]}" "$@"
 )
 echo "${CMD[*]}"
-# Errors of ours end torchrun by a signal (see src/cpm_bee/launch.py), which this shell need not
+# Errors of ours end torchrun by a signal (see src/cpm_bee/distributed/rank.py), which this shell need not
 # announce: the message is on the screen already.
 exec 3>&2
 (exec 2>/dev/null; "${CMD[@]}" 2>&3; exit $?)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpm_bee.cli import ArgumentParser, positive, whole_number
-from cpm_bee.data.container import BLOCK_SIZE
-from cpm_bee.data.preprocess import preprocess
-from cpm_bee.data.workers import available_cores
+from cpm_bee.data.bin_dataset import BLOCK_SIZE
+from cpm_bee.data.preprocess.pipeline import preprocess
+from cpm_bee.data.preprocess.workers import available_cores
 from cpm_bee.errors import run_command
 
 if TYPE_CHECKING:

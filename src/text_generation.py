@@ -63,17 +63,17 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     # Imported late, with torch: --help and wrong usage answer at once.
-    from cpm_bee import base, delta
-    from cpm_bee.generate.beam import GenerationOptions, Generator
+    from cpm_bee import delta, pretrained
+    from cpm_bee.generate.beam_search import GenerationOptions, Generator
     from cpm_bee.generate.jsonl import STANDARD, generate_file, read_records
 
     names = ("beam_size", "max_length", "repetition_penalty", "repetition_window")
     options = GenerationOptions(**{name: getattr(arguments, name) for name in names})
     placed = read_records(arguments.input)
-    device = base.choose_device(arguments.device)
-    dtype = base.choose_dtype(arguments.dtype, device)
+    device = pretrained.choose_device(arguments.device)
+    dtype = pretrained.choose_dtype(arguments.dtype, device)
     model = (arguments.load, arguments.model_config, arguments.vocab)
-    loaded = base.load_base(*model, dtype, device, quantize=arguments.quantize)
+    loaded = pretrained.load_base(*model, dtype, device, quantize=arguments.quantize)
     if arguments.delta is not None:
         delta.load(loaded.model, arguments.delta, loaded.fingerprint)
     generator = Generator(loaded.model, loaded.tokenizer)

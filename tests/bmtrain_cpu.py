@@ -35,7 +35,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cpm_bee.engine import processes
+from cpm_bee.distributed import process_group
 
 if TYPE_CHECKING:
     from cpm_bee.engine.bmtrain_engine import BMTrainEngine
@@ -182,7 +182,7 @@ class _Communicator:
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT
         )
-        atexit.register(processes.leave)
+        atexit.register(process_group.leave)
         return 1
 
     def all_reduce(self, source: int, to: int, count: int, kind: int, op: int, *_: int) -> None:
@@ -207,7 +207,7 @@ def _patch_nccl(c: Any) -> None:
     communicator = _Communicator()
     c.ncclGetUniqueId = communicator.unique_id
     c.ncclCommInitRank = communicator.init
-    c.ncclCommDestroy = lambda comm: processes.leave()
+    c.ncclCommDestroy = lambda comm: process_group.leave()
     c.ncclCommCount = lambda comm: dist.get_world_size()
     c.ncclCommUserRank = lambda comm: dist.get_rank()
     c.ncclGroupStart = c.ncclGroupEnd = lambda: None
@@ -257,7 +257,7 @@ def run_ranks(script: str, world_size: int, *arguments: object, seconds: float =
     processes = []
     for rank in range(world_size):
         names = {**places, "RANK": rank, "LOCAL_RANK": rank}
-        processes.append(
+        process_group.append(
             subprocess.Popen(
                 [sys.executable, str(_ROOT / "tests" / script), *map(str, arguments)],
                 env={**os.environ, **{name: str(value) for name, value in names.items()}},

@@ -18,14 +18,14 @@ import tiny
 import torch
 
 from cpm_bee import delta
-from cpm_bee.base import load_weights
-from cpm_bee.checkpoint import Checkpoint, load_tensors, save_tensors
+from cpm_bee.checkpoint.reader import Checkpoint, load_tensors, save_tensors
 from cpm_bee.data.batch import Batch, collate, extension_pairs
 from cpm_bee.engine import Engine, OptimizerSettings
 from cpm_bee.engine.torch_engine import TorchEngine
 from cpm_bee.errors import RunError
 from cpm_bee.model.initialization import initialize
 from cpm_bee.model.network import CPMBee
+from cpm_bee.pretrained import load_weights
 from cpm_bee.records import Record
 
 CPU = torch.device("cpu")

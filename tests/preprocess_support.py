@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from cpm_bee.data.container import BinaryDataset
-from cpm_bee.data.index_writer import build, folder_name
-from cpm_bee.data.preprocess import preprocess
+from cpm_bee.data.bin_dataset import BinaryDataset
+from cpm_bee.data.preprocess.pipeline import preprocess
+from cpm_bee.data.token_index.writer import build, folder_name
 from cpm_bee.records import Record
 from cpm_bee.tokenizer import Tokenizer
 

@@ -1,4 +1,4 @@
-"""Run under torchrun by tests/engine/test_sharding.py: each check raises where it fails."""
+"""Run under torchrun by tests/engine/test_fsdp.py: each check raises where it fails."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import tiny
 import torch
 
 from cpm_bee import delta
-from cpm_bee.base import open_base
-from cpm_bee.checkpoint import Entry, save_tensors
+from cpm_bee.checkpoint.reader import Entry, save_tensors
 from cpm_bee.data.batch import collate
 from cpm_bee.engine import OptimizerSettings
 from cpm_bee.engine.torch_engine import TorchEngine
 from cpm_bee.model.config import ModelConfig
+from cpm_bee.pretrained import open_base
 
 RECORDS = [{"input": "春天 ab" * 3, "<ans>": "天"}, {"input": "x", "<ans>": {"a": "b", "x": ""}}]
 SETTINGS = OptimizerSettings(0.1, 1.0, 8.0, 2.0, 3)

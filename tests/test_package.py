@@ -45,6 +45,6 @@ def test_help_is_quick(script: str) -> None:
 def test_data_stages_run_without_anything_installed() -> None:
     """Before `pip install`: under -S -I no site package can be found."""
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r})\n"
-    code += "import cpm_bee.data.preprocess, cpm_bee.records, cpm_bee.progress\n"
+    code += "import cpm_bee.data.preprocess.pipeline, cpm_bee.records, cpm_bee.progress\n"
     code += "assert not {'tqdm', 'numpy', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-S", "-I", "-c", code], check=True)

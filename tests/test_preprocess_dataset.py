@@ -1,4 +1,4 @@
-"""preprocess_dataset.py as a user runs it; tests/data/test_preprocess.py has the library."""
+"""preprocess_dataset.py as a user runs it; tests/data/preprocess/test_pipeline.py has the library."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import tiny
 from preprocess_support import assert_same_index, bee_data, make, numbers, read, record, tree, write
 from support import RunScript
 
-from cpm_bee.data.container import BinaryDataset
-from cpm_bee.data.index_writer import folder_name
+from cpm_bee.data.bin_dataset import BinaryDataset
+from cpm_bee.data.token_index.writer import folder_name
 from cpm_bee.errors import InputError
 from cpm_bee.tokenizer import Tokenizer
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from support import ROOT, RunScript
 
-from cpm_bee.base import load_base
 from cpm_bee.model.config import ModelConfig
+from cpm_bee.pretrained import load_base
 
 TINY = ROOT / "src" / "ckpts" / "cpm-bee-tiny"
 RECIPE = ROOT / "scripts" / "tiny_base"

@@ -17,14 +17,14 @@ from typing import Any
 import support
 import torch
 
-from cpm_bee.checkpoint import load_tensors, save_tensors
-from cpm_bee.data.preprocess import preprocess
+from cpm_bee.checkpoint.reader import load_tensors, save_tensors
+from cpm_bee.data.preprocess.pipeline import preprocess
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.network import CPMBee
 from cpm_bee.records import Record
 from cpm_bee.tokenizer import REQUIRED
 from cpm_bee.train.options import Options
-from cpm_bee.train.run import finetune
+from cpm_bee.train.setup import finetune
 
 LETTERS = "abcdefgh"
 TOKENS = [*REQUIRED, "<mask>", "<option>", *LETTERS, *"0123456789春夏秋冬"]

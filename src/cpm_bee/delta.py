@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cpm_bee import __version__
-from cpm_bee.checkpoint import load_tensors, save_tensors
+from cpm_bee.checkpoint.reader import load_tensors, save_tensors
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.files import atomic_file
 from cpm_bee.model.layers import Linear

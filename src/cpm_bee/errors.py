@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-from cpm_bee.launch import Place, end_torchrun_quietly, remove_empty_log_folders, reports
+from cpm_bee.distributed.rank import Place, end_torchrun_quietly, remove_empty_log_folders, reports
 
 
 class CpmBeeError(Exception):

@@ -25,7 +25,7 @@ from bmtrain_runs import (
     train,
 )
 
-from cpm_bee.checkpoint import save_tensors
+from cpm_bee.checkpoint.reader import save_tensors
 from cpm_bee.engine.torch_engine import TorchEngine
 from cpm_bee.model.network import CPMBee
 

@@ -5,7 +5,7 @@ import pytest
 
 from cpm_bee.errors import InputError
 from cpm_bee.generate import jsonl
-from cpm_bee.generate.beam import GenerationOptions, Generator
+from cpm_bee.generate.beam_search import GenerationOptions, Generator
 
 OPTIONS = GenerationOptions(beam_size=2, max_length=2)
 

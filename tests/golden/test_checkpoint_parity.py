@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from cpm_bee import delta
-from cpm_bee.base import Base, load_base
-from cpm_bee.checkpoint import save_tensors
+from cpm_bee.checkpoint.reader import save_tensors
 from cpm_bee.model.config import ModelConfig
+from cpm_bee.pretrained import Base, load_base
 
 CPU = torch.device("cpu")
 DELTA = "cpm_bee_finetune-delta-best.pt"

@@ -12,8 +12,8 @@ from golden.recipe import assert_equal, fill, read_lines
 
 from cpm_bee import delta
 from cpm_bee.data.batch import Batch, collate, make_batch
-from cpm_bee.data.container import BinaryDataset, DatasetWriter
-from cpm_bee.data.index import TokenIndex
+from cpm_bee.data.bin_dataset import BinaryDataset, DatasetWriter
+from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.engine import OptimizerSettings
 from cpm_bee.engine.torch_engine import TorchEngine
 from cpm_bee.model.config import ModelConfig

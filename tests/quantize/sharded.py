@@ -13,7 +13,7 @@ from torch.distributed.fsdp import (
 
 from cpm_bee import delta
 from cpm_bee.data.batch import collate
-from cpm_bee.engine import processes
+from cpm_bee.distributed import process_group
 from cpm_bee.model.network import CPMBee
 from cpm_bee.quantize.formats import FORMATS
 from cpm_bee.quantize.linear import quantize_
@@ -76,7 +76,7 @@ def main() -> None:
     dist.barrier()
     if dist.get_rank() == 0:
         print("all equal")
-    processes.leave()
+    process_group.leave()
 
 
 if __name__ == "__main__":

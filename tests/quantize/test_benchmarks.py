@@ -14,7 +14,7 @@ import pytest
 import support
 import torch
 
-from cpm_bee.checkpoint import load_tensors
+from cpm_bee.checkpoint.reader import load_tensors
 
 BASE = support.ROOT / "src" / "ckpts" / "cpm-bee-tiny"
 SIZES = {

@@ -18,10 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cpm_bee import delta
-from cpm_bee.base import Base, load_base
 from cpm_bee.data.batch import collate
 from cpm_bee.errors import InputError
 from cpm_bee.model.network import CPMBee
+from cpm_bee.pretrained import Base, load_base
 from cpm_bee.quantize import cache
 from cpm_bee.quantize.cache import cache_path
 from cpm_bee.quantize.formats import FORMATS, NF4
@@ -288,7 +288,7 @@ def test_a_checkpoint_that_does_not_fit_is_told_as_always(checkpoint: Path) -> N
 
 LOAD = """
 import sys, torch
-from cpm_bee.base import load_base
+from cpm_bee.pretrained import load_base
 base = load_base(sys.argv[1], "auto", None, torch.float32, torch.device("cpu"), quantize="nf4")
 print(sum(p.double().sum().item() for p in base.model.parameters()))
 """

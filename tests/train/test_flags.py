@@ -19,17 +19,17 @@ import torch
 import train_support
 from train_support import Run, Workspace, distance
 
-from cpm_bee import memory
 from cpm_bee.cli import not_negative, positive, whole_number
 from cpm_bee.data.batch import Batch
 from cpm_bee.errors import InputError, run_command
 from cpm_bee.model import compiled
 from cpm_bee.model.attention import GroupedAttention
 from cpm_bee.model.network import BlockStack, CPMBee
+from cpm_bee.train import memory_estimate
+from cpm_bee.train.checkpoints import RunFiles
 from cpm_bee.train.options import Options, parser
-from cpm_bee.train.run import finetune
-from cpm_bee.train.saving import RunFiles
 from cpm_bee.train.schedules import STYLES, learning_rate
+from cpm_bee.train.setup import finetune
 
 
 class Lab:
@@ -498,7 +498,7 @@ def _parallel(lab: Lab) -> None:
 
 @case
 def _offload(lab: Lab) -> None:
-    # With several processes: tests/engine/test_sharding.py.
+    # With several processes: tests/engine/test_fsdp.py.
     assert "--parallel fsdp" in lab.refusal(offload=True)
     assert "several processes" in lab.refusal(offload=True, parallel="fsdp")
 
@@ -544,7 +544,7 @@ def _checkpointing(lab: Lab) -> None:
     assert "checkpointing full: as asked" in lab.printed
     lab.run(checkpointing="auto")
     assert "checkpointing none: a step needs less than" in lab.printed
-    lab.patch.setattr(memory, "capacity", lambda *_: 1 << 16)
+    lab.patch.setattr(memory_estimate, "capacity", lambda *_: 1 << 16)
     chosen: list[bool] = []
     lab.patch.setattr(BlockStack, "set_checkpointing", lambda self, wanted: chosen.append(wanted))
     lab.run(checkpointing="auto", **values)

@@ -12,7 +12,7 @@ import train_support
 from train_support import Run, Workspace, distance, train
 
 from cpm_bee.errors import InputError
-from cpm_bee.train.reporting import Reporter
+from cpm_bee.train.log import Reporter
 
 
 class CutOffError(Exception):

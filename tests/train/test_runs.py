@@ -17,10 +17,10 @@ import torch
 import train_support
 from train_support import END_FIELDS, EVAL_FIELDS, TRAIN_FIELDS, Run, Workspace, train
 
-from cpm_bee.base import load_base
-from cpm_bee.checkpoint import load_tensors, save_tensors
+from cpm_bee.checkpoint.reader import load_tensors, save_tensors
 from cpm_bee.errors import InputError, RunError
-from cpm_bee.train.reporting import Reporter
+from cpm_bee.pretrained import load_base
+from cpm_bee.train.log import Reporter
 
 NAME = "cpm_bee_finetune"
 CPU = torch.device("cpu")

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
+from cpm_bee.distributed.rank import Place
 from cpm_bee.engine import OptimizerSettings, StepResult, TensorStatistics, shrunk_scale
 from cpm_bee.engine.adamw import BETAS, EPS
 from cpm_bee.engine.bmtrain_sharding import part_of, spread, whole_of
 from cpm_bee.errors import RunError
-from cpm_bee.launch import Place
 from cpm_bee.model.network import CPMBee
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from cpm_bee.checkpoint.mapped_pages import drop_pages
 from cpm_bee.delta import LoRA
-from cpm_bee.mapped import drop_pages
 from cpm_bee.model.layers import Attend
 from cpm_bee.model.network import CPMBee
 

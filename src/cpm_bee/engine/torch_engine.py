@@ -11,22 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from cpm_bee.engine import (
-    OptimizerSettings,
-    StepResult,
-    TensorStatistics,
-    processes,
-    shrunk_scale,
-)
+from cpm_bee.distributed import process_group
+from cpm_bee.distributed.rank import Place
+from cpm_bee.engine import OptimizerSettings, StepResult, TensorStatistics, shrunk_scale
 from cpm_bee.engine.adamw import AdamW
-from cpm_bee.engine.replicas import Replicas
+from cpm_bee.engine.ddp import Replicas
 from cpm_bee.errors import RunError
-from cpm_bee.launch import Place
 from cpm_bee.model.network import CPMBee
 
 if TYPE_CHECKING:
-    from cpm_bee.base import Tensors
-    from cpm_bee.engine.sharding import Shards
+    from cpm_bee.engine.fsdp import Shards
+    from cpm_bee.pretrained import Tensors
 
 
 class TorchEngine:
@@ -43,7 +38,7 @@ class TorchEngine:
             self.device = torch.device("cuda", place.local_rank)
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
-            processes.join(self.device)
+            process_group.join(self.device)
         self._layout: Replicas | Shards = Replicas(self.device, self.world_size)
 
     def shard(self, tensors: Tensors, *, offload: bool) -> None:
@@ -53,7 +48,7 @@ class TorchEngine:
             tensors: the values of the tensors that the model has on the meta device.
             offload: keep the parts in host memory.
         """
-        from cpm_bee.engine.sharding import Shards  # takes a second and 100 MiB
+        from cpm_bee.engine.fsdp import Shards  # takes a second and 100 MiB
 
         self._layout = Shards(self.device, self.world_size, tensors, offload=offload)
 
@@ -85,7 +80,7 @@ class TorchEngine:
                     yield
 
     def _in_pass(self) -> AbstractContextManager[None]:
-        return processes.exchange() if self.lockstep else contextlib.nullcontext()
+        return process_group.exchange() if self.lockstep else contextlib.nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
         self._drop_stale_gradients()
@@ -148,14 +143,14 @@ class TorchEngine:
     def _reduce(self, values: torch.Tensor, operation: Any) -> list[Any]:
         if self.world_size > 1 and len(values):
             values = values.to(self.device)
-            with processes.exchange():
+            with process_group.exchange():
                 dist.all_reduce(values, operation)
                 return values.tolist()
         return values.tolist()
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            with processes.exchange():
+            with process_group.exchange():
                 dist.barrier()
 
     def trained_tensors(self) -> dict[str, torch.Tensor]:
@@ -211,4 +206,4 @@ class TorchEngine:
         return TensorStatistics(name, tuple(p.shape), mean, std, math.sqrt(square))
 
     def close(self) -> None:
-        processes.leave()
+        process_group.leave()

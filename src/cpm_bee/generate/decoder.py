@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from cpm_bee.data.batch import collate, extension_pairs
-from cpm_bee.generate.cache import BeamCache, PromptAttention, Step
+from cpm_bee.generate.kv_cache import BeamCache, PromptAttention, Step
 from cpm_bee.generate.prompt import Prompt
 from cpm_bee.model.attention import GroupedAttention, Layout
 from cpm_bee.model.network import CPMBee

@@ -14,8 +14,8 @@ from torch import nn
 from cpm_bee.data.batch import Batch
 from cpm_bee.encoding import MAX_DEPTH
 from cpm_bee.errors import InputError
-from cpm_bee.model.buffers import buffers
 from cpm_bee.model.config import ModelConfig
+from cpm_bee.model.frozen.buffers import buffers
 
 # Records of one attention call are padded to the longest; a group takes records down to this
 # share of it. Padding costs only in attention, a small part of the work.

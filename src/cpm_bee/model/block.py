@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cpm_bee.model import fused
 from cpm_bee.model.config import ModelConfig
+from cpm_bee.model.frozen import block as frozen_block
 from cpm_bee.model.layers import Attend, AttentionBlock, FeedForwardBlock
 
 
@@ -33,9 +33,9 @@ class TransformerBlock(nn.Module):
             h, queries = h[queries], None
         if not torch.is_grad_enabled():
             return self.plain(h, attend, queries)
-        if fused.is_frozen(self):
+        if frozen_block.is_frozen(self):
             halves = (self.self_att, self.ffn)
-            return fused.block(
+            return frozen_block.block(
                 *halves, self.layer, h, attend, queries, recompute=self.checkpointing
             )
         if self.checkpointing:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from cpm_bee.model.buffers import buffers
+from cpm_bee.model.frozen.buffers import buffers
 
 # Targets whose logits are held at once: of 86,583 tokens in fp32, 0.33 MiB a target.
 _PIECE = 256

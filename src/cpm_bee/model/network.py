@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cpm_bee.data.batch import Batch
-from cpm_bee.model import flex
+from cpm_bee.model import flex_attention
 from cpm_bee.model.attention import GroupedAttention, Layout, PositionBias
 from cpm_bee.model.block import TransformerBlock
 from cpm_bee.model.config import ModelConfig
@@ -99,8 +99,8 @@ class CPMBee(nn.Module):
 
     def _attention(self, batch: Batch, h: torch.Tensor, *, at_targets: bool = False) -> Attend:
         dropout_p = self.config.dropout_p if self.training else 0.0
-        if flex.is_chosen(self.attention, h.device, dropout_p):
-            return flex.FlexAttention(batch, self.position_bias, at_targets=at_targets)
+        if flex_attention.is_chosen(self.attention, h.device, dropout_p):
+            return flex_attention.FlexAttention(batch, self.position_bias, at_targets=at_targets)
         layout = Layout.of(batch, self.position_bias, at_targets=at_targets)
         return GroupedAttention(layout, self.position_bias, _compute_dtype(h), dropout_p)
 

@@ -20,10 +20,10 @@ from typing import IO, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cpm_bee.checkpoint import Checkpoint, Entry
+from cpm_bee.checkpoint.mapped_pages import drop_pages
+from cpm_bee.checkpoint.reader import Checkpoint, Entry
 from cpm_bee.errors import InputError
 from cpm_bee.files import atomic_file
-from cpm_bee.mapped import drop_pages
 from cpm_bee.model.network import CPMBee
 from cpm_bee.progress import progress
 from cpm_bee.quantize.formats import FORMATS, Format

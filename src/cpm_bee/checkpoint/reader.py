@@ -1,0 +1,258 @@
+"""Checkpoints: native and Hugging Face names, `.bin`, sharded and safetensors (SPEC §6)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from cpm_bee.checkpoint.loading import transfer
+from cpm_bee.errors import InputError, Problems
+from cpm_bee.files import atomic_file
+
+_PREFIX = "cpmbee."
+_TIED = "lm_head.weight"
+_INDEX = ".index.json"
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# What a folder may hold, most complete first.
+_IN_FOLDER = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+# The first bytes of what `torch.save` writes: a zip archive; a pickle, before torch 1.6.
+_MAGIC = (b"PK\x03\x04", b"\x80")
+# Values at each end of a tensor that go into a fingerprint.
+_SAMPLED = 256
+
+
+class Entry(NamedTuple):
+    """A tensor in a file, read when asked for; memory-mapped where the format allows it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+    def copy_to(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """The tensor on a device in a type, without leaving a second copy in memory.
+
+        Where both are the file's own it stays mapped (copy on write).
+        """
+        return transfer({"": self.read()}, device, dtype)[""]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Entry:
+        """A tensor that is in memory already."""
+        return cls(tuple(tensor.shape), tensor.dtype, partial(_same, tensor))
+
+    def rows(self, begin: int, end: int) -> Entry:
+        """The rows [begin, end) of the first dimension, of which alone a mapped file is read.
+
+        For a rank's shard: rows past the last one are left out, as in a slice.
+        """
+        begin, end, _ = slice(begin, end).indices(self.shape[0])
+        shape = (max(0, end - begin), *self.shape[1:])
+        return Entry(shape, self.dtype, lambda: self.read()[begin:end])
+
+
+class Checkpoint:
+    """The tensors of a checkpoint by native name, without reading their values.
+
+    Args:
+        path: a `.bin`/`.pt` or `.safetensors` file, an index of shards, or a folder of these.
+
+    Raises:
+        InputError: nothing readable there, or tensors that no CPM-Bee model has; all are listed.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = _resolve(Path(path))
+        self.entries: dict[str, Entry] = {}
+        problems = Problems()
+        tied = None
+        for name, entry in _read_entries(self.path).items():
+            native = name.removeprefix(_PREFIX)
+            if native == _TIED:
+                tied = entry
+            elif native in self.entries:
+                problems.add(native, "stands there twice, with and without the prefix 'cpmbee.'")
+            elif entry.dtype not in _DTYPES:
+                problems.add(native, f"has type {entry.dtype}, expected fp32, fp16 or bf16")
+            else:
+                self.entries[native] = entry
+        embedding = self.entries.get("input_embedding.weight")
+        if tied is not None and embedding is not None and tied.shape != embedding.shape:
+            problems.add(
+                _TIED,
+                f"has shape {list(tied.shape)}, it is tied to "
+                f"input_embedding.weight with {list(embedding.shape)}",
+            )
+        problems.raise_if_any(f"{self.path}: cannot be loaded:")
+        if not self.entries:
+            raise InputError(f"{self.path}: holds no tensors")
+
+    def fingerprint(self) -> str:
+        """Identifies the weights, in any file format, as fp16 or in a type that holds more."""
+        return fingerprint({name: entry.read for name, entry in self.entries.items()})
+
+
+def fingerprint(tensors: Mapping[str, Callable[[], torch.Tensor]]) -> str:
+    """sha256 over names, shapes and the first and last 256 values (as fp16) of each tensor."""
+    return fingerprint_of(sample(name, read()) for name, read in tensors.items())
+
+
+def sample(name: str, tensor: torch.Tensor) -> tuple[str, bytes]:
+    """A tensor's name and what a fingerprint takes from it."""
+    flat = tensor.detach().reshape(-1)
+    ends = torch.cat([flat[:_SAMPLED], flat[-_SAMPLED:]]).float().cpu().half()
+    return name, f"{name} {list(tensor.shape)} ".encode() + ends.numpy().tobytes()
+
+
+def fingerprint_of(samples: Iterable[tuple[str, bytes]]) -> str:
+    """The `fingerprint` of tensors seen one after the other, in any order."""
+    digest = hashlib.sha256()
+    for _, taken in sorted(samples):
+        digest.update(taken)
+    return digest.hexdigest()
+
+
+def _resolve(path: Path) -> Path:
+    if path.is_dir():
+        for name in _IN_FOLDER:
+            if (path / name).is_file():
+                return path / name
+        raise InputError(f"{path}: a folder without a checkpoint ({', '.join(_IN_FOLDER)})")
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such checkpoint. Put a CPM-Bee model there, or name one with --load; "
+            "--load ckpts/cpm-bee-tiny is the model that comes with this project"
+        )
+    return path
+
+
+def _read_entries(path: Path) -> dict[str, Entry]:
+    if path.name.endswith(_INDEX):
+        return _read_shards(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    return _read_bin(path)
+
+
+def _read_shards(path: Path) -> dict[str, Entry]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not an index of shards ({error!r})") from None
+    problems = Problems()
+    entries: dict[str, Entry] = {}
+    for name in files:
+        # A shard lies beside its index: an index that points elsewhere is not to be trusted.
+        if not isinstance(name, str) or Path(name).name != name:
+            problems.add(str(name), "is not the name of a file beside the index")
+        elif name.endswith(_INDEX):
+            problems.add(name, "is an index, not a shard")
+        elif not (path.parent / name).is_file():
+            problems.add(name, "is missing")
+        else:
+            entries.update(_read_entries(path.parent / name))
+    problems.extend("in the index only", [str(n) for n in weight_map if n not in entries])
+    problems.raise_if_any(f"{path}: its shards are not all there:")
+    return entries
+
+
+def _read_safetensors(path: Path) -> dict[str, Entry]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a safetensors file ({error})") from None
+    types = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+    entries = {}
+    problems = Problems()
+    for name in file.keys():  # noqa: SIM118 - not a mapping
+        slice_ = file.get_slice(name)
+        if slice_.get_dtype() not in types:
+            problems.add(name, f"has type {slice_.get_dtype()}, expected F32, F16 or BF16")
+            continue
+        dtype = types[slice_.get_dtype()]
+        entries[name] = Entry(tuple(slice_.get_shape()), dtype, partial(file.get_tensor, name))
+    problems.raise_if_any(f"{path}: cannot be loaded:")
+    return entries
+
+
+def load_tensors(path: Path, kind: str) -> dict[str, Any]:
+    """`torch.load` of a flat dictionary, memory-mapped where the file allows it; runs no code."""
+    with open(path, "rb") as file:
+        begin = file.read(16)
+    if not begin.startswith(_MAGIC):
+        raise InputError(f"{path}: not {kind}, but a file that begins with {begin!r}")
+    try:
+        try:
+            values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            # Files of torch before 1.6 are no zip archives and cannot be mapped.
+            values = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"{path}: holds something else than plain tensors, which {kind} does not "
+            "need; it is not opened, since it could run code"
+        ) from None
+    except Exception as error:  # a damaged file raises nearly anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: not {kind}, or a damaged one ({reason})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: not {kind} (a {type(values).__name__} instead of a dictionary)")
+    return values
+
+
+def _same(value: torch.Tensor) -> torch.Tensor:
+    return value
+
+
+def _read_bin(path: Path) -> dict[str, Entry]:
+    problems = Problems()
+    entries = {}
+    for name, value in load_tensors(path, "a checkpoint").items():
+        if not isinstance(name, str):
+            problems.add(repr(name), "is not a name")
+        elif not torch.is_tensor(value):
+            problems.add(name, f"is a {type(value).__name__}, not a tensor")
+        elif value.layout != torch.strided or value.is_meta:
+            problems.add(name, "is sparse or holds no values")
+        else:
+            entries[name] = Entry.of(value)
+    problems.raise_if_any(f"{path}: not a flat dictionary of tensors:")
+    return entries
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Any]) -> None:
+    """`torch.save` of a flat dictionary; the file appears whole or not at all."""
+    with atomic_file(Path(path), "wb") as file:
+        torch.save(dict(tensors), file)
+
+
+# Four digits: the number of layers that a file claims must not fill the memory.
+_LAYER = re.compile(r"encoder\.layers\.(\d{1,4})\.(self_att|ffn)\.")
+
+
+def layers_present(names: Iterable[str]) -> list[tuple[bool, bool]]:
+    """For each layer, whether any weight of its attention and of its FFN is there."""
+    present: dict[int, list[bool]] = {}
+    for name in names:
+        if match := _LAYER.match(name):
+            blocks = present.setdefault(int(match[1]), [False, False])
+            blocks[match[2] == "ffn"] = True
+    count = max(present, default=-1) + 1
+    return [tuple(present.get(i, [False, False])) for i in range(count)]  # type: ignore[misc]

@@ -1,0 +1,224 @@
+"""The binary dataset: a folder of data files, each a run of blocks, and `meta.bin` (SPEC §9)."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import struct
+from array import array
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+from cpm_bee.data.bin_meta import META, FileInfo, read_meta, remedy, size_problems, write_meta
+from cpm_bee.data.record_pickle import decode, encode
+from cpm_bee.errors import InputError, Problems
+from cpm_bee.records import Record
+
+BLOCK_SIZE = 16 << 20
+RECORD, END = b"\x1f", b"\x00"
+LENGTH = struct.Struct("<I")
+HEAD = len(RECORD) + LENGTH.size
+FINGERPRINT_BYTES = 64 << 10
+
+
+def payload_limit(block_size: int) -> int:
+    """The most bytes a payload can have: every block ends with at least one `END`."""
+    return min(block_size - HEAD - len(END), 2 ** (8 * LENGTH.size) - 1)
+
+
+class Layout:
+    """Where the records of a data file lie: in order, none across the end of a block (SPEC §9)."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._begin = 0  # of the present block
+        self._offset = 0  # within it
+        self._nbytes = 0
+        self._nlines = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file so far: whole blocks, one at least."""
+        return self._begin + self._block_size
+
+    def place(self, frames: Iterable[int]) -> array[int]:
+        """Place further records of so many bytes, `HEAD` included; the offset of each."""
+        offsets = array("q")
+        begin, offset, block_size = self._begin, self._offset, self._block_size
+        total = 0
+        for frame in frames:
+            if offset + frame + len(END) > block_size:
+                begin += block_size
+                offset = 0
+            offsets.append(begin + offset)
+            offset += frame
+            total += frame
+        self._begin, self._offset = begin, offset
+        self._nlines += len(offsets)
+        self._nbytes += total - len(offsets) * (HEAD - LENGTH.size)
+        return offsets
+
+    def info(self, file_name: str) -> FileInfo:
+        blocks = self.size // self._block_size
+        return FileInfo(file_name, 0, blocks, self._nbytes, self._nlines, False, self._block_size)
+
+
+def frame(payload: bytes) -> bytes:
+    """A payload as it stands in a data file."""
+    return RECORD + LENGTH.pack(len(payload)) + payload
+
+
+class DatasetWriter:
+    """Writes a dataset of one data file; `meta.bin` comes last, on `close`.
+
+    As a context manager it closes on success, and leaves no `meta.bin` after an exception.
+
+    Args:
+        folder: made if missing; must not hold the files yet.
+        file_name: name of the data file.
+        block_size: bytes of a block, the limit of a record's size.
+    """
+
+    def __init__(self, folder: str | Path, file_name: str, block_size: int = BLOCK_SIZE) -> None:
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._file_name = file_name
+        self._block_size = block_size
+        self._layout = Layout(block_size)
+        self._file = open(self._folder / file_name, "xb")  # noqa: SIM115  (close() closes it)
+
+    def write(self, record: Record) -> None:
+        """Append a record. Raises `InputError` if it is larger than a block."""
+        self.write_payload(encode(record))
+
+    def write_payload(self, payload: bytes) -> None:
+        """Append an encoded record. Raises `InputError` if it is larger than a block."""
+        if len(payload) > payload_limit(self._block_size):
+            raise InputError(
+                f"a record of {len(payload)} bytes does not fit into a block of "
+                f"{self._block_size} bytes (give a larger --block-size)"
+            )
+        (offset,) = self._layout.place([HEAD + len(payload)])
+        if offset != self._file.tell():  # seeking empties the buffer
+            self._file.seek(offset)
+        self._file.write(frame(payload))
+
+    def close(self) -> None:
+        if self._file.closed:
+            return
+        self._file.truncate(self._layout.size)  # what was not written reads as zeros
+        self._file.close()
+        write_meta(self._folder, self._layout.info(self._file_name))
+
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()
+
+
+class BinaryDataset:
+    """Reads a dataset; data files stay on disk (memory-mapped) and are never run as code.
+
+    Iteration yields `(file_index, offset, payload)` of every record of the files that are not
+    masked, in order; `offset` counts bytes from the beginning of the data file.
+
+    Raises `InputError`, with the path, if the folder is no dataset, `meta.bin` is wrong, a data
+    file is missing or has the wrong size; while iterating, with file and offset, for damage.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.files = read_meta(self.folder)
+        self._maps: dict[int, mmap.mmap] = {}
+        problems = Problems()
+        for info in self.files:
+            problems.extend(str(self.folder / info.file_name), size_problems(self.folder, info))
+        problems.raise_if_any(f"{self.folder}: the dataset is damaged", remedy(self.folder))
+
+    def __len__(self) -> int:
+        return sum(info.nlines for info in self.files if not info.mask)
+
+    def __iter__(self) -> Iterator[tuple[int, int, bytes]]:
+        for index, info in enumerate(self.files):
+            if not info.mask:
+                yield from self._iterate_file(index, info)
+
+    def _iterate_file(self, index: int, info: FileInfo) -> Iterator[tuple[int, int, bytes]]:
+        count = 0
+        for block in range(info.block_end - info.block_begin):
+            offset, end = block * info.block_size, (block + 1) * info.block_size
+            while offset < end and self._map(index)[offset : offset + 1] != END:
+                payload = self._payload(index, offset)
+                yield index, offset, payload
+                offset += HEAD + len(payload)
+                count += 1
+        if count != info.nlines:
+            raise InputError(
+                f"{self.folder / info.file_name}: holds {count} records, {META} says "
+                f"{info.nlines}\n{remedy(self.folder)}"
+            )
+
+    def read(self, file_index: int, offset: int) -> Record:
+        """The record at an offset that iteration gave.
+
+        Raises `InputError`, with file and offset, if there is no record or it is not a valid one.
+        """
+        payload = self._payload(file_index, offset)
+        try:
+            return decode(payload)
+        except InputError as error:
+            raise self._damage(file_index, offset, str(error)) from None
+
+    def where(self, file_index: int, offset: int) -> str:
+        """How messages name a record."""
+        return f"{self.folder / self.files[file_index].file_name}, byte {offset}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the data changes: a digest of `meta.bin` and each file's size and ends."""
+        digest = hashlib.sha256((self.folder / META).read_bytes())
+        for info in self.files:
+            if info.mask:
+                continue
+            with open(self.folder / info.file_name, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                digest.update(size.to_bytes(8, "little"))
+                digest.update(file.read(FINGERPRINT_BYTES))
+                file.seek(max(0, size - FINGERPRINT_BYTES))
+                digest.update(file.read(FINGERPRINT_BYTES))
+        return digest.hexdigest()
+
+    def _map(self, index: int) -> mmap.mmap:
+        # Opened at first use, so that a forked or masked reader holds no needless maps.
+        if index not in self._maps:
+            with open(self.folder / self.files[index].file_name, "rb") as file:
+                self._maps[index] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps[index]
+
+    def _payload(self, index: int, offset: int) -> bytes:
+        data, block_size = self._map(index), self.files[index].block_size
+        room = block_size - offset % block_size
+        if not 0 <= offset < len(data) or data[offset : offset + 1] != RECORD:
+            raise self._damage(index, offset, "no record begins there")
+        if room < HEAD:
+            raise self._damage(index, offset, "the record crosses the end of its block")
+        (length,) = LENGTH.unpack_from(data, offset + len(RECORD))
+        if length > room - HEAD:
+            raise self._damage(
+                index, offset, f"the record ({length} bytes) crosses the end of its block"
+            )
+        return data[offset + HEAD : offset + HEAD + length]
+
+    def _damage(self, index: int, offset: int, reason: str) -> InputError:
+        return InputError(f"{self.where(index, offset)}: {reason}\n{remedy(self.folder)}")

@@ -1,0 +1,1 @@
+"""JSON lines -> shuffled binary dataset and token index."""

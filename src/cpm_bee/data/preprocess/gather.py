@@ -1,0 +1,162 @@
+"""The second pass of preprocessing: buckets on disk -> a dataset, and its token index.
+
+Where each record goes is settled here, bucket by bucket; processes then write the buckets to
+their places in the files.
+"""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from cpm_bee.data.bin_dataset import BinaryDataset, Layout
+from cpm_bee.data.bin_meta import write_meta
+from cpm_bee.data.preprocess.scatter import Buckets, read_group, read_sizes
+from cpm_bee.data.preprocess.workers import Workers
+from cpm_bee.progress import progress
+
+if TYPE_CHECKING:  # numpy, which it needs, may not be installed
+    import numpy as np
+
+    from cpm_bee.encoding import Shape
+    from cpm_bee.tokenizer import Tokenizer
+
+
+@dataclass
+class _Files:
+    """What is read and written.
+
+    Attributes:
+        chunks: files that `spread` made.
+        data: the data file.
+        index: folder of the token index, if one is made.
+        shape_numbers: the index's number of each shape of each chunk.
+    """
+
+    chunks: list[Path]
+    data: Path
+    index: Path | None = None
+    shape_numbers: list[np.ndarray] = field(default_factory=list)
+
+
+class _Bucket(NamedTuple):
+    """A bucket's records in their final order.
+
+    Attributes:
+        order: their numbers within the bucket.
+        offsets: where they begin in the data file.
+        index_at: what of the index lies before them (see `token_arrays.COUNTED`).
+    """
+
+    number: int
+    order: array[int]
+    offsets: array[int]
+    index_at: np.ndarray | None
+
+
+def assemble(
+    buckets: Buckets,
+    folder: Path,
+    output_name: str,
+    seed: int,
+    block_size: int,
+    tokenizer: Tokenizer | None,
+    workers: int,
+) -> None:
+    """Make a dataset in an existing folder; the buckets are removed.
+
+    Args:
+        tokenizer: the one that the chunks' tokens were made with; None makes no index.
+    """
+    files = _Files(buckets.paths, folder / output_name)
+    files.data.touch(exist_ok=False)
+    layout = Layout(block_size)
+    counts = None if tokenizer is None else buckets.counts
+    shapes: list[Shape] = []
+    if tokenizer is not None:
+        from cpm_bee.data.token_index.writer import folder_name
+
+        files.index = folder / folder_name(tokenizer)
+        files.index.mkdir()
+        shapes = _number_shapes(files, buckets)
+    num_buckets = buckets.num_buckets
+    tasks = _tasks(buckets, seed, layout, counts)
+    with (
+        Workers(files, min(workers, num_buckets)) as processes,
+        progress(total=num_buckets, description=f"writing {folder.name}", unit="buckets") as bar,
+    ):
+        for _ in processes.map(_write_bucket, tasks):
+            bar.update()
+    for path in buckets.paths:
+        path.unlink()
+    with open(files.data, "r+b") as file:
+        file.truncate(layout.size)  # what was not written reads as zeros
+    write_meta(folder, layout.info(output_name))
+    if tokenizer is not None and files.index is not None and counts is not None:
+        from cpm_bee.data.token_index.writer import write_info
+
+        dataset, total = BinaryDataset(folder), counts.sum(axis=0)
+        write_info(files.index, dataset, tokenizer, total, shapes, buckets.extension_vocabulary)
+
+
+def _number_shapes(files: _Files, buckets: Buckets) -> list[Shape]:
+    """All shapes, sorted; notes the place in it of each chunk's."""
+    import numpy as np
+
+    shapes = sorted(set().union(*buckets.shapes))
+    numbers = {shape: number for number, shape in enumerate(shapes)}
+    files.shape_numbers = [
+        np.array([numbers[shape] for shape in own], dtype=np.int32) for own in buckets.shapes
+    ]
+    return shapes
+
+
+def _tasks(
+    buckets: Buckets, seed: int, layout: Layout, counts: np.ndarray | None
+) -> Iterator[_Bucket]:
+    index_at = None if counts is None else counts.cumsum(axis=0) - counts
+    for number in range(buckets.num_buckets):
+        sizes = array("I")
+        for path in buckets.paths:
+            sizes.extend(read_sizes(path, number))
+        order = array("I", range(len(sizes)))
+        random.Random(f"{seed}/bucket {number}").shuffle(order)
+        offsets = layout.place(map(sizes.__getitem__, order))
+        yield _Bucket(number, order, offsets, None if index_at is None else index_at[number])
+
+
+def _write_bucket(files: _Files, bucket: _Bucket) -> None:
+    groups = [read_group(path, bucket.number) for path in files.chunks]
+    frames = []
+    for group in groups:
+        begin = 0
+        for size in group.sizes:
+            frames.append(group.frames[begin : begin + size])
+            begin += size
+    with open(files.data, "r+b") as file:
+        end = -1
+        for offset, number in zip(bucket.offsets, bucket.order, strict=True):
+            if offset != end:
+                file.seek(offset)
+            file.write(frames[number])
+            end = offset + len(frames[number])
+    if files.index is None or bucket.index_at is None:
+        return
+    import numpy as np
+
+    from cpm_bee.data.token_index import arrays as token_arrays
+    from cpm_bee.data.token_index.writer import write_arrays
+
+    parts = [token_arrays.from_bytes(group.tokens, len(group.sizes)) for group in groups]
+    for part, numbers in zip(parts, files.shape_numbers, strict=True):
+        part["shapes"] = numbers[part["shapes"]]
+    joined = token_arrays.join(parts)
+    del frames, groups, parts  # memory
+    arrays = token_arrays.take(joined, np.array(bucket.order, dtype=np.int64))
+    arrays["files"] = np.zeros(len(bucket.order))
+    arrays["offsets"] = np.array(bucket.offsets)
+    write_arrays(files.index, arrays, bucket.index_at)

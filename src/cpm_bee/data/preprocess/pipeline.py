@@ -1,0 +1,235 @@
+"""Records in JSON lines -> shuffled binary datasets, also where they are larger than memory.
+
+Two passes over the records, each spread over processes: `spread` checks them and puts each into a
+random one of many buckets on disk, `assemble` shuffles each bucket in memory and writes its part
+of the dataset. Where there is a vocabulary, the dataset's token index is made on the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpm_bee.data.bin_dataset import BinaryDataset, payload_limit
+from cpm_bee.data.bin_meta import META
+from cpm_bee.data.preprocess.gather import assemble
+from cpm_bee.data.preprocess.scatter import Buckets, Chunk, Spread, spread
+from cpm_bee.data.preprocess.workers import Workers
+from cpm_bee.errors import InputError, Problems
+from cpm_bee.files import atomic_folder
+from cpm_bee.progress import progress
+
+if TYPE_CHECKING:  # numpy, which it needs, may not be installed
+    from cpm_bee.encoding import Encoder
+    from cpm_bee.tokenizer import Tokenizer
+
+# Bytes of input. A process needs some ten times as much memory; small pieces of small files keep
+# all processes busy, few pieces of large files keep the files' number down.
+LEAST_PIECE, LARGEST_PIECE = 1 << 18, 1 << 22
+MAX_BUCKETS = 4096
+
+
+def preprocess(
+    inputs: Path,
+    output_path: Path,
+    output_name: str,
+    *,
+    seed: int,
+    overwrite: bool,
+    block_size: int,
+    tokenizer: Tokenizer | None = None,
+    tokens_needed: bool = True,
+    workers: int = 1,
+    chunk_bytes: int | None = None,
+    bucket_bytes: int | None = None,
+) -> list[BinaryDataset]:
+    """Make a dataset `output_path/STEM` of each file `STEM.jsonl`; all of them or none.
+
+    Equal input, seed, block, chunk and bucket size give equal bytes, with any number of workers.
+    On the way the records and their tokens stand on disk twice.
+
+    Args:
+        inputs: a folder with *.jsonl files, or one file of records.
+        output_path: folder of the datasets, made if missing.
+        output_name: name of the data file in each dataset.
+        overwrite: replace datasets that exist.
+        block_size: bytes of a block (SPEC §9).
+        tokenizer: makes the token index of each dataset; None makes none.
+        tokens_needed: a record that the tokenizer cannot encode is an error; otherwise the
+            datasets are written without index, with a warning.
+        workers: processes.
+        chunk_bytes: how much input a process takes at a time; None suits the file's size.
+        bucket_bytes: about what one bucket holds; None suits the file's size.
+
+    Raises:
+        InputError: with all problems of all files; a dataset that exists and no `overwrite`.
+            Nothing is left behind.
+    """
+    if Path(output_name).name != output_name or output_name in ("", META) or output_name[0] == ".":
+        raise InputError(
+            f"--output_name {output_name!r}: expected a file name other than {META} that does not "
+            "begin with a point"
+        )
+    files = _input_files(inputs)
+    folders = [output_path / file.stem for file in files]
+    _check_destinations(output_path, folders, overwrite)
+    problems = Problems()
+    with contextlib.ExitStack() as datasets:
+        spreads = [
+            _Spreading(
+                file,
+                datasets.enter_context(atomic_folder(folder, replace=overwrite)),
+                chunk_bytes or _piece(file, 64),
+                bucket_bytes or _piece(file, 16),
+            )
+            for file, folder in zip(files, folders, strict=True)
+        ]
+        limit = payload_limit(block_size)
+        num_chunks = sum(len(s.chunks) for s in spreads)
+        with Workers(_encoder(tokenizer), min(workers, num_chunks)) as processes:
+            for spreading in spreads:
+                spreading.run(processes, seed, limit, problems, tokens_needed)
+        problems.raise_if_any(
+            f"{inputs}: {problems.count} problems, nothing was written", _record_help()
+        )
+        reasons = [s.no_tokens for s in spreads if s.no_tokens]
+        if reasons and tokenizer is not None:
+            _warn(tokenizer, reasons[0])
+            tokenizer = None
+        for s in spreads:
+            assemble(s.buckets, s.folder, output_name, seed, block_size, tokenizer, workers)
+    return [BinaryDataset(folder) for folder in folders]
+
+
+def _piece(file: Path, count: int) -> int:
+    return min(max(file.stat().st_size // count, LEAST_PIECE), LARGEST_PIECE)
+
+
+def _encoder(tokenizer: Tokenizer | None) -> Encoder | None:
+    if tokenizer is None:
+        return None
+    from cpm_bee.encoding import Encoder
+
+    tokenizer.match("")  # makes its tables, which the processes then share
+    return Encoder(tokenizer)
+
+
+def _warn(tokenizer: Tokenizer, reason: str) -> None:
+    print(
+        f"warning: no token index is made, training will make one: {tokenizer.source} is not the "
+        f"vocabulary of these records, or {reason}\n"
+        "--vocab FILE names the vocabulary of your model, --vocab none makes no index",
+        file=sys.stderr,
+    )
+
+
+@dataclass
+class _Spreading:
+    """The first pass over a file.
+
+    Attributes:
+        folder: of the dataset.
+        buckets: where its records are.
+        no_tokens: why the index cannot be made.
+    """
+
+    file: Path
+    folder: Path
+    chunk_bytes: int
+    bucket_bytes: int
+    buckets: Buckets = field(init=False)
+    no_tokens: str | None = None
+
+    @property
+    def chunks(self) -> list[tuple[int, int]]:
+        """Where each chunk begins and ends."""
+        size = self.file.stat().st_size
+        return [(b, min(b + self.chunk_bytes, size)) for b in range(0, size, self.chunk_bytes)]
+
+    def run(
+        self,
+        processes: Workers,
+        seed: int,
+        limit: int,
+        problems: Problems,
+        tokens_needed: bool,
+    ) -> None:
+        num_buckets = min(MAX_BUCKETS, self.file.stat().st_size // self.bucket_bytes + 1)
+        self.buckets = Buckets(num_buckets)
+
+        def tasks() -> Iterator[Chunk]:
+            for number, (begin, end) in enumerate(self.chunks):
+                target = self.folder / f".chunk-{number}"
+                self.buckets.paths.append(target)
+                yield Chunk(
+                    self.file,
+                    begin,
+                    end,
+                    seed=f"{seed}/chunk {number}",
+                    num_buckets=num_buckets,
+                    limit=limit,
+                    target=None if problems.count else target,
+                    make_tokens=self.no_tokens is None,
+                    tokens_needed=tokens_needed,
+                )
+
+        before = problems.count
+        num_lines = num_records = 0
+        size = self.file.stat().st_size
+        with progress(total=size, description=f"reading {self.file.stem}", unit="B") as bar:
+            for result in processes.map(spread, tasks()):
+                self._note(result, num_lines + 1, problems)
+                num_lines += result.num_lines
+                num_records += result.num_records
+                bar.update(min(self.chunk_bytes, size))
+                if not result.is_text:
+                    break
+        if num_records == 0 and problems.count == before:
+            problems.add(str(self.file), "holds no records")
+
+    def _note(self, result: Spread, first_line: int, problems: Problems) -> None:
+        for line, reason in result.problems:
+            problems.add(f"{self.file}:{first_line + line}", reason)
+        problems.count += result.num_problems - len(result.problems)
+        if result.no_tokens is not None and self.no_tokens is None:
+            line, reason = result.no_tokens
+            self.no_tokens = f"{self.file}:{first_line + line}: {reason}"
+        self.buckets.add(result)
+
+
+def _input_files(inputs: Path) -> list[Path]:
+    if inputs.is_file():
+        return [inputs]
+    reformat = "python data_reformat.py (in tutorials/basic_task_finetune) makes them of raw_data"
+    if not inputs.is_dir():
+        raise InputError(
+            f"{inputs}: no such file or folder; expected *.jsonl files of records\n{reformat}"
+        )
+    # Hidden names are what editors and other systems leave beside a file.
+    files = [p for p in inputs.glob("*.jsonl") if p.is_file() and not p.name.startswith(".")]
+    if not files:
+        raise InputError(f"{inputs}: looked for *.jsonl files of records, found none\n{reformat}")
+    return sorted(files)
+
+
+def _check_destinations(output_path: Path, folders: list[Path], overwrite: bool) -> None:
+    if output_path.exists() and not output_path.is_dir():
+        raise InputError(f"{output_path}: --output_path is a folder, this is a file")
+    existing = [folder for folder in folders if folder.exists()]
+    if existing and not overwrite:
+        raise InputError(
+            f"ValueError: Dataset name exists: {', '.join(map(str, existing))}\n"
+            "replace it with --overwrite, or give another --output_path or another name to the "
+            "input file"
+        )
+    for folder in existing:
+        if not folder.is_dir() or (any(folder.iterdir()) and not (folder / META).is_file()):
+            raise InputError(f"{folder}: this is no dataset, so --overwrite does not replace it")
+
+
+def _record_help() -> str:
+    return 'a record is one line: {"input": "...", "<ans>": "..."}, a literal < written <<'

@@ -1,0 +1,267 @@
+"""The first pass of preprocessing: lines of JSON -> checked records, spread over buckets on disk.
+
+The input is cut into chunks, which processes can take independently. What becomes of a chunk
+depends on its place in the input alone, not on who takes it.
+
+A chunk's records go into one file, bucket by bucket: a table of where each bucket's group begins
+(uint64, one more than buckets), then the groups. A group is the number of its records (uint32),
+the bytes of each one's frame (uint32), the frames (see `container.frame`), and, where there is a
+tokenizer, the records' token arrays one after the other (see `token_arrays`).
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, NamedTuple
+
+from cpm_bee import records
+from cpm_bee.data.bin_dataset import frame
+from cpm_bee.data.record_pickle import encode
+from cpm_bee.errors import InputError
+
+if TYPE_CHECKING:  # numpy, which it needs, may not be installed
+    import numpy as np
+
+    from cpm_bee.data.token_index.arrays import TokenChunk
+    from cpm_bee.encoding import Encoder, Shape
+
+COUNT = struct.Struct("<I")
+PLACE = struct.Struct("<Q")
+MAX_SHOWN = 1000  # problems of a chunk that are kept
+
+
+class Chunk(NamedTuple):
+    """The lines of `file` that begin at bytes `begin` to `end` - 1.
+
+    Attributes:
+        seed: of the spreading, another one for each chunk.
+        num_buckets: over how many buckets to spread.
+        limit: the most bytes of a payload.
+        target: file to write to; None only checks.
+        make_tokens: whether to make tokens, where there is a tokenizer.
+        tokens_needed: whether a record without tokens (of a special token that the vocabulary
+            lacks) is a problem.
+    """
+
+    file: Path
+    begin: int
+    end: int
+    seed: str
+    num_buckets: int
+    limit: int
+    target: Path | None
+    make_tokens: bool
+    tokens_needed: bool
+
+
+@dataclass
+class Spread:
+    """What became of a chunk.
+
+    Attributes:
+        num_lines: of the chunk, blank ones included.
+        num_records: lines that are not blank.
+        num_problems: all that were found.
+        problems: (line of the chunk from 0, what is wrong with it), the first `MAX_SHOWN`.
+        is_text: false where a line is not UTF-8; the rest of the chunk was not looked at.
+        no_tokens: why the chunk has no tokens: (line of the chunk from 0, reason).
+        counts: of each bucket's tokens (see `token_arrays.COUNTED`), int64 [buckets, 3].
+        shapes: the tokens' shapes, by number within the chunk.
+        extension_vocabulary: ids that have a sub > 0.
+    """
+
+    num_lines: int = 0
+    num_records: int = 0
+    num_problems: int = 0
+    problems: list[tuple[int, str]] = field(default_factory=list)
+    is_text: bool = True
+    no_tokens: tuple[int, str] | None = None
+    counts: np.ndarray | None = None
+    shapes: list[Shape] = field(default_factory=list)
+    extension_vocabulary: set[int] = field(default_factory=set)
+
+    def add(self, line: int, reasons: list[str]) -> None:
+        self.num_problems += len(reasons)
+        self.problems += [(line, reason) for reason in reasons]
+        if len(self.problems) > 2 * MAX_SHOWN:
+            self.problems = sorted(self.problems)[:MAX_SHOWN]
+
+
+@dataclass
+class Buckets:
+    """The records of a whole file, spread over buckets on disk.
+
+    Attributes:
+        num_buckets: over how many.
+        paths: the files of the chunks.
+        counts: of each bucket's tokens, int64 [buckets, 3]; None without tokens.
+        shapes: the shapes of each chunk's tokens.
+        extension_vocabulary: ids that have a sub > 0.
+    """
+
+    num_buckets: int
+    paths: list[Path] = field(default_factory=list)
+    counts: np.ndarray | None = None
+    shapes: list[list[Shape]] = field(default_factory=list)
+    extension_vocabulary: set[int] = field(default_factory=set)
+
+    def add(self, result: Spread) -> None:
+        if result.counts is not None:
+            self.counts = result.counts if self.counts is None else self.counts + result.counts
+        self.shapes.append(result.shapes)
+        self.extension_vocabulary |= result.extension_vocabulary
+
+
+def spread(encoder: Encoder | None, chunk: Chunk) -> Spread:
+    """Check the records of a chunk, make their tokens and write them to its file."""
+    result = Spread()
+    lines = _lines(chunk, result)
+    rng = random.Random(chunk.seed)
+    buckets = [int(rng.random() * chunk.num_buckets) for _ in lines]
+    order = sorted(range(len(lines)), key=buckets.__getitem__)
+    tokens: TokenChunk | None = None
+    if encoder is not None and chunk.make_tokens:
+        from cpm_bee.data.token_index.arrays import TokenChunk
+
+        tokens = TokenChunk(encoder)
+    frames: list[bytes] = []
+    for i in order:
+        number, line = lines[i]
+        lines[i] = number, ""  # memory
+        value, reason = records.parse_line(line)
+        found = [reason] if reason else records.validate(value)
+        if not found:
+            payload = encode(value)
+            frames.append(frame(payload))
+            if len(payload) > chunk.limit:
+                found.append(
+                    f"the record takes {len(payload)} bytes, a block holds {chunk.limit} "
+                    "(give a larger --block-size)"
+                )
+            if tokens is not None:
+                try:
+                    tokens.add(value)
+                except InputError as error:
+                    if chunk.tokens_needed:
+                        found.append(str(error))
+                    else:
+                        result.no_tokens = number, str(error)
+                        tokens = None
+        result.add(number, found)
+    result.problems = sorted(result.problems)[:MAX_SHOWN]
+    if not result.num_problems and chunk.target is not None:
+        sizes = [0] * chunk.num_buckets
+        for bucket in buckets:
+            sizes[bucket] += 1
+        _write(chunk.target, frames, sizes, tokens, result)
+    return result
+
+
+def _lines(chunk: Chunk, result: Spread) -> list[tuple[int, str]]:
+    """The lines of a chunk that are not blank, with their numbers in it from 0."""
+    lines: list[tuple[int, str]] = []
+    for number, raw in enumerate(_raw_lines(chunk)):
+        result.num_lines = number + 1
+        line, reason = records.decode_line(raw, is_first=number == 0 and chunk.begin == 0)
+        if reason:
+            result.add(number, [reason])
+            result.is_text = False
+            break
+        if line:
+            lines.append((number, line))
+    result.num_records = len(lines)
+    return lines
+
+
+def _raw_lines(chunk: Chunk) -> Iterator[bytes]:
+    with open(chunk.file, "rb") as file:
+        position = chunk.begin
+        if position > 0:
+            # The line before may reach into the chunk, or beyond it.
+            file.seek(position - 1)
+            before = file.readline(chunk.end - position + 1)
+            if not before.endswith(b"\n"):
+                return
+            position += len(before) - 1
+        while position < chunk.end and (raw := file.readline()):
+            position += len(raw)
+            yield raw
+
+
+def _write(
+    target: Path, frames: list[bytes], sizes: list[int], tokens: TokenChunk | None, result: Spread
+) -> None:
+    """Write the groups, of so many records each, that the frames and tokens come in."""
+    parts: Iterator[Iterable[bytes]] | None = None
+    if tokens is not None:
+        import numpy as np
+
+        from cpm_bee.data.token_index import arrays as token_arrays
+
+        arrays = tokens.arrays()
+        ends = token_arrays.ends_of(arrays, sizes)
+        result.shapes = tokens.shapes
+        result.extension_vocabulary = set(arrays["extension_ids"].tolist())
+        result.counts = np.diff(ends, axis=0, prepend=0)
+        parts = map(token_arrays.to_bytes, token_arrays.split(arrays, ends))
+    places = array("Q")
+    with open(target, "wb") as file:
+        file.seek(PLACE.size * (len(sizes) + 1))
+        begin = 0
+        for size in sizes:
+            places.append(file.tell())
+            _write_frames(file, frames[begin : begin + size])
+            begin += size
+            if parts is not None:
+                file.writelines(next(parts))
+        places.append(file.tell())
+        file.seek(0)
+        file.write(places.tobytes())
+
+
+def _write_frames(file: IO[bytes], frames: list[bytes]) -> None:
+    file.write(COUNT.pack(len(frames)))
+    file.write(array("I", map(len, frames)).tobytes())
+    file.writelines(frames)
+
+
+class Group(NamedTuple):
+    """The records of a bucket that come from one chunk.
+
+    Attributes:
+        sizes: bytes of each frame.
+        frames: one after the other.
+        tokens: the bytes of the token arrays; empty where there are none.
+    """
+
+    sizes: array[int]
+    frames: memoryview
+    tokens: memoryview
+
+
+def read_sizes(path: Path, bucket: int) -> array[int]:
+    """The bytes of each frame of a bucket's group in a chunk's file."""
+    with open(path, "rb", buffering=0) as file:
+        file.seek(PLACE.size * bucket)
+        (begin,) = PLACE.unpack(file.read(PLACE.size))
+        file.seek(begin)
+        (count,) = COUNT.unpack(file.read(COUNT.size))
+        return array("I", file.read(4 * count))
+
+
+def read_group(path: Path, bucket: int) -> Group:
+    with open(path, "rb", buffering=0) as file:
+        file.seek(PLACE.size * bucket)
+        begin, end = struct.unpack("<2Q", file.read(2 * PLACE.size))
+        file.seek(begin)
+        data = memoryview(file.read(end - begin))
+    (count,) = COUNT.unpack_from(data)
+    first = COUNT.size + 4 * count
+    sizes = array("I", bytes(data[COUNT.size : first]))
+    last = first + sum(sizes)
+    return Group(sizes, data[first:last], data[last:])

@@ -1,0 +1,1 @@
+"""Tokens made once, stored as arrays and memory-mapped."""

@@ -1,0 +1,184 @@
+"""The token index: a dataset's tokens, made once and memory-mapped beside it.
+
+The index can always be rebuilt from the records, so a missing, stale or damaged one is simply
+made again. Its folder is named after the vocabulary; the dataset itself is never touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import mmap
+import random
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cpm_bee.data.batch import Pair, Stream
+from cpm_bee.data.bin_dataset import BinaryDataset
+from cpm_bee.data.token_index.arrays import ARRAYS
+from cpm_bee.data.token_index.writer import INFO, build, folder_name
+from cpm_bee.encoding import EncodedRecord, Encoder, Shape
+from cpm_bee.files import BusyError, atomic_folder
+from cpm_bee.records import Record
+from cpm_bee.tokenizer import Tokenizer
+
+# How the system refuses to write; a read-only file system gives no PermissionError.
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class TokenIndex:
+    """The encoded records of a dataset; open one with `TokenIndex.of`.
+
+    Attributes:
+        lengths: tokens of each record, int32 [R].
+        num_targets: targets of each record, int32 [R].
+        extension_vocabulary: the ids, sorted, that have a sub > 0 in some record, int64 [V].
+    """
+
+    def __init__(self, folder: Path, dataset: BinaryDataset, tokenizer: Tokenizer) -> None:
+        info = json.loads((folder / INFO).read_text(encoding="utf-8"))
+        if info["dataset"] != dataset.fingerprint or info["vocabulary"] != tokenizer.fingerprint:
+            raise ValueError("made of other data")
+        arrays = {
+            name: _map(folder / name, dtype, info[counted], scattered=counted != "records")
+            for name, (dtype, counted) in ARRAYS.items()
+        }
+        self.dataset = dataset
+        self.lengths = arrays["lengths"]
+        self.num_targets = arrays["num_targets"]
+        self.extension_vocabulary = np.array(info["extension_vocabulary"], dtype=np.int64)
+        self._arrays = arrays
+        self._starts = _starts(self.lengths)
+        self._extension_starts = _starts(arrays["extension_counts"])
+        self._shapes = [Shape(tuple(d), tuple(map(bool, p))) for d, p in info["shapes"]]
+        self._num_segments = np.array([len(s.depths) for s in self._shapes], dtype=np.int64)
+        self._segment_starts = _starts(self._num_segments)
+        # Whether a segment of a shape is given, for the segments of all shapes; bool.
+        self._given = ~np.array([p for s in self._shapes for p in s.predicted], dtype=np.bool_)
+        self._encoder = Encoder(tokenizer)
+        self._keep: Any = None  # a temporary folder lives as long as its index
+
+    @classmethod
+    def of(cls, dataset: BinaryDataset, tokenizer: Tokenizer) -> TokenIndex:
+        """Open the index of a dataset for a vocabulary, after making it where necessary.
+
+        Raises:
+            InputError: records that cannot be encoded; all are listed.
+        """
+        folder = dataset.folder / folder_name(tokenizer)
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return cls(folder, dataset, tokenizer)
+        try:
+            with atomic_folder(folder, replace=True) as new:
+                build(new, dataset, tokenizer)
+            return cls(folder, dataset, tokenizer)
+        except (OSError, BusyError) as error:
+            if isinstance(error, OSError) and error.errno not in _READ_ONLY:
+                raise
+            # Read-only data, or another run is making the same index: have one of our own.
+            own = tempfile.TemporaryDirectory(prefix="cpm_bee-token_index-")
+            build(Path(own.name), dataset, tokenizer)
+            index = cls(Path(own.name), dataset, tokenizer)
+            index._keep = own
+            return index
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def record(self, number: int, rng: random.Random | None = None) -> EncodedRecord:
+        """A record's tokens; with `rng`, the dictionaries of its answer are shuffled (SPEC §3)."""
+        a = self._arrays
+        if rng is not None and a["shuffled"][number]:
+            return self._encoder.encode(self.source(number), rng=rng)
+        tokens = slice(self._starts[number], self._starts[number + 1])
+        return EncodedRecord(
+            ids=a["ids"][tokens],
+            subs=a["subs"][tokens],
+            segments=a["segments"][tokens],
+            shape=self._shapes[a["shapes"][number]],
+        )
+
+    def source(self, number: int) -> Record:
+        """The record as it stands in the dataset."""
+        return self.dataset.read(*self.place(number))
+
+    def place(self, number: int) -> tuple[int, int]:
+        """A record's data file and the byte it begins at."""
+        return int(self._arrays["files"][number]), int(self._arrays["offsets"][number])
+
+    def stream(
+        self, numbers: Sequence[int], rng_of: Callable[[int], random.Random] | None = None
+    ) -> Stream:
+        """The tokens of some records; with `rng_of` a record, answers are shuffled as in `record`.
+
+        The same as a stream of what `record` gives, without going through single records.
+        """
+        a = self._arrays
+        chosen = np.asarray(numbers, dtype=np.int64)
+        lengths = self.lengths[chosen].astype(np.int64)
+        shapes = a["shapes"][chosen]
+        tokens = _places(self._starts[chosen], lengths)  # (T,)
+        segments = a["segments"][tokens]
+        relations = [self._shapes[shape].relations.ravel() for shape in shapes.tolist()]
+        stream = Stream(
+            ids=a["ids"][tokens],
+            subs=a["subs"][tokens],
+            segments=segments,
+            context=self._given[np.repeat(self._segment_starts[shapes], lengths) + segments],
+            lengths=lengths,
+            num_segments=self._num_segments[shapes],
+            relations=np.concatenate([np.empty(0, dtype=np.uint8), *relations]),
+        )
+        if rng_of is not None:
+            for place in np.flatnonzero(a["shuffled"][chosen]).tolist():
+                stream.replace(place, self.record(numbers[place], rng_of(numbers[place])))
+        return stream
+
+    def largest_subs(self, numbers: Sequence[int]) -> list[int]:
+        """The largest sub of each id of `extension_vocabulary` in some records, 0 where none."""
+        chosen = np.asarray(numbers, dtype=np.int64)
+        counts = self._arrays["extension_counts"][chosen]
+        own = _places(self._extension_starts[chosen], counts)
+        ids = np.searchsorted(self.extension_vocabulary, self._arrays["extension_ids"][own])
+        largest = np.zeros(len(self.extension_vocabulary), dtype=np.uint16)
+        np.maximum.at(largest, ids, self._arrays["extension_subs"][own])
+        return largest.tolist()
+
+    def extension_pairs(self, largest_subs: Sequence[int]) -> list[Pair]:
+        """The distinct (id, sub > 0) pairs, sorted, of records with these largest subs.
+
+        A record that has a sub has all smaller ones of that id too (SPEC §3), so the largest of
+        each id says which pairs occur.
+        """
+        ids = self.extension_vocabulary.tolist()
+        return [(i, s) for i, n in zip(ids, largest_subs, strict=True) for s in range(1, n + 1)]
+
+
+def _places(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The places of runs that begin at `starts` and have `counts` items, one after the other."""
+    ends = np.cumsum(counts, dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + np.repeat(starts - (ends - counts), counts)
+
+
+def _starts(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def _map(path: Path, dtype: type, count: int, *, scattered: bool) -> np.ndarray:
+    """A file as a read-only array. `scattered`: it is read here and there, in shuffled order."""
+    if path.stat().st_size != count * np.dtype(dtype).itemsize:
+        raise ValueError(f"{path}: wrong size")
+    if not count:
+        return np.empty(0, dtype=dtype)  # an empty file cannot be mapped
+    with open(path, "rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if scattered and hasattr(mmap, "MADV_RANDOM"):
+        # Reading ahead, up to megabytes for each record, made the first step take seconds.
+        memory.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(memory, dtype=dtype)  # unlike numpy.memmap, quick to slice

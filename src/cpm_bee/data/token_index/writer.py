@@ -1,0 +1,128 @@
+"""Writing a token index: see `data.index`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cpm_bee.data.bin_dataset import BinaryDataset
+from cpm_bee.data.record_pickle import decode
+from cpm_bee.data.token_index.arrays import ARRAYS, COUNTED, PLACES, Arrays, TokenChunk, counts_of
+from cpm_bee.encoding import Encoder, Shape
+from cpm_bee.errors import InputError, Problems
+from cpm_bee.progress import progress
+from cpm_bee.tokenizer import Tokenizer
+
+FORMAT = 2  # part of the folder's name: raise it when anything below changes
+
+INFO = "index.json"
+CHUNK_TOKENS = 1 << 18
+
+
+def folder_name(tokenizer: Tokenizer) -> str:
+    """The folder of an index within its dataset."""
+    return f"token_index-{FORMAT}-{tokenizer.fingerprint[:12]}"
+
+
+def write_arrays(folder: Path, arrays: Arrays, at: np.ndarray) -> None:
+    """Write arrays to their places in the files of an index; files are made where missing.
+
+    `at` is what lies before, counted as in `COUNTED`.
+    """
+    for name, values in arrays.items():
+        dtype, counted = ARRAYS[name]
+        descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o666)
+        with open(descriptor, "wb") as file:
+            file.seek(int(at[COUNTED.index(counted)]) * np.dtype(dtype).itemsize)
+            file.write(np.ascontiguousarray(values, dtype=dtype).data)
+
+
+def write_info(
+    folder: Path,
+    dataset: BinaryDataset,
+    tokenizer: Tokenizer,
+    counts: np.ndarray,
+    shapes: Sequence[Shape],
+    extension_vocabulary: Iterable[int],
+) -> None:
+    """Write what makes a folder of arrays an index.
+
+    Args:
+        counts: of the whole index, as in `COUNTED`.
+        shapes: all shapes, by number.
+        extension_vocabulary: the ids that have a sub > 0 in any record.
+    """
+    info = {
+        "dataset": dataset.fingerprint,
+        "vocabulary": tokenizer.fingerprint,
+        "shapes": [[shape.depths, [int(p) for p in shape.predicted]] for shape in shapes],
+        "extension_vocabulary": sorted(extension_vocabulary),
+        **dict(zip(COUNTED, counts.tolist(), strict=True)),
+    }
+    (folder / INFO).write_text(json.dumps(info), encoding="utf-8")
+
+
+def build(folder: Path, dataset: BinaryDataset, tokenizer: Tokenizer) -> None:
+    """Write the index of a dataset into an existing folder.
+
+    Raises:
+        InputError: records that cannot be encoded; all are listed.
+    """
+    encoder = Encoder(tokenizer)
+    problems = Problems()
+    builder = _Builder(folder)
+    chunk = TokenChunk(encoder)
+    bar = progress(
+        dataset, total=len(dataset), description=f"tokens of {dataset.folder.name}", unit="records"
+    )
+    places: list[tuple[int, int]] = []
+    for file, offset, payload in bar:
+        try:
+            chunk.add(decode(payload))
+        except InputError as error:
+            problems.add(dataset.where(file, offset), str(error))
+            continue
+        places.append((file, offset))
+        if chunk.num_tokens >= CHUNK_TOKENS:
+            builder.append(chunk, places)
+            chunk, places = TokenChunk(encoder), []
+    problems.raise_if_any(f"{dataset.folder}: records that this model cannot read:")
+    builder.append(chunk, places)
+    builder.close(dataset, tokenizer)
+
+
+class _Builder:
+    """Writes chunks one after the other."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._counts = np.zeros(len(COUNTED), dtype=np.int64)
+        self._shapes: dict[Shape, int] = {}
+        self._extension_vocabulary: set[int] = set()
+
+    def append(self, chunk: TokenChunk, places: list[tuple[int, int]]) -> None:
+        arrays = chunk.arrays()
+        numbers = [self._shapes.setdefault(shape, len(self._shapes)) for shape in chunk.shapes]
+        arrays["shapes"] = np.array(numbers, dtype=np.int32)[arrays["shapes"]]
+        arrays |= dict(zip(PLACES, np.array(places, dtype=np.int64).reshape(-1, 2).T, strict=True))
+        write_arrays(self._folder, arrays, self._counts)
+        self._counts += counts_of(arrays)
+        self._extension_vocabulary.update(arrays["extension_ids"].tolist())
+
+    def close(self, dataset: BinaryDataset, tokenizer: Tokenizer) -> None:
+        shapes = sorted(self._shapes)
+        if shapes:  # so far numbered as they came
+            final = np.empty(len(shapes), dtype=np.int32)
+            final[[self._shapes[shape] for shape in shapes]] = np.arange(len(shapes))
+            stored = np.memmap(self._folder / "shapes", dtype=np.int32, mode="r+")
+            for begin in range(0, len(stored), CHUNK_TOKENS):
+                part = slice(begin, begin + CHUNK_TOKENS)
+                stored[part] = final[stored[part]]
+            stored.flush()
+        write_info(
+            self._folder, dataset, tokenizer, self._counts, shapes, self._extension_vocabulary
+        )

@@ -1,0 +1,160 @@
+"""A model of which every process has a part of each tensor (FSDP2); imported where it is used.
+
+PyTorch gathers the tensors of a layer when its forward or backward pass begins, and forgets the
+others' parts when it ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from cpm_bee.checkpoint.mapped_pages import drop_pages
+from cpm_bee.checkpoint.reader import Entry
+from cpm_bee.distributed.process_group import exchange
+from cpm_bee.model.network import CPMBee
+from cpm_bee.pretrained import Tensors
+from cpm_bee.progress import progress
+
+# The methods of the model that a pass begins with, besides `forward`.
+_PASSES = ("loss", "score")
+
+
+class Shards:
+    """How the torch engine deals with parameters that are cut along their first dimension.
+
+    Args:
+        tensors: the values of the model's tensors on the meta device; of each, a process reads
+            the rows that it keeps.
+        offload: keep all parts in host memory, to be copied to the device layer by layer.
+    """
+
+    lockstep = True
+
+    def __init__(
+        self, device: torch.device, world_size: int, tensors: Tensors, *, offload: bool
+    ) -> None:
+        self._device = device
+        self._tensors = tensors
+        self._offload = offload
+        self._mesh = init_device_mesh(device.type, (world_size,))
+
+    def spread(self, model: CPMBee) -> None:
+        """Cut all tensors of a model, and read those parts that this process has.
+
+        Tensors on the meta device get their values from `tensors`. The others, which must be the
+        same on all processes and are small (a LoRA's), keep their own.
+        """
+        own = _to_meta(model)
+        for layer in model.encoder.layers:
+            self._shard(layer)
+        self._shard(model)
+        for name in _PASSES:
+            register_fsdp_forward_method(model, name)
+        model.to_empty(device="cpu" if self._offload else self._device)
+        parameters = dict(model.named_parameters())
+        total = sum(self.local(p).nbytes for p in parameters.values())
+        quiet = dist.get_rank() > 0
+        with progress(total=total, description="loading", unit="B", quiet=quiet, delay=2) as bar:
+            for name, tensor in own.items():
+                self._fill(parameters[name], Entry.of(tensor))
+            for name, entry in self._tensors():
+                bar.update(self._fill(parameters[name], entry))
+
+    def _shard(self, module: nn.Module) -> None:
+        pin = self._device.type == "cuda"
+        fully_shard(
+            module,
+            mesh=self._mesh,
+            # Weights are held in the type that they are gathered in; casting would round a
+            # quantised base's absmax and a LoRA.
+            mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
+            offload_policy=CPUOffloadPolicy(pin_memory=pin) if self._offload else OffloadPolicy(),
+        )
+        assert isinstance(module, FSDPModule)
+        # Gradients are summed, not averaged: each is a share of the step's mean loss.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+    def _fill(self, parameter: torch.Tensor, entry: Entry) -> int:
+        """Read this process's rows; returns their bytes."""
+        local = self.local(parameter)
+        begin = _first_row(parameter)
+        rows = entry.rows(begin, begin + len(local)).copy_to(local.device, local.dtype)
+        with torch.no_grad():
+            local.copy_(rows)
+        drop_pages(rows)
+        return local.nbytes
+
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This process's part of a parameter or gradient; shares its memory.
+
+        Not to be kept: PyTorch may lay a parameter elsewhere before the first pass.
+        """
+        with torch.no_grad():
+            return _dtensor(tensor).to_local()
+
+    def whole(self, local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """A tensor on the CPU from its parts, cut as parameter `like` is; collective.
+
+        Empty but on rank 0.
+        """
+        d = _dtensor(like)
+        parts = DTensor.from_local(
+            local.detach().to(self._device),
+            d.device_mesh,
+            d.placements,
+            run_check=False,
+            shape=d.shape,
+            stride=d.stride(),
+        )
+        with exchange():
+            full = parts.full_tensor()
+        return full.to("cpu", copy=True) if dist.get_rank() == 0 else full.new_empty(0).cpu()
+
+    def part_of(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """The part that this process has of parameter `like`, from values of all of it."""
+        begin = _first_row(like)
+        return whole[begin : begin + len(self.local(like))]
+
+    def sum_gradients(self, gradients: Sequence[torch.Tensor]) -> None:
+        """PyTorch has summed them in the backward pass."""
+
+    def sum_of_parts(self, value: torch.Tensor) -> torch.Tensor:
+        """A sum over all of a tensor from the sum over this process's part of it."""
+        total = value.to(self._device)
+        with exchange():
+            dist.all_reduce(total)
+        return total
+
+
+def _dtensor(tensor: torch.Tensor) -> DTensor:
+    assert isinstance(tensor, DTensor)
+    return tensor
+
+
+def _first_row(parameter: torch.Tensor) -> int:
+    d = _dtensor(parameter)
+    _, offset = compute_local_shape_and_global_offset(d.shape, d.device_mesh, d.placements)
+    return int(offset[0])
+
+
+def _to_meta(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Move all of a model to the meta device; returns the values that it had, by name."""
+    own = {name: p.detach() for name, p in model.named_parameters() if not p.is_meta}
+    model.to("meta")
+    return own

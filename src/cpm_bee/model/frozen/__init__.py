@@ -1,0 +1,1 @@
+"""Blocks with a frozen base: their own forward and backward pass."""

@@ -1,0 +1,255 @@
+"""The base model of a run: config, vocabulary and weights, checked against each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cpm_bee import quantize as quantization
+from cpm_bee.checkpoint.config_from_weights import (
+    check_agreement,
+    derive_config,
+    warn_of_contradictions,
+)
+from cpm_bee.checkpoint.loading import transfer
+from cpm_bee.checkpoint.reader import Checkpoint, Entry, fingerprint_of, sample
+from cpm_bee.errors import InputError, Problems
+from cpm_bee.model.config import ModelConfig
+from cpm_bee.model.initialization import initial_values
+from cpm_bee.model.network import CPMBee
+from cpm_bee.quantize.cache import quantized_entries
+from cpm_bee.quantize.linear import QuantizedLinear
+from cpm_bee.tokenizer import Tokenizer
+
+AUTO = "auto"
+_FETCH = "bash scripts/fetch_vocab.sh gets the vocabulary of the released models"
+
+
+# Goes through the tensors of a model once, by name.
+Tensors = Callable[[], Iterator[tuple[str, Entry]]]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model with its vocabulary; `fingerprint` identifies the weights it started from.
+
+    The model of `open_base` has no values yet: all its tensors are on the meta device, in the
+    type that they will have, and `tensors` gives their values.
+    """
+
+    model: CPMBee
+    tokenizer: Tokenizer
+    fingerprint: str
+    tensors: Tensors
+
+    def fill(self, device: torch.device) -> None:
+        """Put the values onto a device; a checkpoint's file is read once, in its order.
+
+        Where type and device are the file's own, the tensors stay memory-mapped (copy on write).
+        """
+        _fill(self.model, dict(self.tensors()), device)
+
+    def fill_mapped(self) -> None:
+        """Put the values in place as a file has them: in its types, memory-mapped."""
+        _put(self.model, {name: entry.read() for name, entry in self.tensors()})
+
+
+def choose_device(name: str = AUTO) -> torch.device:
+    """The device of a name; `auto` is the GPU where there is one."""
+    if name == AUTO:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: no such device; cpu, cuda and cuda:N can be used")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: this machine has no usable GPU (--device cpu works)")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: the last GPU is cuda:{torch.cuda.device_count() - 1}")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute type of `--dtype`; `auto` is fp32 on a CPU and bf16, else fp16, on a GPU."""
+    if name != AUTO:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def load_base(
+    load: str | None,
+    model_config: str,
+    vocab: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    seed: int = 0,
+    quantize: str = quantization.NONE,
+) -> Base:
+    """`open_base`, filled with values."""
+    base = open_base(load, model_config, vocab, dtype, seed=seed, quantize=quantize)
+    base.fill(device)
+    return base
+
+
+def open_base(
+    load: str | None,
+    model_config: str,
+    vocab: str | None,
+    dtype: torch.dtype,
+    *,
+    seed: int = 0,
+    quantize: str = quantization.NONE,
+) -> Base:
+    """A model without its values, with those of a checkpoint or, where `load` is None, random ones.
+
+    Args:
+        model_config: a config file, or "auto" to derive it from the checkpoint.
+        vocab: a vocabulary file; None looks beside the checkpoint.
+        dtype: the type of the weights in memory.
+        seed: of the random weights.
+        quantize: a format of `quantize.CHOICES` for the Linears of a loaded, frozen model.
+
+    Raises:
+        InputError: checkpoint, config and vocabulary do not fit each other; says all of it.
+    """
+    if load is None:
+        return _random_base(model_config, vocab, dtype, seed)
+    checkpoint = Checkpoint(load)
+    note = _sidecar(checkpoint.path)
+    derived = derive_config(checkpoint, note)
+    config = derived
+    if model_config == AUTO:
+        warn_of_contradictions(checkpoint, note, derived)
+    else:
+        config = ModelConfig.load(model_config)
+        check_agreement(config, derived, model_config, checkpoint.path)
+    tokenizer = _vocabulary(vocab, checkpoint.path, note, config)
+    model = _meta_model(config)
+    check_tensors(model, checkpoint)
+    entries = checkpoint.entries
+    if quantize != quantization.NONE:
+        entries = quantized_entries(model, checkpoint, quantize)
+    _set_type(model, dtype)
+    return Base(model, tokenizer, checkpoint.fingerprint(), lambda: iter(entries.items()))
+
+
+def _random_base(model_config: str, vocab: str | None, dtype: torch.dtype, seed: int) -> Base:
+    if model_config == AUTO or vocab is None:
+        raise InputError("a random start (no --load) needs --model-config FILE and --vocab FILE")
+    config = ModelConfig.load(model_config)
+    tokenizer = _checked_vocabulary(Path(vocab), config)
+    model = _meta_model(config)
+    _set_type(model, dtype)
+
+    def tensors() -> Iterator[tuple[str, Entry]]:
+        # Of a model of its own: this one may be sharded by then.
+        for name, tensor in initial_values(_meta_model(config), seed):
+            yield name, Entry.of(tensor)
+
+    samples = (sample(name, tensor) for name, tensor in initial_values(model, seed))
+    return Base(model, tokenizer, fingerprint_of(samples), tensors)
+
+
+def _set_type(model: CPMBee, dtype: torch.dtype) -> None:
+    """Give the parameters of a model on the meta device their type, but for quantised ones."""
+    for module in model.modules():
+        if not isinstance(module, QuantizedLinear):
+            for leaf, p in list(module.named_parameters(recurse=False)):
+                setattr(module, leaf, nn.Parameter(p.to(dtype), p.requires_grad))
+
+
+def _meta_model(config: ModelConfig) -> CPMBee:
+    with torch.device("meta"):
+        return CPMBee(config)
+
+
+def _sidecar(path: Path) -> dict[str, Any]:
+    """What was noted beside a checkpoint that this project saved; else an empty dictionary."""
+    try:
+        note = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+def _vocabulary(
+    vocab: str | None, checkpoint: Path, note: dict[str, Any], config: ModelConfig
+) -> Tokenizer:
+    if vocab is not None:
+        return _checked_vocabulary(Path(vocab), config)
+    noted = note.get("vocab")
+    if isinstance(noted, str) and Path(noted).is_file():
+        return _checked_vocabulary(Path(noted), config)
+    beside = checkpoint.parent / "vocab.txt"
+    if not beside.is_file():
+        raise InputError(f"no vocabulary: give --vocab FILE, or put it at {beside} ({_FETCH})")
+    return _checked_vocabulary(beside, config)
+
+
+def _checked_vocabulary(path: Path, config: ModelConfig) -> Tokenizer:
+    tokenizer = Tokenizer.load(path)
+    if len(tokenizer) != config.vocab_size:
+        raise InputError(
+            f"{path}: has {len(tokenizer)} tokens, the model has {config.vocab_size}; "
+            f"give the model's own with --vocab FILE ({_FETCH})"
+        )
+    return tokenizer
+
+
+def load_weights(
+    model: CPMBee, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Fill a model on the meta device; the file is read once, in its order.
+
+    Where type and device are the file's own, the tensors stay memory-mapped (copy on write).
+
+    Raises:
+        InputError: as `check_tensors`.
+    """
+    check_tensors(model, checkpoint)
+    _set_type(model, dtype)
+    _fill(model, checkpoint.entries, device)
+
+
+def _fill(model: CPMBee, entries: Mapping[str, Entry], device: torch.device) -> None:
+    for dtype in {p.dtype for p in model.parameters()}:
+        wanted = {n: p for n, p in model.named_parameters() if n in entries and p.dtype == dtype}
+        sources = {name: entries[name].read() for name in wanted}
+        _put(model, transfer(sources, device, dtype))
+
+
+def _put(model: CPMBee, tensors: Mapping[str, torch.Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        parameter = nn.Parameter(tensor, requires_grad=parameters[name].requires_grad)
+        setattr(model.get_submodule(owner), leaf, parameter)
+
+
+def check_tensors(model: CPMBee, checkpoint: Checkpoint) -> None:
+    """Raise `InputError` with all missing, unexpected and misshapen tensors of a checkpoint."""
+    problems = Problems()
+    expected = dict(model.named_parameters())
+    for name in sorted({*expected, *checkpoint.entries}):
+        if name not in checkpoint.entries:
+            problems.add(name, "is missing")
+        elif name not in expected:
+            problems.add(name, "is unexpected")
+        elif checkpoint.entries[name].shape != tuple(expected[name].shape):
+            problems.add(
+                name,
+                f"has shape {list(checkpoint.entries[name].shape)}, "
+                f"expected {list(expected[name].shape)}",
+            )
+    problems.raise_if_any(f"{checkpoint.path}: does not fit the model:")

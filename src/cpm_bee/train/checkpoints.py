@@ -1,0 +1,119 @@
+"""The files of a run: best and last weights, and the state to go on from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from cpm_bee import __version__, delta
+from cpm_bee.checkpoint.reader import load_tensors, save_tensors
+from cpm_bee.delta import DeltaConfig
+from cpm_bee.errors import InputError, Problems
+from cpm_bee.files import atomic_file
+from cpm_bee.model.config import ModelConfig
+
+_KEPT = ("best", "last")  # weights of a run
+
+
+class Identity(NamedTuple):
+    """What the weights of a run belong to."""
+
+    config: ModelConfig
+    vocabulary: str  # path of the vocabulary
+    base_fingerprint: str
+    delta: DeltaConfig | None  # None: full fine-tuning
+
+
+class RunFiles:
+    """`SAVE/SAVE_NAME-...`: names and ways of writing. Used on rank 0 alone."""
+
+    def __init__(self, folder: str, name: str, identity: Identity) -> None:
+        self._folder = Path(folder)
+        self._name = name
+        self._identity = identity
+        infix = "" if identity.delta is None else "-delta"
+        self.best = self._folder / f"{name}{infix}-best.pt"
+        self.last = self._folder / f"{name}{infix}-last.pt"
+        self.state = self._folder / f"{name}-state.pt"
+        self.log = self._folder / f"{name}-log.jsonl"
+
+    def set_aside(self) -> Path | None:
+        """Move the files of an earlier run of this name to `SAVE_NAME-previous/`.
+
+        One earlier run is kept. Returns the folder if there was one.
+        """
+        weights = [f"{i}-{w}.{s}" for i in ("", "-delta") for w in _KEPT for s in ("pt", "json")]
+        own = [self._folder / f"{self._name}{ending}" for ending in weights]
+        earlier = [path for path in (*own, self.state, self.log) if path.is_file()]
+        if not earlier:
+            return None
+        previous = self._folder / f"{self._name}-previous"
+        shutil.rmtree(previous, ignore_errors=True)
+        previous.mkdir()
+        for path in earlier:
+            path.rename(previous / path.name)
+        return previous
+
+    def save_weights(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        """A delta file, or a native checkpoint (fp16 if the config says half)."""
+        if self._identity.delta is not None:
+            delta.save(path, tensors, self._identity.delta, self._identity.base_fingerprint)
+            return
+        config = self._identity.config
+        if config.half:
+            tensors = {name: tensor.half() for name, tensor in tensors.items()}
+        save_tensors(path, tensors)
+        note = {
+            "config": config.to_dict(),
+            "vocab": self._identity.vocabulary,
+            "base_fingerprint": self._identity.base_fingerprint,
+            "written_by": f"cpm_bee {__version__}",
+        }
+        with atomic_file(path.with_suffix(".json")) as file:
+            file.write(json.dumps(note, indent=2) + "\n")
+
+    def save_state(
+        self, engine: dict[str, Any], progress: dict[str, Any], settings: dict[str, Any]
+    ) -> None:
+        """Save what `load_state` returns; `settings` are what a resumed run must have too."""
+        state = {
+            "settings": settings,
+            "delta": self._delta(),
+            "engine": engine,
+            "progress": progress,
+            "base_fingerprint": self._identity.base_fingerprint,
+        }
+        save_tensors(self.state, state)
+
+    def _delta(self) -> dict[str, Any]:
+        delta = self._identity.delta
+        return {} if delta is None else {**asdict(delta), "targets": list(delta.targets)}
+
+    def load_state(
+        self, settings: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The (engine, progress) of `save_state`.
+
+        Raises:
+            InputError: there is none, or of a run on another base, with another delta or, where
+                they are given, other settings; all that differ are listed.
+        """
+        if not self.state.is_file():
+            raise InputError(f"{self.state}: there is no saved state to resume from")
+        state = load_tensors(self.state, "a training state")
+        if state.get("base_fingerprint") != self._identity.base_fingerprint:
+            raise InputError(f"{self.state}: is the state of a run on another base model")
+        problems = Problems()
+        if state["delta"] != self._delta():
+            before = state["delta"] or "full fine-tuning"
+            problems.add("delta", f"{self._delta() or 'full fine-tuning'}, it was {before}")
+        for name, value in (settings or {}).items():
+            if state["settings"][name] != value:
+                problems.add(name, f"{value}, it was {state['settings'][name]}")
+        problems.raise_if_any(f"{self.state}: --resume needs the same as before:")
+        return state["engine"], state["progress"]

@@ -1,0 +1,172 @@
+"""From a token index and a plan to the batches of one rank."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+
+import numpy as np
+
+from cpm_bee.data.batch import Batch, Pair, make_batch
+from cpm_bee.data.packing import Plan, Row, micro_batches
+from cpm_bee.data.token_index.reader import TokenIndex
+from cpm_bee.engine import Engine
+from cpm_bee.errors import InputError
+from cpm_bee.tokenizer import Tokenizer
+from cpm_bee.train.prefetch import Batches, prefetch
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of all ranks, and this rank's share of it."""
+
+    epoch: int
+    shares: list[list[int]]  # the records of each of this rank's batches
+    num_batches: int  # of the rank with the most
+    rows: int  # this and all below: of all ranks together
+    records: int
+    tokens: int
+    targets: int
+    extension: list[Pair]  # the (id, sub > 0) pairs of all records, sorted
+
+
+class Feed:
+    """The batches of a data set for one rank.
+
+    Args:
+        rows: rows of `max_length` tokens of a step, over all ranks and micro-steps.
+        accumulate: micro-steps of a step, each with as many of its rows.
+        max_tokens: largest batch; a micro-step with more tokens is split, a longer record stands
+            alone.
+        drop_last: leave out the last steps, which have fewer rows.
+        shuffle_seed: of the order and of shuffled answers; None keeps both, as evaluation does.
+
+    Raises:
+        InputError: the data set is empty, no record fits into `max_length`, or `drop_last` leaves
+            no step.
+    """
+
+    def __init__(
+        self,
+        index: TokenIndex,
+        tokenizer: Tokenizer,
+        engine: Engine,
+        *,
+        rows: int,
+        max_length: int,
+        accumulate: int = 1,
+        max_tokens: int | None = None,
+        drop_last: bool = False,
+        shuffle_seed: int | None = None,
+    ) -> None:
+        self._index = index
+        self._tokenizer = tokenizer
+        self._engine = engine
+        self._rows = rows
+        self._max_length = max_length
+        self._accumulate = accumulate
+        self._max_tokens = max_tokens
+        self._drop_last = drop_last
+        self._seed = shuffle_seed
+        self._plan = Plan(
+            index.lengths, rows=rows, max_length=max_length, shuffle_seed=shuffle_seed
+        )
+        # What makes the plan: with other values, a step of it is another one.
+        self.settings = {
+            "records of --dataset": index.dataset.fingerprint,
+            "rows of a step (--batch-size, --accumulate, processes)": rows,
+            "--max-length": max_length,
+            "--drop-last": drop_last,
+            "--seed": shuffle_seed,
+        }
+        self.capacity = rows * max_length
+        self.num_records = self._plan.num_records
+        self.num_too_long = len(index) - self.num_records
+        if self.num_records == 0:
+            longest = f" (the longest has {index.lengths.max()} tokens)" if len(index) else ""
+            raise InputError(
+                f"{index.dataset.folder}: none of its {len(index)} records fits into --max-length "
+                f"{max_length}{longest}"
+            )
+        # A lane with a record has a row.
+        if drop_last and self.num_records < rows:
+            raise InputError(
+                f"--drop-last leaves nothing: {index.dataset.folder} does not fill one step of "
+                f"{rows} rows"
+            )
+
+    @property
+    def min_steps(self) -> int:
+        """The steps of an epoch if all rows were full, one or two less than there are."""
+        lengths = self._index.lengths
+        tokens = int(lengths[lengths <= self._max_length].sum(dtype=np.int64))
+        return max(1, -(-tokens // self.capacity))
+
+    def batches(self, epoch: int, done: int = 0) -> Iterator[tuple[Step, Batches]]:
+        """The steps of an epoch (from 0) after the first `done`, and this rank's batches of each.
+
+        Collective. Every rank gets the same steps and as many batches of each. Those past its
+        shares stand for records that it does not have: None or, where all ranks make as many
+        passes (`Engine.lockstep`), a batch that must not count.
+        """
+        return prefetch(self._steps(epoch, done), self._make, self._engine.device)
+
+    def _steps(self, epoch: int, done: int) -> Iterator[Step]:
+        engine = self._engine
+        lanes = range(engine.rank, self._rows, engine.world_size)
+        planned = islice(self._plan.steps(epoch, lanes), done, None)
+        nothing: list[Row] = [[] for _ in lanes]
+        while True:
+            step = self._exchange(epoch, next(planned, nothing))  # others may have rows for longer
+            if step.rows < (self._rows if self._drop_last else 1):
+                return
+            yield step
+
+    def _exchange(self, epoch: int, rows: list[Row]) -> Step:
+        """What the ranks tell each other of a step, of which each knows its own rows."""
+        index = self._index
+        shares = self._shares(rows)
+        numbers = [number for share in shares for number in share]
+        sums = self._engine.reduce(
+            [
+                sum(1 for row in rows if row),
+                len(numbers),
+                int(index.lengths[numbers].sum(dtype=np.int64)),
+                int(index.num_targets[numbers].sum(dtype=np.int64)),
+            ]
+        )
+        num_batches, *subs = self._engine.reduce_max([len(shares), *index.largest_subs(numbers)])
+        num_rows, records, tokens, targets = map(int, sums)
+        extension = index.extension_pairs(subs)
+        return Step(epoch, shares, num_batches, num_rows, records, tokens, targets, extension)
+
+    def _shares(self, rows: list[Row]) -> list[list[int]]:
+        shares: list[list[int]] = []
+        for i in range(self._accumulate):
+            numbers = [n for row in rows[i :: self._accumulate] for n in row]
+            lengths = self._index.lengths[numbers].tolist()
+            shares += micro_batches(numbers, lengths, self._max_tokens)
+        return shares
+
+    def _make(self, step: Step) -> list[Batch | None]:
+        def rng_of(number: int) -> random.Random:
+            # A record's own generator: its answer is shuffled alike on any number of ranks.
+            return random.Random(f"{self._seed}/{step.epoch}/{number}")
+
+        shuffle = None if self._seed is None else rng_of
+        batches: list[Batch | None] = [
+            make_batch(self._index.stream(share, shuffle), self._tokenizer, step.extension)
+            for share in step.shares
+        ]
+        missing = step.num_batches - len(batches)
+        return batches + [self._filler if missing and self._engine.lockstep else None] * missing
+
+    @cached_property
+    def _filler(self) -> Batch:
+        """A batch of the shortest record."""
+        shortest = [int(self._index.lengths.argmin())]
+        extension = self._index.extension_pairs(self._index.largest_subs(shortest))
+        return make_batch(self._index.stream(shortest), self._tokenizer, extension)

@@ -1,0 +1,135 @@
+"""What a run tells: lines for people, JSON lines for programs, TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import IO, Any
+
+from cpm_bee.engine import TensorStatistics
+from cpm_bee.files import atomic_file
+from cpm_bee.progress import say
+from cpm_bee.train.evaluation import Evaluation
+
+
+class Reporter:
+    """Writes `SAVE/SAVE_NAME-log.jsonl` and what people read. Does nothing on ranks above 0.
+
+    Args:
+        path: the log; None on ranks above 0.
+        resumed_step: the step that a resumed run goes on after; what the log says of later ones,
+            which are done again, is dropped. None begins a new log.
+        tensorboard: folder of TensorBoard events, or None.
+    """
+
+    def __init__(
+        self, path: Path | None, *, resumed_step: int | None, task: str, tensorboard: str | None
+    ) -> None:
+        self._file: IO[str] | None = None
+        self._events: Any = None
+        self._task = task
+        if path is not None:
+            self._events = _tensorboard_writer(tensorboard)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = [] if resumed_step is None else _lines_until(path, resumed_step)
+            with atomic_file(path) as file:
+                file.writelines(kept)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def line(self, text: str) -> None:
+        if self._file is not None:
+            say(text)
+
+    def _log(self, event: str, values: dict[str, Any]) -> None:
+        if self._file is not None:
+            values = {k: v if _is_json(v) else None for k, v in values.items()}
+            self._file.write(json.dumps({"event": event, **values}, ensure_ascii=False) + "\n")
+            self._file.flush()
+
+    def _scalars(self, values: dict[str, float], step: int) -> None:
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(f"{self._task}/{name}", value, step)
+
+    def start(self, settings: dict[str, Any]) -> None:
+        self._log("start", {"task": self._task, **settings})
+
+    def train_step(
+        self, values: dict[str, Any], *, seconds: float, fill: float, skipped: bool
+    ) -> None:
+        """One optimiser step. `fill` is the share of the step's rows that holds tokens."""
+        self._log("train", values)
+        if self._events is not None:
+            names = ("loss", "lr", "grad_norm", "loss_scale", "tokens_per_second")
+            self._scalars({f"train/{n}": values[n] for n in names}, values["step"])
+        self.line(
+            f"| Epoch: {values['epoch']:3d} | Iter: {values['step']:6d} "
+            f"| loss: {values['loss']:.4f} | lr: {values['lr']:.4e} "
+            f"| scale: {values['loss_scale']:.4f} | time: {seconds:.4f} "
+            f"| token/max: {fill:.4f} | grad_norm: {values['grad_norm']:.4f} "
+            f"| tokens/s: {values['tokens_per_second']:.0f} |"
+            + (" overflow, step skipped" if skipped else "")
+        )
+
+    def evaluation(self, step: int, result: Evaluation, best: bool) -> None:
+        values = {
+            "loss": result.loss,
+            "token_accuracy": result.token_accuracy,
+            "exact_match": result.exact_match,
+        }
+        self._log("eval", {"step": step, **values, "records": result.records})
+        self._scalars({f"eval/{name}": value for name, value in values.items()}, step)
+        self.line(
+            f"| Eval after {step} steps | loss: {result.loss:.4f} "
+            f"| token accuracy: {result.token_accuracy:.2%} "
+            f"| exact match: {result.exact_match:.2%} | records: {result.records} |"
+            + (" best so far" if best else "")
+        )
+
+    def inspection(self, step: int, statistics: list[TensorStatistics]) -> None:
+        width = max(len(s.name) for s in statistics)
+        rows = [f"trained tensors after {step} steps:"]
+        rows.append(f"{'name':{width}} {'shape':>16} {'mean':>11} {'std':>11} {'grad norm':>11}")
+        rows += [
+            f"{s.name:{width}} {list(s.shape)!s:>16} {s.mean:11.4e} {s.std:11.4e} "
+            f"{s.grad_norm:11.4e}"
+            for s in statistics
+        ]
+        self.line("\n".join(rows))
+
+    def end(self, reason: str, step: int) -> None:
+        self._log("end", {"reason": reason, "step": step})
+        self.line(f"training ended after {step} steps: {reason}")
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _is_json(value: Any) -> bool:
+    # JSON has no NaN and no infinity, the gradient norm of a skipped step is one.
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """The lines of a log up to a step, without one cut short by a kill."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if event.get("step", 0) <= step:
+            kept.append(line + "\n")
+    return kept
+
+
+def _tensorboard_writer(folder: str | None) -> Any:
+    if folder is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter  # an extra, see run.py
+
+    return SummaryWriter(folder)

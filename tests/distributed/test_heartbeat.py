@@ -1,0 +1,134 @@
+"""Which process has ended is found out, in one process that plays the others."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+import train_support
+
+from cpm_bee.distributed import heartbeat, process_group, rank
+from cpm_bee.distributed.heartbeat import Watch
+from cpm_bee.engine.torch_engine import TorchEngine
+from cpm_bee.errors import RunError
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> dist.Store:
+    monkeypatch.setattr(heartbeat, "_BEAT", 0.05)
+    monkeypatch.setattr(heartbeat, "_SILENCE", 0.4)
+    port = train_support.free_port()
+    return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+
+
+@pytest.fixture(autouse=True)
+def nothing_lost() -> Iterator[None]:
+    rank.lost.clear()
+    yield
+    rank.lost.clear()
+
+
+def register(store: dist.Store, rank: int, *, machine: str, number: int) -> None:
+    other = dist.PrefixStore("watch", store)
+    other.set(f"process/{rank}", f"{machine}\nhost-of-{rank}\n{number}")
+    other.add(f"beat/{rank}", 1)
+
+
+def ended_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_process_of_this_machine_is_missed_at_once(store: dist.Store) -> None:
+    own = Watch(store, 0, 3)
+    machine = own._own.machine
+    register(store, 1, machine=machine, number=os.getppid())
+    number = ended_process()
+    register(store, 2, machine=machine, number=number)
+    assert own.find() == (f"rank 2 of this run has ended (process {number} on host-of-2 is gone)")
+    assert rank.lost == {2}
+    own.close(None)
+
+
+def test_a_process_elsewhere_is_missed_by_its_silence(store: dist.Store) -> None:
+    own = Watch(store, 0, 2)
+    register(store, 1, machine="elsewhere", number=1)
+    found = own.find()
+    assert found is not None and "rank 1 " in found and "no sign of life" in found
+    own.close(None)
+
+
+def test_processes_that_live_are_not_missed(store: dist.Store) -> None:
+    first, second = Watch(store, 0, 2), Watch(store, 1, 2)
+    second._own = second._own._replace(machine="elsewhere")
+    register(store, 1, machine="elsewhere", number=1)
+    assert first.find() is None
+    second.close(None)  # ends well, and is silent from now on
+    assert first.find() is None
+    first.close(None)
+    assert rank.lost == set()
+
+
+def test_the_reason_of_a_failed_process_reaches_the_others(store: dist.Store) -> None:
+    first, second = Watch(store, 0, 2), Watch(store, 1, 2)
+    second.close("no room left")
+    rank.lost.clear()  # those of the process that failed
+    assert first.find() == "rank 1 has ended: no room left"
+    assert rank.lost == {1}
+    first.close(None)
+
+
+HANGING = """
+import sys, time
+import torch.distributed as dist
+from cpm_bee.distributed import heartbeat
+heartbeat._BEAT = heartbeat._GRACE = 0.1
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+own = heartbeat.Watch(store, 0, 2)
+place = dist.PrefixStore("watch", store)
+place.set("process/1", own._own.machine + "\\nhost\\n" + sys.argv[1])
+place.add("beat/1", 1)
+time.sleep(60)
+"""
+
+
+def test_a_process_that_waits_for_a_lost_one_is_ended() -> None:
+    begin = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING, str(ended_process())],
+        env=train_support.environment(PYTHONPATH=os.pathsep.join(sys.path)),
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 1
+    assert "error: rank 1 of this run has ended" in done.stderr
+    assert time.monotonic() - begin < 30
+
+
+def test_the_first_process_that_is_left_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "6"), ("LOCAL_RANK", "2"), ("WORLD_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    assert not rank.reports()
+    rank.lost.update({1, 4})
+    assert not rank.reports()
+    rank.lost.add(5)
+    assert rank.reports()
+
+
+def test_a_wrong_address_is_an_error_with_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = train_support.free_port()
+    values = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (values | {"MASTER_PORT": str(port)}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setattr(process_group, "_MEETING", datetime.timedelta(seconds=2))
+    with pytest.raises(RunError, match=f"127.0.0.1:{port} within 2 seconds.*MASTER_ADDR"):
+        TorchEngine(torch.device("cpu"), torch.float32)

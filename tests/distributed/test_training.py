@@ -1,0 +1,198 @@
+"""Two and four processes under torchrun (gloo), replicated and sharded, do what one does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import support
+import train_support
+from train_support import Run, Workspace, distance, free_port, train
+
+from cpm_bee.data.bin_dataset import BinaryDataset
+from cpm_bee.data.packing import Plan
+from cpm_bee.data.token_index.reader import TokenIndex
+from cpm_bee.tokenizer import Tokenizer
+
+ROWS = 4  # of a step, over all processes
+MAX_LENGTH = 48  # so that lanes end at different steps
+STEPS = 20
+# What the processes of a torchrun write in turn, and who goes on with it.
+RELAY = [(1, "auto", 4), (2, "ddp", 8), (2, "fsdp", 12), (4, "fsdp", 15), (4, "ddp", 17)]
+
+# name -> flags, the ways to spread it that are tried, and micro-steps of a step
+RUNS: dict[str, tuple[dict[str, Any], tuple[str, ...], int]] = {
+    "delta": ({"use_delta": True}, ("ddp", "fsdp"), 1),
+    # Processes have different numbers of batches.
+    "accumulate": ({"use_delta": True, "max_tokens": 40}, ("ddp", "fsdp"), 2),
+    "full": ({"lr": 0.003}, ("ddp", "fsdp"), 1),
+    "random": ({"lr": 0.003, "load": None}, ("fsdp",), 1),
+    "quantized": ({"use_delta": True, "quantize": "int8", "checkpointing": "full"}, ("fsdp",), 1),
+    # Fewer records than processes, to train on and to evaluate on.
+    "few": ({"use_delta": True, "epoch": STEPS}, ("ddp", "fsdp"), 1),
+}
+# Tried on one number of processes, to save time.
+ONCE = {"random": 4, "quantized": 2}
+CASES = [
+    (name, n, way)
+    for name, (_, ways, _) in RUNS.items()
+    for n in (2, 4)
+    for way in ways
+    if ONCE.get(name, n) == n
+]
+
+
+class Course:
+    """The runs of this file, each in a folder of its own."""
+
+    def __init__(self, workspace: Workspace, folder: Path) -> None:
+        # Of its own: a quantised base is kept beside it.
+        model = shutil.copytree(workspace.model, folder / "model")
+        self._few = [
+            train_support.make_dataset(folder, name, train_support.records(1, seed))
+            for name, seed in (("few", 5), ("one", 6))
+        ]
+        self._workspace = workspace
+        self._model = model
+        self._seed = seed_with_one_last_row(workspace)
+        self.folder = folder
+
+    def flags(self, name: str, processes: int, way: str) -> dict[str, Any]:
+        common, _, accumulate = RUNS[name]
+        flags = {
+            "load": self._model, "eval_dataset": self._workspace.eval, "eval_interval": 5,
+            "seed": self._seed, "epoch": 9, "max_steps": STEPS, "max_length": MAX_LENGTH,
+            "batch_size": ROWS // processes, "parallel": way, "checkpointing": "none",
+        }  # fmt: skip
+        if name == "random":
+            flags |= {
+                "model_config": self._model / "config.json",
+                "vocab": self._workspace.vocabulary,
+            }
+        if name == "few":
+            flags |= {"dataset": self._few[0], "eval_dataset": self._few[1]}
+        if processes > 1:
+            parts = min(accumulate, ROWS // processes)
+            flags |= {"batch_size": ROWS // processes // parts, "accumulate": parts}
+        return flags | common
+
+    def alone(self, name: str, folder: str = "", **values: Any) -> Run:
+        save = self.folder / (folder or f"{name}-1")
+        return train(self._workspace, save, **self.flags(name, 1, "auto") | values)
+
+    def together(self, processes: int) -> str:
+        """All runs on several processes; returns what rank 0 printed."""
+        commands = [
+            self._workspace.flags(self.folder / f"{name}-{n}-{way}", **self.flags(name, n, way))
+            for name, n, way in CASES
+            if n == processes
+        ]
+        for n, way, last in RELAY:
+            if n == processes:
+                flags = self.flags("full", n, way) | {"max_steps": last, "resume": True}
+                commands.append(self._workspace.flags(self.folder / "relay", **flags))
+        listed = self.folder / f"commands-{processes}.json"
+        listed.write_text(json.dumps([[free_port(), c] for c in commands]))
+        script = support.ROOT / "tests" / "train_support.py"
+        command = train_support.command(str(listed), ranks=processes, script=script)
+        values = {"PYTHONPATH": str(support.ROOT / "src"), "TMPDIR": str(self.folder)}
+        process = train_support.start(command, self.folder, **values)
+        status, output, errors = train_support.finish(process)
+        assert status == 0, errors
+        # By rank 0 alone.
+        assert output.count(f"engine torch, {processes} process(es)") == len(commands)
+        return output
+
+
+def seed_with_one_last_row(workspace: Workspace) -> int:
+    """A seed whose first epoch ends with a step in which only one process has a row."""
+    index = TokenIndex.of(BinaryDataset(workspace.train), Tokenizer.load(workspace.vocabulary))
+    for seed in range(100):
+        plan = Plan(np.asarray(index.lengths), rows=ROWS, max_length=MAX_LENGTH, shuffle_seed=seed)
+        last = list(plan.steps(0, range(ROWS)))[-1]
+        if sum(map(bool, last)) == 1:
+            return seed
+    raise AssertionError("no such seed")
+
+
+@pytest.fixture(scope="module")
+def course(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Course:
+    made = Course(workspace, tmp_path_factory.mktemp("distributed"))
+    with train_support.one_thread():
+        for name in RUNS:
+            made.alone(name)
+        made.alone("full", "relay", max_steps=RELAY[0][2])
+        for processes in (2, 4):
+            output = made.together(processes)
+            for way in ("ddp", "fsdp"):
+                count = [c[1:] for c in CASES].count((processes, way))
+                count += [leg[:2] for leg in RELAY].count((processes, way))
+                assert output.count(f"parallel {way}, each process") == count
+        made.alone("full", "relay", resume=True)
+    return made
+
+
+def compare(one: Run, other: Run) -> None:
+    assert len(one.losses) == STEPS
+    assert other.losses == pytest.approx(one.losses, rel=1e-5)
+    assert other.column("grad_norm") == pytest.approx(one.column("grad_norm"), rel=1e-4)
+    for name in ("step", "epoch", "lr", "tokens"):
+        assert other.column(name) == one.column(name)
+    for which in ("best", "last"):
+        assert distance(one.weights(which), other.weights(which)) < 1e-4
+    assert other.reason == one.reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "processes", "way"), CASES)
+def test_many_processes_train_as_one_does(
+    course: Course, name: str, processes: int, way: str
+) -> None:
+    one = Run(course.folder / f"{name}-1")
+    assert one.column("epoch").count(1) > 0  # past the step in which processes have no row
+    other = Run(course.folder / f"{name}-{processes}-{way}")
+    assert other.of("start")[0]["world_size"] == processes
+    compare(one, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["full", "few"])
+def test_evaluation_has_the_figures_of_one_process(
+    course: Course, processes: int, way: str, name: str
+) -> None:
+    one, other = Run(course.folder / f"{name}-1"), Run(course.folder / f"{name}-{processes}-{way}")
+    assert other.column("step", "eval") == one.column("step", "eval") == [0, 5, 10, 15, 20]
+    for first, second in zip(one.of("eval"), other.of("eval"), strict=True):
+        assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)
+        for figure in ("token_accuracy", "exact_match", "records"):
+            assert second[figure] == first[figure]
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_goes_on_where_others_were(course: Course) -> None:
+    relay = Run(course.folder / "relay")
+    sizes = [event["world_size"] for event in relay.of("start")]
+    assert sizes == [leg[0] for leg in RELAY] + [1]
+    assert relay.column("step") == list(range(1, STEPS + 1))
+    compare(Run(course.folder / "full-1"), relay)
+
+
+@pytest.mark.slow
+def test_sharded_fine_tuning_starts_with_the_values_of_one_process(course: Course) -> None:
+    one, other = (
+        train_support.load_tensors(course.folder / folder / "cpm_bee_finetune-state.pt", "a state")
+        for folder in ("random-1", f"random-{ONCE['random']}-fsdp")
+    )
+    assert one["base_fingerprint"] == other["base_fingerprint"]
+
+
+def test_answers_are_shuffled_alike_on_any_number_of_processes(workspace: Workspace) -> None:
+    # So that the comparisons above cover it: the data set has answers to shuffle.
+    index = TokenIndex.of(BinaryDataset(workspace.train), Tokenizer.load(workspace.vocabulary))
+    assert index._arrays["shuffled"].sum() == train_support.TRAINING // 3

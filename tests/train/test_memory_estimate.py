@@ -1,0 +1,183 @@
+"""The predicted peak against what is known, and the choice that follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cpm_bee import delta
+from cpm_bee.data.batch import Batch, collate
+from cpm_bee.model.config import ModelConfig
+from cpm_bee.model.frozen import buffers
+from cpm_bee.model.initialization import initialize
+from cpm_bee.model.network import CPMBee
+from cpm_bee.train import memory_estimate
+from cpm_bee.train.memory_estimate import Choice, LiveStorages, Training, predict, typical_batch
+
+CONFIG = ModelConfig(
+    vocab_size=2000, dim_model=128, num_heads=4, dim_head=32, dim_ff=192, num_layers=4
+)
+BATCH = typical_batch([40, 20, 30], 5, CONFIG.vocab_size)
+LORA = Training(torch.float32, delta.DeltaConfig())
+FULL = Training(torch.float32)
+
+
+def real_rest(config: ModelConfig, training: Training, batch: Batch) -> int:
+    """Bytes of tensors alive beside the weights at the worst moment of a real backward pass."""
+    with LiveStorages() as live:
+        model = CPMBee(config)
+        initialize(model, 0)
+        if training.delta is not None:
+            delta.insert(model, training.delta, 0)
+        model.encoder.set_checkpointing(training.checkpointing)
+        weights = live.peak = live.live
+        model.loss(batch).backward()
+    assert weights >= sum(p.nbytes for p in model.parameters())
+    return live.peak - weights
+
+
+@pytest.mark.parametrize("training", [LORA, replace(LORA, checkpointing=True), FULL], ids=str)
+def test_the_rest_is_that_of_a_real_step(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fake tensors take what real ones take; a real step has no gradients from before it."""
+    monkeypatch.setattr(buffers, "_use_count", None)  # what it keeps for later is not predicted
+    found = predict(CONFIG, training, BATCH)
+    real = real_rest(CONFIG, training, BATCH)
+    assert found.rest <= real <= found.rest + found.gradients
+    assert real > 1 << 19
+
+
+def test_parts() -> None:
+    numbers = {n: p.numel() for n, p in CPMBee(CONFIG).named_parameters()}
+    total = sum(numbers.values())
+    full = predict(CONFIG, FULL, BATCH)
+    assert (full.weights, full.gradients) == (4 * total, 4 * total)
+    assert full.moments == pytest.approx(8 * total, rel=0.001)  # and the step counts
+    rank, inner = 8, CONFIG.num_heads * CONFIG.dim_head
+    lora = 2 * CONFIG.num_layers * rank * (CONFIG.dim_model + inner)
+    bf16 = predict(CONFIG, replace(LORA, dtype=torch.bfloat16), BATCH)
+    assert (bf16.weights, bf16.gradients) == (2 * total + 4 * lora, 4 * lora)
+    nf4 = predict(CONFIG, replace(LORA, quantize="nf4"), BATCH)
+    linears = sum(n for name, n in numbers.items() if "encoder" in name and "norm" not in name)
+    assert nf4.weights == 4 * (total - linears + lora) + linears // 2 + linears // 64 * 4
+
+
+def test_what_saves_memory_is_predicted_to() -> None:
+    usual = predict(CONFIG, LORA, BATCH)
+    assert predict(CONFIG, replace(LORA, checkpointing=True), BATCH).rest < usual.rest
+    assert predict(CONFIG, FULL, BATCH).peak > 2 * usual.peak
+    smaller = predict(CONFIG, LORA, typical_batch([10], 2, CONFIG.vocab_size))
+    assert smaller.rest < usual.rest and smaller.weights == usual.weights
+    masks = ((True, False), (False, False), (False, True), (True, True))
+    pruned = predict(replace(CONFIG, mask_modules=masks), LORA, BATCH)
+    assert pruned.rest < usual.rest and pruned.weights < usual.weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[89] * 6, [300], [7]], ids=str)
+def test_the_bound_is_one(dtype: torch.dtype, lengths: list[int]) -> None:
+    config = replace(CONFIG, num_layers=2)
+    batch = typical_batch(lengths, 7, config.vocab_size)
+    dropout = delta.DeltaConfig(dropout=0.1, targets=delta.TARGETS)
+    for training in (LORA, FULL, replace(LORA, delta=dropout), replace(LORA, quantize="nf4")):
+        training = replace(training, dtype=dtype)
+        assert predict(config, training, batch).peak < memory_estimate.bound(
+            config, training, batch
+        )
+
+
+def test_a_typical_batch_is_one_that_records_could_make() -> None:
+    batch = typical_batch([4, 2, 3], 3, vocab_size=50)
+    assert batch.target_positions.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert batch.target_records.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert (batch.num_tokens, batch.num_targets) == (9, 8)
+    model = CPMBee(replace(CONFIG, vocab_size=50))
+    initialize(model, 0)
+    assert torch.isfinite(model.loss(batch))
+    lengths, targets = np.array([10, 30, 5000, 20]), np.array([3, 1, 900, 2])
+    data = memory_estimate.batch_of_data(lengths, targets, max_length=40, tokens=100, vocab_size=50)
+    assert data.lengths == (30, 20)  # no more than there are
+    data = memory_estimate.batch_of_data(lengths, targets, max_length=40, tokens=55, vocab_size=50)
+    assert data.lengths == (30, 20) and data.num_targets == 2 * 2
+
+
+def test_choice() -> None:
+    none, full = (
+        predict(CONFIG, LORA, BATCH),
+        predict(CONFIG, replace(LORA, checkpointing=True), BATCH),
+    )
+
+    def choose(capacity: float, shards: int = 1) -> Choice:
+        return memory_estimate.choose_checkpointing(CONFIG, LORA, BATCH, int(capacity), shards)
+
+    assert choose(1 << 40) == Choice(False, f"a step needs less than {size()} of 1024.00 GiB")
+    assert not choose(1.21 * none.peak).checkpointing
+    assert choose(1.19 * none.peak).checkpointing
+    assert choose(0).reason == (
+        f"a step needs about {full.peak / 2**30:.2f} GiB, without it {none.peak / 2**30:.2f} GiB, "
+        "of 0.00 GiB"
+    )
+    assert none.peak_of(1, 4) == none.peak > none.peak_of(16, 4) > none.rest
+
+
+def size() -> str:
+    return f"{memory_estimate.bound(CONFIG, LORA, BATCH) / 2**30:.2f} GiB"
+
+
+def test_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {
+        "/proc/meminfo": "MemTotal: 900 kB\nMemAvailable: 800 kB",
+        "/proc/self/status": "RssAnon:\t100 kB",
+        "/sys/fs/cgroup/memory_estimate.max": "max",
+    }
+    monkeypatch.setattr(memory_estimate, "_text", lambda path: texts.get(path, ""))
+    cpu = torch.device("cpu")
+    assert memory_estimate.capacity(cpu) == 900 * 1024
+    assert memory_estimate.capacity(cpu, processes=4) == 300 * 1024
+    texts["/sys/fs/cgroup/memory_estimate.max"] = str(500 * 1024)
+    assert memory_estimate.capacity(cpu) == 500 * 1024
+
+
+def test_real_capacity() -> None:
+    assert 1 << 26 < memory_estimate.capacity(torch.device("cpu")) < 1 << 50
+
+
+class Casts(TorchDispatchMode):
+    """Whether copies in another type were made of some tensors, and of how many others."""
+
+    def __init__(self, watched: list[torch.Tensor]) -> None:
+        super().__init__()
+        self._watched = {t.untyped_storage().data_ptr() for t in watched}
+        self.of_watched: list[tuple[int, ...]] = []
+        self.of_others = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.ops.aten._to_copy.default:
+            if args[0].untyped_storage().data_ptr() in self._watched:
+                self.of_watched.append(tuple(args[0].shape))
+            else:
+                self.of_others += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["by hand", "by PyTorch"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_bf16_makes_no_copies_of_frozen_weights(checkpointing: bool, dropout: float) -> None:
+    model = tiny.make_model(1)
+    for p in model.parameters():
+        p.data = p.data.bfloat16()
+    matrices = [p for p in model.encoder.parameters() if p.dim() == 2]
+    matrices.append(model.input_embedding.weight)
+    delta.insert(model, delta.DeltaConfig(dropout=dropout), 0)
+    model.train().encoder.set_checkpointing(checkpointing)
+    batch = collate(tiny.encode([{"input": "b<mask_0>", "<ans>": "a<mask_0>"}]), tiny.TOKENIZER)
+    with Casts(matrices) as casts, torch.autocast("cpu", torch.bfloat16):
+        model.loss(batch).backward()
+    assert casts.of_watched == []
+    assert casts.of_others > 0  # the LoRA is kept in fp32, so that there are casts to be seen
