@@ -4,9 +4,9 @@
     python benchmarks/gpu_memory.py --check      # the prediction against measured peaks on the CPU
     python benchmarks/gpu_memory.py --gpu 10B    # against a GPU's
 
-The step of `cpm_bee.train.memory_estimate` is the real one on tensors without values. What it cannot see: memory
-inside of kernels, fragmentation, the CUDA context (about 0.5 GiB). Nobody has compared the table
-with a GPU yet (docs/gpu-checklist.md).
+The step of `cpm_bee.train.memory_estimate` is the real one on tensors without values. What it
+cannot see: memory inside of kernels, fragmentation, the CUDA context (about 0.5 GiB). The table has
+not been compared with a GPU yet (docs/gpu-checklist.md).
 """
 
 from __future__ import annotations
@@ -38,7 +38,13 @@ from cpm_bee.model.initialization import initialize
 from cpm_bee.model.network import CPMBee
 from cpm_bee.quantize.formats import FORMATS
 from cpm_bee.quantize.linear import QuantizedLinear, quantize_
-from cpm_bee.train.memory_estimate import Training, fill, meta_model, predict, typical_batch
+from cpm_bee.train.memory_estimate import (
+    TrainingSetup,
+    estimate,
+    meta_model,
+    set_parameters,
+    typical_batch,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB, MIB = 2**30, 2**20
@@ -50,13 +56,13 @@ CHECKED = {
     "512x8": {"dim_model": 512, "num_heads": 8, "dim_head": 64, "dim_ff": 1280, "num_layers": 8},
     "768x8": {"dim_model": 768, "num_heads": 12, "dim_head": 64, "dim_ff": 2048, "num_layers": 8},
 }
-FP32_LORA = Training(torch.float32, delta.DeltaConfig())
+FP32_LORA = TrainingSetup(torch.float32, delta.DeltaConfig())
 WAYS = {
     "LoRA": FP32_LORA,
     "LoRA, checkpointing": replace(FP32_LORA, checkpointing=True),
     "LoRA, nf4": replace(FP32_LORA, quantize="nf4"),
-    "in full": Training(torch.float32),
-    "in full, checkpointing": Training(torch.float32, checkpointing=True),
+    "in full": TrainingSetup(torch.float32),
+    "in full, checkpointing": TrainingSetup(torch.float32, checkpointing=True),
 }
 
 
@@ -77,11 +83,13 @@ def released_sizes() -> dict[str, ModelConfig]:
     }
 
 
-def rows() -> Iterator[tuple[str, str, Training]]:
+def rows() -> Iterator[tuple[str, str, TrainingSetup]]:
     for size in released_sizes():
         for quantize in ("none", "nf4", "int8"):
             for checkpointing in (False, True):
-                training = Training(torch.bfloat16, delta.DeltaConfig(), quantize, checkpointing)
+                training = TrainingSetup(
+                    torch.bfloat16, delta.DeltaConfig(), quantize, checkpointing
+                )
                 name = "LoRA, bf16" if quantize == "none" else f"LoRA, {quantize}"
                 yield size, name + (", checkpointing" if checkpointing else ""), training
 
@@ -91,7 +99,7 @@ def print_table(batch: Batch) -> None:
     print("| model | training | base | LoRA's gradients, moments | rest | peak, GiB |")
     print("|---|---|---|---|---|---|")
     for size, name, training in tqdm(list(rows()), disable=None):
-        p = predict(sizes[size], training, batch)
+        p = estimate(sizes[size], training, batch)
         parts = (p.weights, p.gradients + p.moments, p.rest, p.peak)
         print(f"| {size} | {name} | " + " | ".join(f"{x / GIB:.2f}" for x in parts) + " |")
     for checkpointing in (False, True):
@@ -105,8 +113,8 @@ def sharded_row(config: ModelConfig, batch: Batch, checkpointing: bool, ranks: i
     group (the embedding), with its gradient, and two blocks (one computes, the next one comes)
     with the gradient of one. The rest is that of a step in bf16 throughout.
     """
-    training = Training(torch.bfloat16, None, "none", checkpointing, held=torch.bfloat16)
-    step = predict(config, training, batch)
+    training = TrainingSetup(torch.bfloat16, None, "none", checkpointing, held=torch.bfloat16)
+    step = estimate(config, training, batch)
     parameters = step.weights // 2
     with torch.device("meta"):
         model = CPMBee(config)
@@ -130,7 +138,7 @@ def check(tolerance: float) -> bool:
             command = [sys.executable, __file__, "--measure", size, name]
             environment = measured_environment()
             measured = float(subprocess.check_output(command, text=True, env=environment))
-            predicted = predict(checked_config(sizes), training, checked_batch()).peak / MIB
+            predicted = estimate(checked_config(sizes), training, checked_batch()).peak / MIB
             ratio = predicted / measured
             good = good and abs(ratio - 1) <= tolerance
             print(f"| {size} | {name} | {predicted:.0f} | {measured:.0f} | {ratio:.2f} |")
@@ -164,7 +172,7 @@ def measure(size: str, way: str) -> float:
     return peak_memory() - floor
 
 
-def train(config: ModelConfig, training: Training, batch: Batch, steps: int = 3) -> None:
+def train(config: ModelConfig, training: TrainingSetup, batch: Batch, steps: int = 3) -> None:
     model = CPMBee(config)
     initialize(model, 0)
     if training.quantize != "none":
@@ -199,11 +207,11 @@ def print_gpu(size: str) -> None:
             figures = gpu_steps(config, training, batch)
         except torch.OutOfMemoryError:
             figures = "out of memory"
-        predicted = predict(config, training, batch).peak / GIB
+        predicted = estimate(config, training, batch).peak / GIB
         print(f"| {size} | {name} | {predicted:.2f} | {figures} |", flush=True)
 
 
-def gpu_steps(config: ModelConfig, training: Training, batch: Batch, steps: int = 5) -> str:
+def gpu_steps(config: ModelConfig, training: TrainingSetup, batch: Batch, steps: int = 5) -> str:
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -218,7 +226,7 @@ def gpu_steps(config: ModelConfig, training: Training, batch: Batch, steps: int 
         for layer in model.modules():
             if isinstance(layer, QuantizedLinear):
                 layer.format = FORMATS[training.quantize]  # with its kernels
-    fill(model, training, make)
+    set_parameters(model, training, make)
     engine.prepare(model, OptimizerSettings(0.01, 1.0, 1.0, 2.0, 512))
     batch = batch.to(engine.device)
     for step in range(steps):

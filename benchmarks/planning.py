@@ -32,14 +32,14 @@ from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.data.token_index.writer import ARRAYS, INFO
 from cpm_bee.tokenizer import Tokenizer
-from cpm_bee.train.data_loader import Feed
+from cpm_bee.train.data_loader import DataLoader
 
 MAX_LENGTH = 2048
 ENOUGH_TOKENS = 2_000_000
 
 
 def simulated_rank(world_size: int) -> Any:
-    """As much of an engine as a feed needs."""
+    """As much of an engine as a loader needs."""
     return SimpleNamespace(
         rank=0, world_size=world_size, device=torch.device("cpu"), reduce=list, reduce_max=list
     )
@@ -67,14 +67,14 @@ class Repeated:
 
 def speed_and_fill(index: TokenIndex, tokenizer: Tokenizer, rows: int) -> tuple[float, float]:
     """Tokens/s of whole epochs on one rank, the best of three, and the fill of their rows."""
-    feed = Feed(
+    loader = DataLoader(
         index, tokenizer, simulated_rank(1), rows=rows, max_length=MAX_LENGTH, shuffle_seed=1
     )
     best = 0.0
     for epoch in range(3):
         tokens = filled = 0
         started = time.process_time()
-        for step, _ in feed.batches(epoch):
+        for step, _ in loader.batches(epoch):
             tokens += step.tokens
             filled += step.rows
         best = max(best, tokens / (time.process_time() - started))
@@ -105,11 +105,11 @@ def start_up(lengths: np.ndarray, dataset: BinaryDataset, tokenizer: Tokenizer) 
         started = time.perf_counter()
         index = TokenIndex(Path(folder), dataset, tokenizer)
         opened = time.perf_counter()
-        feed = Feed(
+        loader = DataLoader(
             index, tokenizer, simulated_rank(64), rows=512, max_length=MAX_LENGTH, shuffle_seed=1
         )
         planned = time.perf_counter()
-        next(feed.batches(0))
+        next(loader.batches(0))
         ready = time.perf_counter()
         print(
             f"start-up on {len(index):,} records: {ready - started:.2f} s (opening "
@@ -120,7 +120,7 @@ def start_up(lengths: np.ndarray, dataset: BinaryDataset, tokenizer: Tokenizer) 
 
 def cost_of_a_rank(index: Repeated, tokenizer: Tokenizer, world_size: int, rows: int) -> None:
     engine: Any = simulated_rank(world_size)
-    feed = Feed(
+    loader = DataLoader(
         index,  # type: ignore[arg-type]
         tokenizer,
         engine,
@@ -133,7 +133,7 @@ def cost_of_a_rank(index: Repeated, tokenizer: Tokenizer, world_size: int, rows:
     started = time.process_time()
     for rank in range(world_size):  # few steps an epoch: several ranks one after the other
         engine.rank = rank
-        for step, _ in feed.batches(0):
+        for step, _ in loader.batches(0):
             first = first or time.process_time() - started
             tokens += step.tokens
             steps += 1

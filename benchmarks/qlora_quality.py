@@ -26,7 +26,7 @@ from cpm_bee.errors import run_command
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.initialization import initialize
 from cpm_bee.model.network import CPMBee
-from cpm_bee.progress import progress
+from cpm_bee.progress import progress_bar
 from cpm_bee.quantize import NONE
 from cpm_bee.quantize.formats import FORMATS
 from cpm_bee.quantize.linear import quantize_
@@ -43,7 +43,7 @@ def loss_curve(config: ModelConfig, batches: list[Batch], kind: str, lr: float) 
     engine = TorchEngine(torch.device("cpu"), torch.float32)
     engine.prepare(model, OptimizerSettings(0.01, 1.0, 1.0, 2.0, 512))
     losses = []
-    for batch in progress(batches, description=kind, unit="steps"):
+    for batch in progress_bar(batches, description=kind, unit="steps"):
         loss = model.loss(batch) / batch.num_targets
         losses.append(loss.item())
         engine.backward(loss)

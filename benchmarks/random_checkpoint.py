@@ -22,7 +22,7 @@ import torch
 from cpm_bee.checkpoint.mapped_pages import drop_pages
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.network import CPMBee
-from cpm_bee.progress import progress
+from cpm_bee.progress import progress_bar
 
 
 def write_checkpoint(config_path: Path, folder: Path, seed: int = 0) -> Path:
@@ -39,7 +39,7 @@ def write_checkpoint(config_path: Path, folder: Path, seed: int = 0) -> Path:
         tensors = torch.load(partial, mmap=True, weights_only=True)
     generator = torch.Generator().manual_seed(seed)
     total = sum(t.numel() for t in tensors.values())
-    with progress(total=total, description="writing", unit="values") as bar:
+    with progress_bar(total=total, description="writing", unit="values") as bar:
         for name, tensor in tensors.items():
             if "layernorm" in name:
                 tensor.fill_(1)

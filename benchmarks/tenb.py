@@ -99,9 +99,9 @@ def checkpoint_phase(work: Work, arguments: argparse.Namespace) -> dict[str, Any
 def load(work: Work, arguments: argparse.Namespace) -> Any:
     import torch
 
-    from cpm_bee.pretrained import load_base
+    from cpm_bee.pretrained import load_pretrained
 
-    return load_base(
+    return load_pretrained(
         str(work.checkpoint),
         "auto",
         str(work.vocab),

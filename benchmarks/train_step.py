@@ -5,7 +5,7 @@
 The roofline is the multiply-adds that the mathematics needs, at the speed that plain matmuls of
 the same shapes reach in the same run. Needed are: forward and input gradient of every Linear above
 the lowest delta, no weight gradient of frozen weights, logits at targets alone, and in the last
-block queries, attention output and feed-forward at targets alone.
+block queries, attention output and loader-forward at targets alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cpm_bee.encoding import Encoder
 from cpm_bee.engine import OptimizerSettings
 from cpm_bee.engine.torch_engine import TorchEngine
 from cpm_bee.model.config import ModelConfig
-from cpm_bee.model.frozen.buffers import keep_no_large_pieces
+from cpm_bee.model.frozen.buffers import return_freed_memory
 from cpm_bee.model.initialization import initialize
 from cpm_bee.model.network import CPMBee
 from cpm_bee.tokenizer import Tokenizer
@@ -108,7 +108,7 @@ def main() -> None:
     model = CPMBee(config)
     initialize(model, 0)
     delta.insert(model, delta.DeltaConfig(), 0)
-    keep_no_large_pieces()
+    return_freed_memory()
     engine = TorchEngine(torch.device("cpu"), torch.float32)
     engine.prepare(model, OptimizerSettings(0.01, 1.0, 1.0, 2.0, 512))
     batches = read_batches(arguments.data, tokenizer, arguments.steps, arguments.max_length)

@@ -25,11 +25,11 @@ def main() -> None:
     expected = take(arguments.records, sample)
     generate(events[0]["options"], delta, sample, answers)
     written = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
-    for right, record in zip(expected, written, strict=True):
+    for answer, record in zip(expected, written, strict=True):
         print()
         for key, value in record.items():
             print(f"  {key}: {json.dumps(value, ensure_ascii=False)}")
-        verdict = "right" if right == record["<ans>"] else f"expected {json.dumps(right)}"
+        verdict = "correct" if answer == record["<ans>"] else f"expected {json.dumps(answer)}"
         print(f"  -> {verdict}")
     evaluations = [e for e in events if e["event"] == "eval"]
     best = min(evaluations, key=lambda e: e["loss"])

@@ -69,17 +69,17 @@ def main() -> None:
 
     names = ("beam_size", "max_length", "repetition_penalty", "repetition_window")
     options = GenerationOptions(**{name: getattr(arguments, name) for name in names})
-    placed = read_records(arguments.input)
+    records = read_records(arguments.input)
     device = pretrained.choose_device(arguments.device)
     dtype = pretrained.choose_dtype(arguments.dtype, device)
     model = (arguments.load, arguments.model_config, arguments.vocab)
-    loaded = pretrained.load_base(*model, dtype, device, quantize=arguments.quantize)
+    loaded = pretrained.load_pretrained(*model, dtype, device, quantize=arguments.quantize)
     if arguments.delta is not None:
         delta.load(loaded.model, arguments.delta, loaded.fingerprint)
     generator = Generator(loaded.model, loaded.tokenizer)
-    score = generate_file(generator, placed, options, arguments.output)
+    score = generate_file(generator, records, options, arguments.output)
     messages = sys.stderr if arguments.output == STANDARD else sys.stdout
-    print(f"{len(placed):,} records written", file=messages)
+    print(f"{len(records):,} records written", file=messages)
     if score.answered:
         print(score, file=messages)
 

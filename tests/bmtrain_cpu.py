@@ -245,18 +245,18 @@ def install() -> Any:
 
 
 def run_ranks(script: str, world_size: int, *arguments: object, seconds: float = 280) -> None:
-    """Run a file of tests/ in several processes, placed as torchrun places them."""
+    """Run a file of tests/ in several processes, placed as torchrun variables them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": world_size}
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": world_size}
     # On two, bmtrain would give each process a core of its own, on which others may be busy.
-    places |= {"LOCAL_WORLD_SIZE": 1000, "OMP_NUM_THREADS": 1}
-    places["MALLOC_MMAP_THRESHOLD_"] = 1 << 16  # what is freed leaves the process, for measuring
-    places["PYTHONPATH"] = os.pathsep.join([str(_ROOT / "src"), str(_ROOT / "tests")])
+    variables |= {"LOCAL_WORLD_SIZE": 1000, "OMP_NUM_THREADS": 1}
+    variables["MALLOC_MMAP_THRESHOLD_"] = 1 << 16  # what is freed leaves the process, for measuring
+    variables["PYTHONPATH"] = os.pathsep.join([str(_ROOT / "src"), str(_ROOT / "tests")])
     processes = []
     for rank in range(world_size):
-        names = {**places, "RANK": rank, "LOCAL_RANK": rank}
+        names = {**variables, "RANK": rank, "LOCAL_RANK": rank}
         process_group.append(
             subprocess.Popen(
                 [sys.executable, str(_ROOT / "tests" / script), *map(str, arguments)],
@@ -296,7 +296,7 @@ def main() -> None:
     from cpm_bee.engine import bmtrain_engine
 
     install()
-    bmtrain_engine.obstacle = lambda device: None
+    bmtrain_engine.unavailable_reason = lambda device: None
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
 

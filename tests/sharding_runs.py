@@ -12,12 +12,12 @@ import tiny
 import torch
 
 from cpm_bee import delta
-from cpm_bee.checkpoint.reader import Entry, save_tensors
+from cpm_bee.checkpoint.reader import LazyTensor, save_tensors
 from cpm_bee.data.batch import collate
 from cpm_bee.engine import OptimizerSettings
 from cpm_bee.engine.torch_engine import TorchEngine
 from cpm_bee.model.config import ModelConfig
-from cpm_bee.pretrained import open_base
+from cpm_bee.pretrained import open_pretrained
 
 RECORDS = [{"input": "春天 ab" * 3, "<ans>": "天"}, {"input": "x", "<ans>": {"a": "b", "x": ""}}]
 SETTINGS = OptimizerSettings(0.1, 1.0, 8.0, 2.0, 3)
@@ -36,7 +36,7 @@ def write_model(folder: Path, config: ModelConfig) -> str:
 
 
 def open_model(path: str, config: Path, dtype: torch.dtype = torch.float32) -> Any:
-    return open_base(path, str(config), None, dtype)
+    return open_pretrained(path, str(config), None, dtype)
 
 
 def memory(name: str) -> int:
@@ -48,16 +48,16 @@ def reading(engine: TorchEngine, folder: Path) -> None:
     """Each rank reads its own rows, and has room for no more."""
     base = open_model(str(folder / "large" / "model.bin"), folder / "large" / "config.json")
     rows: dict[str, tuple[int, int, int]] = {}
-    original = Entry.rows
+    original = LazyTensor.rows
 
-    def counted(entry: Entry, begin: int, end: int) -> Entry:
+    def counted(entry: LazyTensor, begin: int, end: int) -> LazyTensor:
         found = original(entry, begin, end)
         name = next(name for name, other in entries.items() if other is entry)
         rows[name] = (begin, begin + found.shape[0], entry.shape[0])
         return found
 
     entries = dict(base.tensors())
-    Entry.rows = counted  # type: ignore[method-assign]
+    LazyTensor.rows = counted  # type: ignore[method-assign]
     engine.shard(lambda: iter(entries.items()), offload=False)
     whole = sum(4 * math.prod(entry.shape) for entry in entries.values())
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -65,7 +65,7 @@ def reading(engine: TorchEngine, folder: Path) -> None:
     base.model.requires_grad_(False)
     engine.prepare(base.model, SETTINGS)
     peak = memory("VmHWM") - before
-    Entry.rows = original  # type: ignore[method-assign]
+    LazyTensor.rows = original  # type: ignore[method-assign]
     assert rows.keys() == entries.keys()
     for begin, end, count in rows.values():
         half = -(-count // 2)

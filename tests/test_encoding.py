@@ -24,7 +24,7 @@ def assert_is(encoded: EncodedRecord, record: Record, *, answers: bool = True) -
     assert encoded.segments.tolist() == [t.node for t in tokens]
     assert encoded.context.tolist() == [t.is_context for t in tokens]
     paths = [node.path for node in dense_reference.nodes_of(record)]
-    assert encoded.shape.relations.tolist() == [
+    assert encoded.tree.relations.tolist() == [
         [dense_reference.bucket(a, b) for b in paths] for a in paths
     ]
 
@@ -61,8 +61,8 @@ def test_a_cache_that_is_always_full(records: list[Record]) -> None:
 
 def rebuilt(record: Record, rng: random.Random) -> Record:
     """The record in the order in which `outline` goes through it."""
-    texts, shape = outline(record, rng)
-    segments = list(zip(texts, shape.depths, strict=True))[1:]
+    texts, tree = outline(record, rng)
+    segments = list(zip(texts, tree.depths, strict=True))[1:]
 
     def below(depth: int) -> Any:
         node: dict[str, Any] = {}
@@ -97,11 +97,11 @@ def test_a_shuffled_record_is_one_in_another_order(record: Record, seed: int) ->
     encoder = Encoder(tiny.TOKENIZER)
     first = encoder.encode(record, rng=random.Random(seed))
     again = encoder.encode(record, rng=random.Random(seed))
-    assert first.ids.tolist() == again.ids.tolist() and first.shape == again.shape
+    assert first.ids.tolist() == again.ids.tolist() and first.tree == again.tree
     plain = encoder.encode(record)
     assert len(first) == len(plain)
     assert sorted(first.ids.tolist()) == sorted(plain.ids.tolist())
-    assert sorted(first.shape.depths) == sorted(plain.shape.depths)
+    assert sorted(first.tree.depths) == sorted(plain.tree.depths)
     for pairs in (set(zip(e.ids.tolist(), e.subs.tolist(), strict=True)) for e in (first, plain)):
         # All subs below the largest of an id are there too: the token index relies on it.
         extended = {pair for pair in pairs if pair[1]}
@@ -128,7 +128,7 @@ def test_unknown_special_token() -> None:
 def test_too_many_fields_or_unknown_words() -> None:
     most = encoding.MAX_PARTS
     fields: Record = {"<ans>": {"x" * i: "" for i in range(1, 200)}}
-    assert len(Encoder(tiny.TOKENIZER).encode(fields).shape.depths) == 2 + 2 * 199
+    assert len(Encoder(tiny.TOKENIZER).encode(fields).tree.depths) == 2 + 2 * 199
     words = {f"<mask_{i}>": "" for i in range(most // 2)}
     with pytest.raises(InputError, match=f"more than {most} fields or unknown words"):
         Encoder(tiny.TOKENIZER).encode({"input": words, "<ans>": ""})

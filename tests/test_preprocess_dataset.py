@@ -1,4 +1,4 @@
-"""preprocess_dataset.py as a user runs it; tests/data/preprocess/test_pipeline.py has the library."""
+"""preprocess_dataset.py as a user runs it; the library: tests/data/preprocess/test_pipeline.py."""
 
 from __future__ import annotations
 

@@ -19,7 +19,13 @@ from cpm_bee.data.batch import collate
 from cpm_bee.errors import InputError
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.network import CPMBee
-from cpm_bee.pretrained import Base, choose_device, choose_dtype, load_base, load_weights
+from cpm_bee.pretrained import (
+    PretrainedModel,
+    choose_device,
+    choose_dtype,
+    load_pretrained,
+    load_weights,
+)
 
 CPU = torch.device("cpu")
 MASKS = ((False, True), (True, True), (True, False))
@@ -47,10 +53,10 @@ def write(folder: Path, model: CPMBee, *, config: bool = True) -> Path:
 
 def load(
     path: Path | None, config: str | Path = "auto", vocab: str | Path | None = None, **options: Any
-) -> Base:
+) -> PretrainedModel:
     dtype = options.pop("dtype", torch.float32)
     names = [None if value is None else str(value) for value in (path, vocab)]
-    return load_base(names[0], str(config), names[1], dtype, CPU, **options)
+    return load_pretrained(names[0], str(config), names[1], dtype, CPU, **options)
 
 
 def refusal(*args: Any, **options: Any) -> list[str]:

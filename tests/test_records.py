@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cpm_bee import records
 from cpm_bee.errors import InputError
-from cpm_bee.records import MAX_DEPTH, parse_line, read_lines, validate
+from cpm_bee.records import MAX_NESTING, parse_line, read_lines, validate
 from cpm_bee.tokenizer import escape
 
 texts = st.text(st.sampled_from("a<>春 \n") | st.characters(exclude_categories=["Cs"])).map(escape)
@@ -40,12 +40,14 @@ def test_the_quick_check_agrees_with_the_thorough_one(value: object) -> None:
 
 
 def test_the_quick_check_of_depth() -> None:
-    for depth in (MAX_DEPTH - 2, MAX_DEPTH - 1, MAX_DEPTH, MAX_DEPTH + 1):
+    for depth in (MAX_NESTING - 2, MAX_NESTING - 1, MAX_NESTING, MAX_NESTING + 1):
         value: object = "a"
         for _ in range(depth):
             value = {"a": value}
         record = {"<ans>": "", "b": value}
-        assert records._is_valid(record) == (records._problems(record) == []) == (depth < MAX_DEPTH)
+        assert (
+            records._is_valid(record) == (records._problems(record) == []) == (depth < MAX_NESTING)
+        )
 
 
 @pytest.mark.parametrize("answer", [{}, {"a": {}}, {"a": {}, "b": {"c": {}}}])
@@ -94,8 +96,8 @@ def test_depth_is_limited() -> None:
             node = {"node": node}
         return {**node, "<ans>": ""}
 
-    assert validate(nested(MAX_DEPTH)) == []
-    [problem] = validate(nested(MAX_DEPTH + 1))
+    assert validate(nested(MAX_NESTING)) == []
+    [problem] = validate(nested(MAX_NESTING + 1))
     assert "nested more than" in problem
 
 

@@ -14,7 +14,7 @@ import torch
 from support import ROOT, RunScript
 
 from cpm_bee.model.config import ModelConfig
-from cpm_bee.pretrained import load_base
+from cpm_bee.pretrained import load_pretrained
 
 TINY = ROOT / "src" / "ckpts" / "cpm-bee-tiny"
 RECIPE = ROOT / "scripts" / "tiny_base"
@@ -24,7 +24,7 @@ def test_it_is_small_and_in_the_native_format() -> None:
     files = sorted(path.name for path in TINY.iterdir())
     assert files == ["config.json", "pytorch_model.bin", "vocab.txt"]
     assert sum(path.stat().st_size for path in TINY.iterdir()) <= 8 << 20
-    base = load_base(str(TINY), "auto", None, torch.float32, torch.device("cpu"))
+    base = load_pretrained(str(TINY), "auto", None, torch.float32, torch.device("cpu"))
     assert base.model.config == ModelConfig.load(TINY / "config.json")
     assert base.model.config == ModelConfig.load(ROOT / "config" / "cpm-bee-tiny.json")
     tensors = torch.load(TINY / "pytorch_model.bin", weights_only=True)

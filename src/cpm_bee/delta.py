@@ -95,7 +95,7 @@ def save(
 ) -> None:
     """Write a delta file, and beside it `.json` with what it was made with."""
     save_tensors(path, tensors)
-    note = {
+    sidecar = {
         "rank": config.rank,
         "alpha": config.alpha,
         "targets": list(config.targets),
@@ -103,7 +103,7 @@ def save(
         "written_by": f"cpm_bee {__version__}",
     }
     with atomic_file(path.with_suffix(".json"), "w") as file:
-        file.write(json.dumps(note, indent=2) + "\n")
+        file.write(json.dumps(sidecar, indent=2) + "\n")
 
 
 def load(model: CPMBee, path: str | Path, base_fingerprint: str) -> DeltaConfig:
@@ -119,14 +119,14 @@ def load(model: CPMBee, path: str | Path, base_fingerprint: str) -> DeltaConfig:
     if not path.is_file():
         raise InputError(f"{path}: no such delta file")
     loaded = load_tensors(path, "a delta file")
-    note = _read_note(path)
-    made_on = note.get("base_fingerprint")
+    sidecar = _read_sidecar(path)
+    made_on = sidecar.get("base_fingerprint")
     if made_on is not None and made_on != base_fingerprint:
         raise InputError(
             f"{path}: was trained on another base model (fingerprint {str(made_on)[:12]}..., "
             f"the loaded one has {base_fingerprint[:12]}...); name its own base with --load"
         )
-    config = _config_of(path, loaded, note)
+    config = _config_of(path, loaded, sidecar)
     insert(model, config, seed=0)
     expected = dict(model.named_parameters())
     problems = Problems()
@@ -146,20 +146,20 @@ def load(model: CPMBee, path: str | Path, base_fingerprint: str) -> DeltaConfig:
     return config
 
 
-def _read_note(path: Path) -> dict[str, Any]:
+def _read_sidecar(path: Path) -> dict[str, Any]:
     beside = path.with_suffix(".json")
     if not beside.is_file():
         return {}
     try:
-        note = json.loads(beside.read_text(encoding="utf-8"))
+        sidecar = json.loads(beside.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{beside}: not a JSON file: {error}") from None
-    if not isinstance(note, dict):
+    if not isinstance(sidecar, dict):
         raise InputError(f"{beside}: a JSON object is expected")
-    return note
+    return sidecar
 
 
-def _config_of(path: Path, loaded: dict[str, Any], note: dict[str, Any]) -> DeltaConfig:
+def _config_of(path: Path, loaded: dict[str, Any], sidecar: dict[str, Any]) -> DeltaConfig:
     if not all(_is_matrix(name, value) for name, value in loaded.items()):
         raise InputError(f"{path}: not a delta file, which holds only matrices by name")
     ending = f"{_INFIX}lora_A"
@@ -173,7 +173,7 @@ def _config_of(path: Path, loaded: dict[str, Any], note: dict[str, Any]) -> Delt
     ranks = {value.shape[0] for value in lora_a.values()}
     if len(ranks) > 1:
         raise InputError(f"{path}: holds LoRA of several ranks {sorted(ranks)}, expected one")
-    alpha = note.get("alpha", DeltaConfig.alpha)
+    alpha = sidecar.get("alpha", DeltaConfig.alpha)
     number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
     if not number or not 0 < alpha < math.inf:
         raise InputError(f"{path.with_suffix('.json')}: alpha {alpha!r} is not a number above 0")

@@ -14,7 +14,7 @@ from cpm_bee.errors import InputError
 from cpm_bee.records import ANSWER, Record, Tree
 from cpm_bee.tokenizer import ExtensionTable, Piece, Tokenizer
 
-MAX_DEPTH = 8  # relations distinguish at most this many levels up and down
+NUM_DEPTHS = 8  # relations distinguish at most this many levels up and down
 MAX_PARTS = np.iinfo(np.uint16).max  # segments and subs are stored in 16 bits
 
 # Texts up to this length are looked up in a cache: field names, options, the question.
@@ -22,7 +22,7 @@ _CACHED_LENGTH = 24
 _CACHE_SIZE = 4_096
 
 
-class Shape(NamedTuple):
+class SegmentTree(NamedTuple):
     """What the relations of a record depend on: depth and role of each of its S segments.
 
     A segment is a node of the record's tree: a key or a string leaf, in depth-first order; the
@@ -39,10 +39,10 @@ class Shape(NamedTuple):
 
 
 class Outline(NamedTuple):
-    """The segments of a record: their texts and the shape of their tree."""
+    """The segments of a record: their texts and their tree."""
 
     texts: list[str]
-    shape: Shape
+    tree: SegmentTree
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +53,13 @@ class EncodedRecord:
         ids: vocabulary ids, int32 [n].
         subs: which extension entry of its id a token is (0 for ordinary tokens), uint16 [n].
         segments: the segment of each token, uint16 [n].
-        shape: the segments' depths and roles.
+        tree: the segments' depths and roles.
     """
 
     ids: np.ndarray
     subs: np.ndarray
     segments: np.ndarray
-    shape: Shape
+    tree: SegmentTree
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -67,7 +67,7 @@ class EncodedRecord:
     @property
     def context(self) -> np.ndarray:
         """True where a token is given, False where it belongs to an answer; bool [n]."""
-        return ~np.asarray(self.shape.predicted, dtype=bool)[self.segments]
+        return ~np.asarray(self.tree.predicted, dtype=bool)[self.segments]
 
 
 def outline(record: Record, rng: random.Random | None = None) -> Outline:
@@ -77,7 +77,7 @@ def outline(record: Record, rng: random.Random | None = None) -> Outline:
     """
     texts, codes = ["<root>"], bytearray(1)
     _outline(record, 1, False, rng, texts, codes)
-    return Outline(texts, _shape(bytes(codes)))
+    return Outline(texts, _segment_tree(bytes(codes)))
 
 
 def _outline(
@@ -103,9 +103,9 @@ def _outline(
 
 
 @lru_cache(maxsize=4096)
-def _shape(codes: bytes) -> Shape:
-    """The shape of segments that are given as 2 * depth, plus 1 where predicted."""
-    return Shape(tuple(code // 2 for code in codes), tuple(code % 2 == 1 for code in codes))
+def _segment_tree(codes: bytes) -> SegmentTree:
+    """The tree of segments that are given as 2 * depth, plus 1 where predicted."""
+    return SegmentTree(tuple(code // 2 for code in codes), tuple(code % 2 == 1 for code in codes))
 
 
 def is_shuffled(record: Record) -> bool:
@@ -128,9 +128,9 @@ def _relations(depths: tuple[int, ...]) -> np.ndarray:
     for a in range(len(depth)):
         steps = np.concatenate([depth[a : a + 1], depth[a + 1 :] - 1])
         common[a, a:] = common[a:, a] = np.minimum.accumulate(steps)
-    up = np.minimum(depth[:, None] - common, MAX_DEPTH - 1)
-    down = np.minimum(depth[None, :] - common, MAX_DEPTH - 1)
-    bucket = up * MAX_DEPTH + down
+    up = np.minimum(depth[:, None] - common, NUM_DEPTHS - 1)
+    down = np.minimum(depth[None, :] - common, NUM_DEPTHS - 1)
+    bucket = up * NUM_DEPTHS + down
     result = np.where(bucket > 0, bucket + 1, 0).astype(np.uint8)
     np.fill_diagonal(result, 0)
     result.setflags(write=False)
@@ -218,7 +218,7 @@ class Encoder:
             ids=np.array(tokens.ids, dtype=np.int32),
             subs=subs,
             segments=_numbers(len(outline.texts)).repeat(tokens.segment_lengths),
-            shape=outline.shape,
+            tree=outline.tree,
         )
         return encoded, extension
 
@@ -230,7 +230,7 @@ class Encoder:
         bos, eos = self.tokenizer.bos, self.tokenizer.eos
         ordinary_get, markup_get = self._ordinary.get, self._markup.get
         try:
-            for text, is_predicted in zip(outline.texts, outline.shape.predicted, strict=True):
+            for text, is_predicted in zip(outline.texts, outline.tree.predicted, strict=True):
                 if is_predicted and not answers:
                     lengths.append(0)
                     continue

@@ -7,7 +7,12 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-from cpm_bee.distributed.rank import Place, end_torchrun_quietly, remove_empty_log_folders, reports
+from cpm_bee.distributed.rank import (
+    RankInfo,
+    end_torchrun_quietly,
+    remove_empty_log_folders,
+    reports,
+)
 
 
 class CpmBeeError(Exception):
@@ -69,7 +74,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     try:
         status = main()
         sys.stdout.flush()
-        if Place.of_this_process().local_rank == 0:
+        if RankInfo.of_this_process().local_rank == 0:
             remove_empty_log_folders()
     except KeyboardInterrupt:
         if debug:
@@ -103,6 +108,6 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
 def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
-        place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror.lower()}"
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror.lower()}"
     return str(error)

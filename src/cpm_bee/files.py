@@ -147,7 +147,7 @@ def _sync(path: str | Path) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
-    for place, _, names in os.walk(folder):
+    for directory, _, names in os.walk(folder):
         for name in names:
-            _sync(os.path.join(place, name))
-        _sync(place)
+            _sync(os.path.join(directory, name))
+        _sync(directory)

@@ -18,7 +18,7 @@ from cpm_bee.checkpoint.config_from_weights import (
     warn_of_contradictions,
 )
 from cpm_bee.checkpoint.loading import transfer
-from cpm_bee.checkpoint.reader import Checkpoint, Entry, fingerprint_of, sample
+from cpm_bee.checkpoint.reader import Checkpoint, LazyTensor, fingerprint_of, sample
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.initialization import initial_values
@@ -32,14 +32,14 @@ _FETCH = "bash scripts/fetch_vocab.sh gets the vocabulary of the released models
 
 
 # Goes through the tensors of a model once, by name.
-Tensors = Callable[[], Iterator[tuple[str, Entry]]]
+Tensors = Callable[[], Iterator[tuple[str, LazyTensor]]]
 
 
 @dataclass(frozen=True)
-class Base:
+class PretrainedModel:
     """A model with its vocabulary; `fingerprint` identifies the weights it started from.
 
-    The model of `open_base` has no values yet: all its tensors are on the meta device, in the
+    The model of `open_pretrained` has no values yet: all its tensors are on the meta device, in the
     type that they will have, and `tensors` gives their values.
     """
 
@@ -48,14 +48,14 @@ class Base:
     fingerprint: str
     tensors: Tensors
 
-    def fill(self, device: torch.device) -> None:
+    def materialize(self, device: torch.device) -> None:
         """Put the values onto a device; a checkpoint's file is read once, in its order.
 
         Where type and device are the file's own, the tensors stay memory-mapped (copy on write).
         """
-        _fill(self.model, dict(self.tensors()), device)
+        _load_parameters(self.model, dict(self.tensors()), device)
 
-    def fill_mapped(self) -> None:
+    def materialize_mapped(self) -> None:
         """Put the values in place as a file has them: in its types, memory-mapped."""
         _put(self.model, {name: entry.read() for name, entry in self.tensors()})
 
@@ -86,7 +86,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def load_base(
+def load_pretrained(
     load: str | None,
     model_config: str,
     vocab: str | None,
@@ -95,14 +95,14 @@ def load_base(
     *,
     seed: int = 0,
     quantize: str = quantization.NONE,
-) -> Base:
-    """`open_base`, filled with values."""
-    base = open_base(load, model_config, vocab, dtype, seed=seed, quantize=quantize)
-    base.fill(device)
-    return base
+) -> PretrainedModel:
+    """`open_pretrained`, filled with values."""
+    pretrained = open_pretrained(load, model_config, vocab, dtype, seed=seed, quantize=quantize)
+    pretrained.materialize(device)
+    return pretrained
 
 
-def open_base(
+def open_pretrained(
     load: str | None,
     model_config: str,
     vocab: str | None,
@@ -110,7 +110,7 @@ def open_base(
     *,
     seed: int = 0,
     quantize: str = quantization.NONE,
-) -> Base:
+) -> PretrainedModel:
     """A model without its values, with those of a checkpoint or, where `load` is None, random ones.
 
     Args:
@@ -124,27 +124,31 @@ def open_base(
         InputError: checkpoint, config and vocabulary do not fit each other; says all of it.
     """
     if load is None:
-        return _random_base(model_config, vocab, dtype, seed)
+        return _random_pretrained(model_config, vocab, dtype, seed)
     checkpoint = Checkpoint(load)
-    note = _sidecar(checkpoint.path)
-    derived = derive_config(checkpoint, note)
+    sidecar = _sidecar(checkpoint.path)
+    derived = derive_config(checkpoint, sidecar)
     config = derived
     if model_config == AUTO:
-        warn_of_contradictions(checkpoint, note, derived)
+        warn_of_contradictions(checkpoint, sidecar, derived)
     else:
         config = ModelConfig.load(model_config)
         check_agreement(config, derived, model_config, checkpoint.path)
-    tokenizer = _vocabulary(vocab, checkpoint.path, note, config)
+    tokenizer = _vocabulary(vocab, checkpoint.path, sidecar, config)
     model = _meta_model(config)
     check_tensors(model, checkpoint)
     entries = checkpoint.entries
     if quantize != quantization.NONE:
         entries = quantized_entries(model, checkpoint, quantize)
     _set_type(model, dtype)
-    return Base(model, tokenizer, checkpoint.fingerprint(), lambda: iter(entries.items()))
+    return PretrainedModel(
+        model, tokenizer, checkpoint.fingerprint(), lambda: iter(entries.items())
+    )
 
 
-def _random_base(model_config: str, vocab: str | None, dtype: torch.dtype, seed: int) -> Base:
+def _random_pretrained(
+    model_config: str, vocab: str | None, dtype: torch.dtype, seed: int
+) -> PretrainedModel:
     if model_config == AUTO or vocab is None:
         raise InputError("a random start (no --load) needs --model-config FILE and --vocab FILE")
     config = ModelConfig.load(model_config)
@@ -152,13 +156,13 @@ def _random_base(model_config: str, vocab: str | None, dtype: torch.dtype, seed:
     model = _meta_model(config)
     _set_type(model, dtype)
 
-    def tensors() -> Iterator[tuple[str, Entry]]:
+    def tensors() -> Iterator[tuple[str, LazyTensor]]:
         # Of a model of its own: this one may be sharded by then.
         for name, tensor in initial_values(_meta_model(config), seed):
-            yield name, Entry.of(tensor)
+            yield name, LazyTensor.of(tensor)
 
     samples = (sample(name, tensor) for name, tensor in initial_values(model, seed))
-    return Base(model, tokenizer, fingerprint_of(samples), tensors)
+    return PretrainedModel(model, tokenizer, fingerprint_of(samples), tensors)
 
 
 def _set_type(model: CPMBee, dtype: torch.dtype) -> None:
@@ -175,22 +179,22 @@ def _meta_model(config: ModelConfig) -> CPMBee:
 
 
 def _sidecar(path: Path) -> dict[str, Any]:
-    """What was noted beside a checkpoint that this project saved; else an empty dictionary."""
+    """What was recorded beside a checkpoint that this project saved; else an empty dictionary."""
     try:
-        note = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        sidecar = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return note if isinstance(note, dict) else {}
+    return sidecar if isinstance(sidecar, dict) else {}
 
 
 def _vocabulary(
-    vocab: str | None, checkpoint: Path, note: dict[str, Any], config: ModelConfig
+    vocab: str | None, checkpoint: Path, sidecar: dict[str, Any], config: ModelConfig
 ) -> Tokenizer:
     if vocab is not None:
         return _checked_vocabulary(Path(vocab), config)
-    noted = note.get("vocab")
-    if isinstance(noted, str) and Path(noted).is_file():
-        return _checked_vocabulary(Path(noted), config)
+    recorded = sidecar.get("vocab")
+    if isinstance(recorded, str) and Path(recorded).is_file():
+        return _checked_vocabulary(Path(recorded), config)
     beside = checkpoint.parent / "vocab.txt"
     if not beside.is_file():
         raise InputError(f"no vocabulary: give --vocab FILE, or put it at {beside} ({_FETCH})")
@@ -219,10 +223,12 @@ def load_weights(
     """
     check_tensors(model, checkpoint)
     _set_type(model, dtype)
-    _fill(model, checkpoint.entries, device)
+    _load_parameters(model, checkpoint.entries, device)
 
 
-def _fill(model: CPMBee, entries: Mapping[str, Entry], device: torch.device) -> None:
+def _load_parameters(
+    model: CPMBee, entries: Mapping[str, LazyTensor], device: torch.device
+) -> None:
     for dtype in {p.dtype for p in model.parameters()}:
         wanted = {n: p for n, p in model.named_parameters() if n in entries and p.dtype == dtype}
         sources = {name: entries[name].read() for name in wanted}

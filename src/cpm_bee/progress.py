@@ -33,7 +33,7 @@ class _NoBar:
         pass
 
 
-def progress(
+def progress_bar(
     iterable: Iterable[Any] | None = None,
     *,
     total: int | None = None,
@@ -63,7 +63,7 @@ def progress(
     )
 
 
-def say(text: str) -> None:
+def print_above_bar(text: str) -> None:
     """Print a line to stdout, above a progress bar where one is shown."""
     if tqdm is None:
         print(text, flush=True)

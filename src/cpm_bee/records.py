@@ -17,7 +17,7 @@ Tree: TypeAlias = "str | dict[str, Tree]"
 Record: TypeAlias = dict[str, Tree]
 
 # Deeper trees than any real one: walking recurses, and a bin record's unpickling does too.
-MAX_DEPTH = 64
+MAX_NESTING = 64
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -106,7 +106,7 @@ def _collect(node: dict, texts: list[str], depth: int) -> bool:
         texts.append(key)
         if value.__class__ is not dict:
             texts.append(value)
-        elif depth == MAX_DEPTH or not _collect(value, texts, depth + 1):
+        elif depth == MAX_NESTING or not _collect(value, texts, depth + 1):
             return False
     return True
 
@@ -118,16 +118,16 @@ def _is_well_formed(text: str) -> bool:
 
 def _tree_problems(node: dict, path: str, depth: int) -> Iterator[str]:
     for key, value in node.items():
-        place = f"{path}/{key}"
-        yield from _text_problems(key, f"key {place}")
+        where = f"{path}/{key}"
+        yield from _text_problems(key, f"key {where}")
         if isinstance(value, str):
-            yield from _text_problems(value, f"value of {place}")
+            yield from _text_problems(value, f"value of {where}")
         elif not isinstance(value, dict):
-            yield f"value of {place}: expected text or an object, this is {_kind(value)}"
-        elif depth == MAX_DEPTH:
-            yield f"value of {place}: nested more than {MAX_DEPTH} deep"
+            yield f"value of {where}: expected text or an object, this is {_kind(value)}"
+        elif depth == MAX_NESTING:
+            yield f"value of {where}: nested more than {MAX_NESTING} deep"
         else:
-            yield from _tree_problems(value, place, depth + 1)
+            yield from _tree_problems(value, where, depth + 1)
 
 
 def _has_leaf(node: Any) -> bool:
@@ -135,18 +135,18 @@ def _has_leaf(node: Any) -> bool:
     return any(map(_has_leaf, node.values())) if isinstance(node, dict) else True
 
 
-def _text_problems(text: Any, place: str) -> Iterator[str]:
+def _text_problems(text: Any, where: str) -> Iterator[str]:
     if not isinstance(text, str):
-        yield f"{place}: expected text, this is {_kind(text)}"
+        yield f"{where}: expected text, this is {_kind(text)}"
         return
     if "<" in text:
         try:
             for _ in split_markup(text):
                 pass
         except MarkupError as error:
-            yield f"{place}: {error}"
+            yield f"{where}: {error}"
     if _SURROGATE.search(text):
-        yield f"{place}: holds half of a surrogate pair, which is not text"
+        yield f"{where}: holds half of a surrogate pair, which is not text"
 
 
 def _kind(value: Any) -> str:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from support import ROOT
 
-from cpm_bee import transfer as module
+from cpm_bee.checkpoint import loading as module
 from cpm_bee.checkpoint.loading import transfer
 from cpm_bee.checkpoint.reader import Checkpoint
 from cpm_bee.errors import InputError

@@ -21,13 +21,13 @@ def test_records_are_laid_one_after_the_other(records: list[Record]) -> None:
     batch = collate(encoded, tiny.TOKENIZER)
     assert batch.lengths == tuple(map(len, encoded))
     assert batch.num_tokens == sum(batch.lengths)
-    assert batch.num_segments == tuple(len(e.shape.depths) for e in encoded)
+    assert batch.num_segments == tuple(len(e.tree.depths) for e in encoded)
     for name in ("ids", "subs", "segments", "context"):
         stream = getattr(batch, name)
         expected = [value for e in encoded for value in getattr(e, name).tolist()]
         assert stream.tolist() == expected
         assert stream.dtype == (torch.bool if name == "context" else torch.int64)
-    relations = [v for e in encoded for v in e.shape.relations.ravel().tolist()]
+    relations = [v for e in encoded for v in e.tree.relations.ravel().tolist()]
     assert batch.relations.tolist() == relations
 
 
@@ -129,9 +129,9 @@ def test_batches_do_not_share_memory_with_their_records() -> None:
     batch.segments[:] = 0
     assert encoded[0].ids.any() and encoded[0].segments.any()
     with pytest.raises(ValueError, match="read-only"):
-        encoded[0].shape.relations[0, 0] = 1  # cached for all records of this shape
+        encoded[0].tree.relations[0, 0] = 1  # cached for all records of this shape
     batch.relations[:] = 9
-    assert np.all(encoded[0].shape.relations != 9) or encoded[0].shape.relations[0, 1] == 2
+    assert np.all(encoded[0].tree.relations != 9) or encoded[0].tree.relations[0, 1] == 2
 
 
 def test_a_target_that_the_table_of_the_step_lacks_is_an_error() -> None:

@@ -82,8 +82,8 @@ trees = st.recursive(texts, lambda inner: st.dictionaries(texts, inner, max_size
 def test_round_trip_with_tiny_blocks(fields: list[dict], block_size: int) -> None:
     records = [{**record, "<ans>": "a"} for record in fields]
     fitting = [r for r in records if len(encode(r)) <= payload_limit(block_size)]
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "set"
+    with tempfile.TemporaryDirectory() as folder_name:
+        folder = Path(folder_name) / "set"
         with DatasetWriter(folder, "data", block_size) as writer:
             for record in records:
                 if record in fitting:
@@ -144,10 +144,10 @@ def test_an_existing_data_file_is_not_overwritten(folder: Path) -> None:
 
 
 def test_what_is_no_dataset(tmp_path: Path) -> None:
-    for place, reason in [("nothing", "no such folder"), ("", r"holds no meta\.bin")]:
+    for folder_name, reason in [("nothing", "no such folder"), ("", r"holds no meta\.bin")]:
         with pytest.raises(InputError, match=reason) as caught:
-            BinaryDataset(tmp_path / place)
-        assert str(tmp_path / place) in str(caught.value)
+            BinaryDataset(tmp_path / folder_name)
+        assert str(tmp_path / folder_name) in str(caught.value)
         assert "python preprocess_dataset.py --input" in str(caught.value)
 
 

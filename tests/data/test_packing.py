@@ -16,7 +16,7 @@ with_too_long = st.lists(st.integers(1, LENGTH + 4), max_size=120).map(
     lambda values: np.array(values, dtype=np.int32)
 )
 
-# ------------------------------------------------------------------ the rows of a lane
+# ------------------------------------------------------------------ the rows of a row stream
 
 
 @given(st.lists(st.integers(1, 12), max_size=9), st.integers(0, 40))
@@ -90,10 +90,10 @@ def test_permuted_is_a_bijection(size: int, keys: list[int]) -> None:
 def test_permuted_is_computed_place_by_place(
     size: int, keys: list[int], data: st.DataObject
 ) -> None:
-    places = data.draw(st.lists(st.integers(0, size - 1), max_size=30, unique=True))
-    found = permuted(np.array(places, dtype=np.int64), size, keys).tolist()
-    assert all(0 <= x < size for x in found) and len(set(found)) == len(places)
-    assert found == [int(permuted(np.array([p]), size, keys)[0]) for p in places]
+    positions = data.draw(st.lists(st.integers(0, size - 1), max_size=30, unique=True))
+    found = permuted(np.array(positions, dtype=np.int64), size, keys).tolist()
+    assert all(0 <= x < size for x in found) and len(set(found)) == len(positions)
+    assert found == [int(permuted(np.array([p]), size, keys)[0]) for p in positions]
 
 
 def random_keys(seed: int) -> list[int]:
@@ -145,9 +145,9 @@ def test_every_record_that_fits_is_in_one_row(
     assert plan.num_records == len(used)
     assert all(sum(lengths[n] for n in row) <= LENGTH for row in rows)
     assert all(len(step) == options["rows"] for step in steps)
-    # A lane ends once, and all begin if there are records for all.
-    for lane in range(options["rows"]):
-        ended = [not step[lane] for step in steps]
+    # A row stream ends once, and all begin if there are records for all.
+    for stream in range(options["rows"]):
+        ended = [not step[stream] for step in steps]
         assert ended == sorted(ended)
     if len(used) >= options["rows"]:
         assert all(steps[0])
@@ -163,9 +163,9 @@ def test_a_rank_plans_its_own_lanes_alone(
     plan = Plan(lengths, max_length=LENGTH, **options)
     whole = list(plan.steps(1, range(rows)))
     for rank in range(min(world_size, rows)):
-        lanes = range(rank, rows, world_size)
-        own = list(plan.steps(1, lanes))
-        expected = [[step[lane] for lane in lanes] for step in whole]
+        streams = range(rank, rows, world_size)
+        own = list(plan.steps(1, streams))
+        expected = [[step[stream] for stream in streams] for step in whole]
         assert own == expected[: len(own)]
         assert not any(row for step in expected[len(own) :] for row in step)
 
@@ -186,16 +186,16 @@ def test_epochs_and_seeds_differ() -> None:
 
 
 def test_records_meet_others_in_every_epoch() -> None:
-    """Which lane a record falls to, and who shares its row, is drawn again in every epoch."""
+    """Which stream a record falls to, and who shares its row, is drawn again in every epoch."""
     lengths = np.random.default_rng(0).integers(4, 12, 400)
     plan = Plan(lengths, rows=4, max_length=LENGTH * 2, shuffle_seed=1)
     lane_of = np.zeros((6, 400), dtype=int)
     pairs = set()
     count = 0
     for epoch in range(6):
-        for lane in range(4):
-            for row in plan.lane(epoch, lane):
-                lane_of[epoch, row] = lane
+        for stream in range(4):
+            for row in plan.row_stream(epoch, stream):
+                lane_of[epoch, row] = stream
                 found = set(itertools.combinations(sorted(row), 2))
                 count += len(found)
                 pairs |= found
@@ -208,7 +208,7 @@ def test_without_a_seed_the_order_is_kept() -> None:
     plan = Plan(np.full(51, 5), rows=3, max_length=LENGTH)
     steps = list(plan.steps(0, range(3)))
     assert steps == list(plan.steps(3, range(3)))
-    # Four records a row; record n in lane n % 3.
+    # Four records a row; record n in stream n % 3.
     assert steps[0] == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
     assert steps[-1] == [[48], [49], [50]]
 
@@ -218,13 +218,13 @@ def test_all_lanes_end_at_about_the_same_step(rows: int) -> None:
     """Even where few long records hold most of the tokens, which a plain deal spreads unevenly."""
     lengths = np.random.default_rng(1).lognormal(3, 1.5, 20_000).clip(4, 1024).astype(np.int32)
     plan = Plan(lengths, rows=rows, max_length=1024, shuffle_seed=5)
-    lanes = [list(plan.lane(0, lane)) for lane in range(rows)]
-    tokens = [sum(int(lengths[row].sum()) for row in lane) for lane in lanes]
+    streams = [list(plan.row_stream(0, stream)) for stream in range(rows)]
+    tokens = [sum(int(lengths[row].sum()) for row in stream) for stream in streams]
     assert max(tokens) - min(tokens) <= 1024
-    steps = list(map(len, lanes))
+    steps = list(map(len, streams))
     assert max(steps) - min(steps) <= 1
     shuffled = np.random.default_rng(2).permutation(20_000)
-    plain = [int(lengths[shuffled[lane::rows]].sum()) for lane in range(rows)]
+    plain = [int(lengths[shuffled[stream::rows]].sum()) for stream in range(rows)]
     assert max(plain) - min(plain) > 3 * 1024  # or the test would show nothing
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpm_bee.data import payload as payload_module
+from cpm_bee.data import record_pickle
 from cpm_bee.data.record_pickle import decode, encode
 from cpm_bee.errors import InputError
 from cpm_bee.tokenizer import escape
@@ -105,30 +105,30 @@ def both_outcomes(payload: bytes) -> list[tuple[str, object]]:
     """Of the usual way, and of the careful reader alone."""
     usual = outcome(payload)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(payload_module, "_is_plain", lambda _: False)
+        patch.setattr(record_pickle, "_is_plain", lambda _: False)
         return [usual, outcome(payload)]
 
 
 @given(st.dictionaries(texts, trees, max_size=4), st.integers(0, 300))
 def test_what_we_write_is_read_quickly(fields: dict, long: int) -> None:
     record = {**fields, "long": "春" * long, "<ans>": "a"}
-    assert payload_module._is_plain(encode(record))
+    assert record_pickle._is_plain(encode(record))
     with pytest.MonkeyPatch.context() as patch:
-        patch.delattr(payload_module, "_decode_carefully")
+        patch.delattr(record_pickle, "_decode_carefully")
         assert decode(encode(record)) == record
 
 
 @given(st.data())
 def test_both_readers_agree_on_damaged_pickles(data: st.DataObject) -> None:
     payload = bytearray(encode({"input": "春", "options": {"input": "春"}, "<ans>": "b"}))
-    operations = st.sampled_from([*payload_module._SIZES, *b"\x8cX."]) | st.integers(0, 255)
+    operations = st.sampled_from([*record_pickle._SIZES, *b"\x8cX."]) | st.integers(0, 255)
     for _ in range(data.draw(st.integers(1, 3))):
         payload[data.draw(st.integers(0, len(payload) - 1))] = data.draw(operations)
     first, second = both_outcomes(bytes(payload))
     assert first == second
 
 
-operations = [bytes([o]) + b"\0" * (size - 1) for o, size in payload_module._SIZES.items()]
+operations = [bytes([o]) + b"\0" * (size - 1) for o, size in record_pickle._SIZES.items()]
 operations += [b"\x8c\x01a", b"\x8c\x05<ans>", b"h\x01"]
 
 
@@ -140,14 +140,12 @@ def test_both_readers_agree_on_any_operations(chosen: list[bytes]) -> None:
 
 def test_all_other_operations_are_left_to_the_careful_reader() -> None:
     known = {ord(o.code) for o in pickletools.opcodes}
-    accepted = {o for o in range(256) if payload_module._is_plain(bytes([o]) + b"\0" * 8 + b".")}
+    accepted = {o for o in range(256) if record_pickle._is_plain(bytes([o]) + b"\0" * 8 + b".")}
     usual = {ord(o) for o in "(}squhj"} | {0x80, 0x94, 0x95, 0x8C, ord("X")}
     assert accepted <= usual <= known
     for number in known - usual - {ord(".")}:
         for size in range(12):
-            assert not payload_module._is_plain(
-                b"\x80\x04}" + bytes([number]) + b"\0" * size + b"."
-            )
+            assert not record_pickle._is_plain(b"\x80\x04}" + bytes([number]) + b"\0" * size + b".")
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,14 @@ import torch.distributed as dist
 import train_support
 
 from cpm_bee.distributed import heartbeat, process_group, rank
-from cpm_bee.distributed.heartbeat import Watch
+from cpm_bee.distributed.heartbeat import Heartbeat
 from cpm_bee.engine.torch_engine import TorchEngine
 from cpm_bee.errors import RunError
 
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> dist.Store:
-    monkeypatch.setattr(heartbeat, "_BEAT", 0.05)
+    monkeypatch.setattr(heartbeat, "_INTERVAL", 0.05)
     monkeypatch.setattr(heartbeat, "_SILENCE", 0.4)
     port = train_support.free_port()
     return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
@@ -36,7 +36,7 @@ def nothing_lost() -> Iterator[None]:
 
 
 def register(store: dist.Store, rank: int, *, machine: str, number: int) -> None:
-    other = dist.PrefixStore("watch", store)
+    other = dist.PrefixStore("heartbeat", store)
     other.set(f"process/{rank}", f"{machine}\nhost-of-{rank}\n{number}")
     other.add(f"beat/{rank}", 1)
 
@@ -48,7 +48,7 @@ def ended_process() -> int:
 
 
 def test_a_process_of_this_machine_is_missed_at_once(store: dist.Store) -> None:
-    own = Watch(store, 0, 3)
+    own = Heartbeat(store, 0, 3)
     machine = own._own.machine
     register(store, 1, machine=machine, number=os.getppid())
     number = ended_process()
@@ -59,7 +59,7 @@ def test_a_process_of_this_machine_is_missed_at_once(store: dist.Store) -> None:
 
 
 def test_a_process_elsewhere_is_missed_by_its_silence(store: dist.Store) -> None:
-    own = Watch(store, 0, 2)
+    own = Heartbeat(store, 0, 2)
     register(store, 1, machine="elsewhere", number=1)
     found = own.find()
     assert found is not None and "rank 1 " in found and "no sign of life" in found
@@ -67,7 +67,7 @@ def test_a_process_elsewhere_is_missed_by_its_silence(store: dist.Store) -> None
 
 
 def test_processes_that_live_are_not_missed(store: dist.Store) -> None:
-    first, second = Watch(store, 0, 2), Watch(store, 1, 2)
+    first, second = Heartbeat(store, 0, 2), Heartbeat(store, 1, 2)
     second._own = second._own._replace(machine="elsewhere")
     register(store, 1, machine="elsewhere", number=1)
     assert first.find() is None
@@ -78,7 +78,7 @@ def test_processes_that_live_are_not_missed(store: dist.Store) -> None:
 
 
 def test_the_reason_of_a_failed_process_reaches_the_others(store: dist.Store) -> None:
-    first, second = Watch(store, 0, 2), Watch(store, 1, 2)
+    first, second = Heartbeat(store, 0, 2), Heartbeat(store, 1, 2)
     second.close("no room left")
     rank.lost.clear()  # those of the process that failed
     assert first.find() == "rank 1 has ended: no room left"
@@ -90,12 +90,12 @@ HANGING = """
 import sys, time
 import torch.distributed as dist
 from cpm_bee.distributed import heartbeat
-heartbeat._BEAT = heartbeat._GRACE = 0.1
+heartbeat._INTERVAL = heartbeat._GRACE = 0.1
 store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-own = heartbeat.Watch(store, 0, 2)
-place = dist.PrefixStore("watch", store)
-place.set("process/1", own._own.machine + "\\nhost\\n" + sys.argv[1])
-place.add("beat/1", 1)
+own = heartbeat.Heartbeat(store, 0, 2)
+process_store = dist.PrefixStore("heartbeat", store)
+process_store.set("process/1", own._own.machine + "\\nhost\\n" + sys.argv[1])
+process_store.add("beat/1", 1)
 time.sleep(60)
 """
 
@@ -129,6 +129,6 @@ def test_a_wrong_address_is_an_error_with_the_address(monkeypatch: pytest.Monkey
     for name, value in (values | {"MASTER_PORT": str(port)}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    monkeypatch.setattr(process_group, "_MEETING", datetime.timedelta(seconds=2))
+    monkeypatch.setattr(process_group, "_RENDEZVOUS_TIMEOUT", datetime.timedelta(seconds=2))
     with pytest.raises(RunError, match=f"127.0.0.1:{port} within 2 seconds.*MASTER_ADDR"):
         TorchEngine(torch.device("cpu"), torch.float32)

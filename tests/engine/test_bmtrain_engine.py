@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -249,18 +250,18 @@ def test_no_process_holds_more_than_its_part_and_a_layer(found: Found) -> None:
 def test_the_engine_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     from cpm_bee.engine import bmtrain_engine
 
-    assert "--engine torch" in (bmtrain_engine.obstacle(CPU) or "")
+    assert "--engine torch" in (bmtrain_engine.unavailable_reason(CPU) or "")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "bmtrain==1.0.1" in (bmtrain_engine.obstacle(torch.device("cuda")) or "")
+    assert "bmtrain==1.0.1" in (bmtrain_engine.unavailable_reason(torch.device("cuda")) or "")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert bmtrain_engine.obstacle(torch.device("cuda")) is None
+    assert bmtrain_engine.unavailable_reason(torch.device("cuda")) is None
 
 
 def test_one_file_imports_bmtrain_and_only_when_asked(root: Path) -> None:
     importing = [
         path.name
         for path in (root / "src").rglob("*.py")
-        if "import bmtrain" in path.read_text(encoding="utf-8")
+        if re.search(r"^\s*import bmtrain\b", path.read_text(encoding="utf-8"), re.M)
     ]
     assert importing == ["bmtrain_engine.py"]
     __import__("cpm_bee.engine.bmtrain_engine")

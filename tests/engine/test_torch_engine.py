@@ -1,4 +1,4 @@
-"""The torch engine in one process; several processes are in tests/distributed/test_training.py."""
+"""The torch engine in one process; several processes are in tests/train/test_distributed.py."""
 
 from __future__ import annotations
 

@@ -16,9 +16,14 @@ from cpm_bee import delta
 from cpm_bee.data.batch import collate, extension_pairs
 from cpm_bee.encoding import EncodedRecord, Encoder, outline
 from cpm_bee.errors import InputError, RunError
-from cpm_bee.generate.beam_search import Finished, GenerationOptions, Generator, penalize_repetition
+from cpm_bee.generate.beam_search import (
+    FinishedHypotheses,
+    GenerationOptions,
+    Generator,
+    penalize_repetition,
+)
 from cpm_bee.generate.decoder import Decoder
-from cpm_bee.generate.prompt import Prompt, fill
+from cpm_bee.generate.prompt import Prompt, fill_answers
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.network import CPMBee
 from cpm_bee.tokenizer import Tokenizer
@@ -100,7 +105,7 @@ class SlowSearch:
         self.model, self.tokenizer, self.record, self.options = model, tokenizer, record, options
         encoded, _ = Encoder(tokenizer).encode_outline(outline(record), answers=False)
         self.prompt = encoded
-        self.leaves = [i for i, predicted in enumerate(encoded.shape.predicted) if predicted]
+        self.leaves = [i for i, predicted in enumerate(encoded.tree.predicted) if predicted]
         self.pairs = extension_pairs([encoded])
         self.may_unk = Prompt.of(record, Encoder(tokenizer)).has_unknown
 
@@ -114,7 +119,7 @@ class SlowSearch:
             ids=np.concatenate([self.prompt.ids, ids.astype(np.int32)]),
             subs=np.concatenate([self.prompt.subs, subs.astype(np.uint16)]),
             segments=np.concatenate([self.prompt.segments, np.array(places, dtype=np.uint16)]),
-            shape=self.prompt.shape,
+            tree=self.prompt.tree,
         )
         with torch.no_grad():
             batch = collate([whole], self.tokenizer, self.pairs)
@@ -169,7 +174,7 @@ class SlowSearch:
         answers = max(finished, key=lambda f: f[0])[1]
         prompt = Prompt.of(self.record, Encoder(self.tokenizer))
         texts = [prompt.text(a) for a in answers]
-        return fill(self.record, texts + [None] * (len(self.leaves) - len(texts)))
+        return fill_answers(self.record, texts + [None] * (len(self.leaves) - len(texts)))
 
 
 texts = st.lists(
@@ -226,7 +231,7 @@ def test_one_beam_is_greedy(tiny_models, tiny_tokenizer, which, record):
             break
     prompt = Prompt.of(record, Encoder(tiny_tokenizer))
     written = [prompt.text(a) for a in greedy.answers]
-    expected = fill(record, written + [None] * (len(slow.leaves) - len(written)))
+    expected = fill_answers(record, written + [None] * (len(slow.leaves) - len(written)))
     assert Generator(model, tiny_tokenizer).generate(record, options) == expected
 
 
@@ -324,7 +329,7 @@ def test_penalty_is_applied_once_an_id_and_only_in_the_window():
 
 
 def test_finished_keeps_the_best_and_knows_when_to_stop():
-    finished = Finished(2)
+    finished = FinishedHypotheses(2)
     finished.add(-1.0, ("first",))
     assert not finished.cannot_improve(-100.0, 1)
     finished.add(-3.0, ("third",))

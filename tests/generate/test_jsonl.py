@@ -55,9 +55,9 @@ def test_results_are_written_in_order_and_scored(tmp_path, tiny_model, tiny_toke
     prompts = [{"input": text, "<ans>": {"x": ""}} for text in ("甲", "乙", "丙")]
     results = [generator.generate(prompt, OPTIONS) for prompt in prompts]
     placed = [
-        jsonl.PlacedRecord("f:1", results[0]),  # comes with the answer the model gives
-        jsonl.PlacedRecord("f:2", prompts[1]),  # with none
-        jsonl.PlacedRecord("f:3", {**prompts[2], "<ans>": {"x": "another"}}),
+        jsonl.InputRecord("f:1", results[0]),  # comes with the answer the model gives
+        jsonl.InputRecord("f:2", prompts[1]),  # with none
+        jsonl.InputRecord("f:3", {**prompts[2], "<ans>": {"x": "another"}}),
     ]
     output = tmp_path / "out.jsonl"
     score = jsonl.generate_file(generator, placed, OPTIONS, str(output))
@@ -70,9 +70,9 @@ def test_what_the_vocabulary_lacks_is_listed_and_nothing_written(
     tmp_path, tiny_model, tiny_tokenizer
 ):
     placed = [
-        jsonl.PlacedRecord("f:1", {"input": "<wrong_1>", "<ans>": ""}),
-        jsonl.PlacedRecord("f:2", {"input": "甲", "<ans>": ""}),
-        jsonl.PlacedRecord("f:3", {"<also>": "甲", "<ans>": ""}),
+        jsonl.InputRecord("f:1", {"input": "<wrong_1>", "<ans>": ""}),
+        jsonl.InputRecord("f:2", {"input": "甲", "<ans>": ""}),
+        jsonl.InputRecord("f:3", {"<also>": "甲", "<ans>": ""}),
     ]
     generator = Generator(tiny_model, tiny_tokenizer)
     with pytest.raises(InputError) as error:
@@ -84,7 +84,7 @@ def test_what_the_vocabulary_lacks_is_listed_and_nothing_written(
 
 def test_nothing_is_left_where_generation_fails(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
     generator = Generator(tiny_model, tiny_tokenizer)
-    placed = [jsonl.PlacedRecord("f:1", {"<ans>": ""})] * 2
+    placed = [jsonl.InputRecord("f:1", {"<ans>": ""})] * 2
     calls = iter([{"<ans>": "x"}])  # the second call fails
     monkeypatch.setattr(generator, "generate", lambda record, options: next(calls))
     with pytest.raises(StopIteration):

@@ -2,7 +2,7 @@ import pytest
 
 from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError
-from cpm_bee.generate.prompt import Prompt, fill
+from cpm_bee.generate.prompt import Prompt, fill_answers
 
 
 def prompt_of(record, tokenizer):
@@ -45,7 +45,7 @@ def test_a_special_token_that_the_vocabulary_lacks_is_refused(tiny_tokenizer):
 def test_fill_keeps_the_structure_and_the_record():
     record = {"<ans>": {"x": "", "y": {"x": "1", "z": {}}, "w": ""}, "input": {"<ans>": "kept"}}
     before = {"<ans>": {"x": "", "y": {"x": "1", "z": {}}, "w": ""}, "input": {"<ans>": "kept"}}
-    filled = fill(record, ["a", "b", None])
+    filled = fill_answers(record, ["a", "b", None])
     assert filled == {
         "<ans>": {"x": "a", "y": {"x": "b", "z": {}}, "w": None},
         "input": {"<ans>": "kept"},

@@ -15,7 +15,7 @@ from cpm_bee.encoding import EncodedRecord, Encoder
 from cpm_bee.tokenizer import Tokenizer
 
 
-class Step(NamedTuple):
+class GoldenStep(NamedTuple):
     """The records of a step, row by row."""
 
     rows: list[list[int]]
@@ -25,7 +25,7 @@ class Step(NamedTuple):
         return [number for row in self.rows for number in row]
 
 
-def best_fit(lengths: list[int], batch_size: int, max_length: int) -> list[Step]:
+def best_fit(lengths: list[int], batch_size: int, max_length: int) -> list[GoldenStep]:
     """The packing that made the golden files, the usual rule of SPEC §4 word for word."""
     open_rows: list[list[int]] = []  # oldest first
     steps = []
@@ -42,9 +42,9 @@ def best_fit(lengths: list[int], batch_size: int, max_length: int) -> list[Step]
         else:
             best[1].append(number)
         if len(open_rows) == batch_size + 1:
-            steps.append(Step(open_rows[:batch_size]))
+            steps.append(GoldenStep(open_rows[:batch_size]))
             open_rows = open_rows[batch_size:]
-    return steps + ([Step(open_rows)] if open_rows else [])
+    return steps + ([GoldenStep(open_rows)] if open_rows else [])
 
 
 class Packed(NamedTuple):
@@ -52,11 +52,11 @@ class Packed(NamedTuple):
 
     arrays: dict[str, np.ndarray]
     records: list[EncodedRecord]
-    steps: list[Step]
+    steps: list[GoldenStep]
     batches: list[Batch]
 
 
-Packing = tuple[list[EncodedRecord], list[Step], list[Batch]]
+Packing = tuple[list[EncodedRecord], list[GoldenStep], list[Batch]]
 Pack = Callable[[Path, int, int], Packing]
 
 

@@ -28,7 +28,7 @@ def weight(seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, seed: int) -> None:
+def fill_weights(model: nn.Module, seed: int) -> None:
     for name, parameter in model.named_parameters():
         parameter.copy_(weight(seed, name, tuple(parameter.shape)))
 

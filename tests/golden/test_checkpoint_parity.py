@@ -11,7 +11,7 @@ import torch
 from cpm_bee import delta
 from cpm_bee.checkpoint.reader import save_tensors
 from cpm_bee.model.config import ModelConfig
-from cpm_bee.pretrained import Base, load_base
+from cpm_bee.pretrained import PretrainedModel, load_pretrained
 
 CPU = torch.device("cpu")
 DELTA = "cpm_bee_finetune-delta-best.pt"
@@ -22,10 +22,10 @@ def read(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def base(shared: Path) -> Base:
+def pretrained(shared: Path) -> PretrainedModel:
     folder = shared / "golden"
     config, vocabulary = folder / "pytorch_model_config.json", shared / "vocab" / "bee.txt"
-    return load_base(
+    return load_pretrained(
         str(folder / "pytorch_model.bin"), str(config), str(vocabulary), torch.float32, CPU
     )
 
@@ -35,8 +35,8 @@ def test_checkpoints_load(shared: Path, stem: str) -> None:
     """By their own config and by "auto": the same model, the values those of the file."""
     path, vocabulary = shared / "golden" / f"{stem}.bin", str(shared / "vocab" / "bee.txt")
     config = str(shared / "golden" / f"{stem}_config.json")
-    given = load_base(str(path), config, vocabulary, torch.float32, CPU)
-    auto = load_base(str(path), "auto", vocabulary, torch.float32, CPU)
+    given = load_pretrained(str(path), config, vocabulary, torch.float32, CPU)
+    auto = load_pretrained(str(path), "auto", vocabulary, torch.float32, CPU)
     assert given.fingerprint == auto.fingerprint
     expected = ModelConfig.load(config).to_dict()
     expected.pop("half")  # no tensor tells it
@@ -44,16 +44,18 @@ def test_checkpoints_load(shared: Path, stem: str) -> None:
     found.pop("half")
     assert found == expected
     stored = read(path)
-    for base in (given, auto):
-        state = base.model.state_dict()
+    for loaded in (given, auto):
+        state = loaded.model.state_dict()
         assert set(state) == set(stored)
         assert all(torch.equal(state[n], stored[n].float()) for n in stored)
         assert all(t.dtype == torch.float32 for t in state.values())
 
 
-def test_a_checkpoint_saved_by_us_has_their_form(base: Base, shared: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_saved_by_us_has_their_form(
+    pretrained: PretrainedModel, shared: Path, tmp_path: Path
+) -> None:
     theirs = read(shared / "golden" / "pytorch_model.bin")
-    ours = {name: tensor.half() for name, tensor in base.model.state_dict().items()}
+    ours = {name: tensor.half() for name, tensor in pretrained.model.state_dict().items()}
     save_tensors(tmp_path / "pytorch_model.bin", ours)
     again = read(tmp_path / "pytorch_model.bin")
     assert type(again) is dict
@@ -62,22 +64,24 @@ def test_a_checkpoint_saved_by_us_has_their_form(base: Base, shared: Path, tmp_p
         assert again[name].dtype == tensor.dtype and torch.equal(again[name], tensor)
 
 
-def test_their_delta_loads(base: Base, shared: Path) -> None:
+def test_their_delta_loads(pretrained: PretrainedModel, shared: Path) -> None:
     path = shared / "golden" / DELTA
-    config = delta.load(base.model, path, base.fingerprint)
+    config = delta.load(pretrained.model, path, pretrained.fingerprint)
     assert config == delta.DeltaConfig(rank=8, alpha=16, targets=("project_q", "project_v"))
     stored = read(path)
-    loaded = delta.tensors(base.model)
+    loaded = delta.tensors(pretrained.model)
     assert set(loaded) == set(stored)
     assert all(torch.equal(loaded[name], stored[name].float()) for name in stored)
 
 
-def test_our_delta_has_their_form(base: Base, shared: Path, tmp_path: Path) -> None:
+def test_our_delta_has_their_form(
+    pretrained: PretrainedModel, shared: Path, tmp_path: Path
+) -> None:
     config = delta.DeltaConfig()
-    delta.insert(base.model, config, seed=0)
-    delta.save(tmp_path / DELTA, delta.tensors(base.model), config, base.fingerprint)
+    delta.insert(pretrained.model, config, seed=0)
+    delta.save(tmp_path / DELTA, delta.tensors(pretrained.model), config, pretrained.fingerprint)
     ours, theirs = read(tmp_path / DELTA), read(shared / "golden" / DELTA)
     assert type(ours) is dict
     assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
     note = json.loads((tmp_path / DELTA).with_suffix(".json").read_text())
-    assert note["base_fingerprint"] == base.fingerprint
+    assert note["base_fingerprint"] == pretrained.fingerprint

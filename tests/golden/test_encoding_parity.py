@@ -18,8 +18,8 @@ def test_encoding(golden: Path, vocabulary: Tokenizer) -> None:
         assert encoded.subs.tolist() == case["subs"]
         assert encoded.segments.tolist() == case["segments"]
         assert encoded.context.astype(int).tolist() == case["context"]
-        assert len(encoded.shape.depths) == case["num_segments"]
-        assert encoded.shape.relations.ravel().tolist() == case["segment_rel"]
+        assert len(encoded.tree.depths) == case["num_segments"]
+        assert encoded.tree.relations.ravel().tolist() == case["segment_rel"]
 
 
 def test_extension_tables(golden: Path, vocabulary: Tokenizer) -> None:

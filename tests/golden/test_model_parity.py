@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from golden.conftest import Pack, Packed, best_fit
-from golden.recipe import assert_equal, fill, read_lines
+from golden.recipe import assert_equal, fill_weights, read_lines
 
 from cpm_bee import delta
 from cpm_bee.data.batch import Batch, collate, make_batch
@@ -31,7 +31,7 @@ def expected(golden: Path) -> Arrays:
 @pytest.fixture
 def model(golden: Path, expected: Arrays) -> CPMBee:
     model = CPMBee(ModelConfig.load(golden / "model_config.json"))
-    fill(model, int(expected["seed"]))
+    fill_weights(model, int(expected["seed"]))
     return model
 
 
@@ -39,7 +39,7 @@ def model(golden: Path, expected: Arrays) -> CPMBee:
 def tuned(model: CPMBee, expected: Arrays) -> CPMBee:
     """The model with a delta, whose values are golden too."""
     delta.insert(model, delta.DeltaConfig(), seed=0)
-    fill(model, int(expected["seed"]))
+    fill_weights(model, int(expected["seed"]))
     return model
 
 
@@ -164,7 +164,7 @@ def test_pruned_model(golden: Path, vocabulary: Tokenizer, pack: Pack) -> None:
     expected = dict(np.load(golden / "pruned.npz"))
     model = CPMBee(ModelConfig.load(golden / "pruned_config.json"))
     assert sorted(model.state_dict()) == sorted(expected["names"].tolist())
-    fill(model, int(expected["seed"]))
+    fill_weights(model, int(expected["seed"]))
     batch = pack(golden / "pruned_records.jsonl", 2, 512)[2][0]
     with torch.no_grad():
         logits = model(batch)

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from golden.conftest import Packed, Step
+from golden.conftest import GoldenStep, Packed
 
 from cpm_bee.data.batch import Batch
 
 NAMES = ("packing", "packing_tight")
 
 
-def rows_of(batch: Batch, step: Step, stream: np.ndarray) -> list[np.ndarray]:
+def rows_of(batch: Batch, step: GoldenStep, stream: np.ndarray) -> list[np.ndarray]:
     """A per-token array of the stream, cut into the rows of the step."""
     lengths = list(batch.lengths)
     counts = []

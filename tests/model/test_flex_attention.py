@@ -10,7 +10,7 @@ from torch.nn.attention import flex_attention as torch_flex
 from cpm_bee.data.batch import Batch, collate
 from cpm_bee.errors import InputError
 from cpm_bee.model import flex_attention
-from cpm_bee.model.attention import GroupedAttention, Layout, PositionBias, aligned
+from cpm_bee.model.attention import GroupedAttention, GroupLayout, PositionBias, aligned
 from cpm_bee.model.network import CPMBee
 from cpm_bee.records import Record
 
@@ -34,7 +34,7 @@ def make(at_targets: bool) -> tuple[CPMBee, Batch, list[torch.Tensor]]:
 
 
 def grouped(batch: Batch, bias: PositionBias, at_targets: bool) -> GroupedAttention:
-    layout = Layout.of(batch, bias, at_targets=at_targets)
+    layout = GroupLayout.of(batch, bias, at_targets=at_targets)
     return GroupedAttention(layout, bias, torch.float32, 0.0)
 
 
@@ -85,7 +85,7 @@ def test_the_model_by_either(monkeypatch: pytest.MonkeyPatch) -> None:
             made.append(self)
 
     monkeypatch.setattr(flex_attention, "FlexAttention", Plain)
-    monkeypatch.setattr(flex_attention, "obstacle", lambda *_: None)
+    monkeypatch.setattr(flex_attention, "unavailable_reason", lambda *_: None)
     with torch.no_grad():
         torch.testing.assert_close(model.loss(batch), expected, rtol=1e-5, atol=1e-5)
     assert len(made) == 2
@@ -100,7 +100,7 @@ def test_what_is_in_the_way() -> None:
     assert not flex_attention.is_chosen("auto", cpu, 0.0)
     with pytest.raises(InputError, match="no backward pass on a cpu"):
         flex_attention.is_chosen("flex", cpu, 0.0)
-    assert "dropout" in str(flex_attention.obstacle(torch.device("cuda"), 0.1))
+    assert "dropout" in str(flex_attention.unavailable_reason(torch.device("cuda"), 0.1))
 
 
 @pytest.mark.parametrize("length", [1, 8, 13])

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpm_bee.model import loss as loss_module
-from cpm_bee.model.loss import Projection, TargetLoss, score
+from cpm_bee.model.loss import OutputHead, TargetLoss, score
 
 
-def whole(h: torch.Tensor, projection: Projection) -> torch.Tensor:
+def whole(h: torch.Tensor, projection: OutputHead) -> torch.Tensor:
     logits = F.linear(h * projection.scale, projection.weight)
     return torch.cat([logits, F.linear(h, projection.table)], dim=-1)
 
@@ -23,7 +23,7 @@ def test_pieces_make_the_whole(count: int, extension: int, piece: int, seed: int
     generator = torch.Generator().manual_seed(seed)
     h = torch.randn(count, 8, generator=generator, requires_grad=True)
     weight, table = (torch.randn(n, 8, generator=generator) for n in (30, extension))
-    projection = Projection(weight, 0.3, table)
+    projection = OutputHead(weight, 0.3, table)
     targets = torch.randint(0, 30 + extension, (count,), generator=generator)
     logits = whole(h, projection)
     expected = F.cross_entropy(logits, targets, reduction="none")
@@ -36,7 +36,7 @@ def test_pieces_make_the_whole(count: int, extension: int, piece: int, seed: int
     torch.testing.assert_close(scores.losses, expected.detach(), rtol=1e-5, atol=1e-5)
     assert total.item() == pytest.approx(expected.sum().item(), rel=1e-5)
     torch.testing.assert_close(ours, gradient, rtol=1e-4, atol=1e-5)
-    assert scores.right.tolist() == (logits.argmax(dim=-1) == targets).tolist()
+    assert scores.correct.tolist() == (logits.argmax(dim=-1) == targets).tolist()
 
 
 @pytest.mark.parametrize("equal", [(3, 7), (7, 11), (10, 11)])
@@ -44,6 +44,6 @@ def test_of_equal_logits_the_first_is_the_answer(equal: tuple[int, int]) -> None
     """As in 16 bit, where they are not rare; 10 entries are the vocabulary's."""
     rows = torch.zeros(12, 4)
     rows[list(equal)] = 1.0
-    projection = Projection(rows[:10], 1.0, rows[10:])
+    projection = OutputHead(rows[:10], 1.0, rows[10:])
     targets = torch.tensor([equal[0], equal[1]])
-    assert score(torch.ones(2, 4), projection, targets).right.tolist() == [True, False]
+    assert score(torch.ones(2, 4), projection, targets).correct.tolist() == [True, False]

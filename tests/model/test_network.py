@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cpm_bee.data.batch import Batch, collate, extension_pairs
 from cpm_bee.encoding import EncodedRecord
 from cpm_bee.model import attention
-from cpm_bee.model.attention import Layout
+from cpm_bee.model.attention import GroupLayout
 from cpm_bee.model.network import CPMBee, target_loss
 from cpm_bee.records import Record
 
@@ -85,9 +85,9 @@ def test_padding_has_no_effect(monkeypatch: pytest.MonkeyPatch, share: float) ->
     model, encoded = tiny.make_model(3), tiny.encode(RECORDS)
     batch = part(encoded, encoded)
     whole = gradients(model, [batch])
-    sizes = [len(Layout.of(batch, model.position_bias).groups)]
+    sizes = [len(GroupLayout.of(batch, model.position_bias).groups)]
     monkeypatch.setattr(attention, "_GROUP_SHARE", share)
-    sizes.append(len(Layout.of(batch, model.position_bias).groups))
+    sizes.append(len(GroupLayout.of(batch, model.position_bias).groups))
     assert share == 0.5 or sizes[0] != sizes[1]
     assert (sizes[1] == 1) == (share == 0.0)
     assert_same(gradients(model, [batch]), whole)
@@ -96,7 +96,7 @@ def test_padding_has_no_effect(monkeypatch: pytest.MonkeyPatch, share: float) ->
 @pytest.mark.parametrize("at_targets", [False, True])
 def test_layout_holds_each_query_once(at_targets: bool) -> None:
     batch = part(tiny.encode(RECORDS), tiny.encode(RECORDS))
-    layout = Layout.of(batch, tiny.make_model().position_bias, at_targets=at_targets)
+    layout = GroupLayout.of(batch, tiny.make_model().position_bias, at_targets=at_targets)
     queries = layout.queries.items
     count = batch.num_targets if at_targets else batch.num_tokens
     assert queries[layout.queries.own].tolist() == list(range(count))

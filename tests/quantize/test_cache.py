@@ -21,7 +21,7 @@ from cpm_bee import delta
 from cpm_bee.data.batch import collate
 from cpm_bee.errors import InputError
 from cpm_bee.model.network import CPMBee
-from cpm_bee.pretrained import Base, load_base
+from cpm_bee.pretrained import PretrainedModel, load_pretrained
 from cpm_bee.quantize import cache
 from cpm_bee.quantize.cache import cache_path
 from cpm_bee.quantize.formats import FORMATS, NF4
@@ -52,8 +52,10 @@ def checkpoint(tmp_path: Path) -> Path:
     return write(tmp_path / "base")
 
 
-def load(checkpoint: Path, kind: str = "nf4", dtype: torch.dtype = torch.float32) -> Base:
-    return load_base(str(checkpoint), "auto", None, dtype, CPU, quantize=kind)
+def load(
+    checkpoint: Path, kind: str = "nf4", dtype: torch.dtype = torch.float32
+) -> PretrainedModel:
+    return load_pretrained(str(checkpoint), "auto", None, dtype, CPU, quantize=kind)
 
 
 def beside(checkpoint: Path, kind: str = "nf4") -> Path:
@@ -288,8 +290,9 @@ def test_a_checkpoint_that_does_not_fit_is_told_as_always(checkpoint: Path) -> N
 
 LOAD = """
 import sys, torch
-from cpm_bee.pretrained import load_base
-base = load_base(sys.argv[1], "auto", None, torch.float32, torch.device("cpu"), quantize="nf4")
+from cpm_bee.pretrained import load_pretrained
+cpu = torch.device("cpu")
+base = load_pretrained(sys.argv[1], "auto", None, torch.float32, cpu, quantize="nf4")
 print(sum(p.double().sum().item() for p in base.model.parameters()))
 """
 
@@ -313,7 +316,7 @@ def test_of_several_processes_at_once_one_makes_it(checkpoint: Path) -> None:
 # ------------------------------------------------------------------ deltas
 
 
-def trained_delta(base: Base, path: Path) -> None:
+def trained_delta(base: PretrainedModel, path: Path) -> None:
     config = delta.DeltaConfig(rank=2)
     delta.insert(base.model, config, 0)
     generator = torch.Generator().manual_seed(1)
@@ -323,7 +326,7 @@ def trained_delta(base: Base, path: Path) -> None:
     delta.save(path, tensors, config, base.fingerprint)
 
 
-def loss_of(base: Base) -> float:
+def loss_of(base: PretrainedModel) -> float:
     batch = collate(tiny.encode(RECORDS), tiny.TOKENIZER)
     with torch.no_grad():
         return base.model.loss(batch).item()

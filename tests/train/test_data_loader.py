@@ -23,13 +23,13 @@ from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.errors import InputError
 from cpm_bee.records import Record
 from cpm_bee.tokenizer import Tokenizer
-from cpm_bee.train.data_loader import Feed, Step
+from cpm_bee.train.data_loader import DataLoader, PlannedStep
 from cpm_bee.train.prefetch import Batches
 from cpm_bee.train.setup import _index
 
 TOKENIZER = Tokenizer(train_support.TOKENS)
-Epoch = list[tuple[Step, Batches]]
-RAGGED = 48  # a --max-length with which four lanes end at different steps
+Epoch = list[tuple[PlannedStep, Batches]]
+RAGGED = 48  # a --max-length with which four row streams end at different steps
 
 
 class Exchange:
@@ -78,13 +78,13 @@ def run(
     options = {"rows": 4, "max_length": 64, **options}
 
     def epoch_of(engine: Any) -> Epoch:
-        return list(Feed(index, TOKENIZER, engine, **options).batches(epoch, done))
+        return list(DataLoader(index, TOKENIZER, engine, **options).batches(epoch, done))
 
     with ThreadPoolExecutor(world_size) as pool:
         return list(pool.map(epoch_of, engines(world_size, lockstep=lockstep)[0]))
 
 
-def numbers(step: Step) -> list[int]:
+def numbers(step: PlannedStep) -> list[int]:
     return [n for share in step.shares for n in share]
 
 
@@ -96,7 +96,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> TokenIndex:
         for n in range(12)
     ]
     values = train_support.records(50, seed=1) + unknown
-    return open_index(tmp_path_factory.mktemp("feed"), values)
+    return open_index(tmp_path_factory.mktemp("loader"), values)
 
 
 def open_index(folder: Path, values: list[Record]) -> TokenIndex:
@@ -199,9 +199,9 @@ def test_in_lockstep_a_rank_has_a_batch_for_each_of_the_others(index: TokenIndex
 def test_one_exchange_of_each_kind_a_step(index: TokenIndex, world_size: int) -> None:
     ranks, exchange = engines(world_size)
     options = {"rows": 4, "max_length": 64, "shuffle_seed": 1}
-    feeds = [Feed(index, TOKENIZER, engine, **options) for engine in ranks]
+    loaders = [DataLoader(index, TOKENIZER, engine, **options) for engine in ranks]
     with ThreadPoolExecutor(world_size) as pool:
-        steps = list(pool.map(lambda feed: sum(1 for _ in feed.batches(0)), feeds))
+        steps = list(pool.map(lambda loader: sum(1 for _ in loader.batches(0)), loaders))
     assert exchange.calls == 2 * (steps[0] + 1)  # the last one says that the epoch is over
 
 
@@ -212,8 +212,10 @@ def test_going_on_after_some_steps(
 ) -> None:
     whole = run(index, world_size, shuffle_seed=3, epoch=1)
     made = []
-    original = Feed._make
-    monkeypatch.setattr(Feed, "_make", lambda feed, step: made.append(step) or original(feed, step))
+    original = DataLoader._make
+    monkeypatch.setattr(
+        DataLoader, "_make", lambda loader, step: made.append(step) or original(loader, step)
+    )
     rest = run(index, world_size, shuffle_seed=3, epoch=1, done=done)
     for all_steps, some in zip(whole, rest, strict=True):
         assert [step for step, _ in some] == [step for step, _ in all_steps[done:]]
@@ -246,7 +248,7 @@ def test_drop_last_that_leaves_nothing_is_refused(index: TokenIndex) -> None:
     with pytest.raises(
         InputError, match=f"--drop-last leaves nothing.*one step of {count + 1} rows"
     ):
-        Feed(index, TOKENIZER, engine, rows=count + 1, max_length=64, drop_last=True)
+        DataLoader(index, TOKENIZER, engine, rows=count + 1, max_length=64, drop_last=True)
 
 
 def test_answers_are_shuffled_in_training_alone(index: TokenIndex) -> None:
@@ -296,24 +298,24 @@ def test_batches_are_those_of_single_records(index: TokenIndex) -> None:
 
 def test_the_least_number_of_steps(index: TokenIndex, tmp_path: Path) -> None:
     (engine,), _ = engines(1)
-    feed = Feed(index, TOKENIZER, engine, rows=2, max_length=64, shuffle_seed=0)
-    count = sum(1 for _ in feed.batches(0))
-    assert count - 2 <= feed.min_steps <= count
+    loader = DataLoader(index, TOKENIZER, engine, rows=2, max_length=64, shuffle_seed=0)
+    count = sum(1 for _ in loader.batches(0))
+    assert count - 2 <= loader.min_steps <= count
     one = open_index(tmp_path, train_support.records(1, seed=0))
-    assert Feed(one, TOKENIZER, engine, rows=9, max_length=64).min_steps == 1
+    assert DataLoader(one, TOKENIZER, engine, rows=9, max_length=64).min_steps == 1
 
 
 def test_records_that_are_too_long_are_counted(index: TokenIndex, tmp_path: Path) -> None:
     (engine,), _ = engines(1)
     limit = int(np.median(index.lengths))
-    feed = Feed(index, TOKENIZER, engine, rows=2, max_length=limit, shuffle_seed=0)
-    assert feed.num_records == np.count_nonzero(index.lengths <= limit)
-    assert feed.num_records + feed.num_too_long == len(index)
-    assert sum(step.records for step, _ in feed.batches(0)) == feed.num_records
+    loader = DataLoader(index, TOKENIZER, engine, rows=2, max_length=limit, shuffle_seed=0)
+    assert loader.num_records == np.count_nonzero(index.lengths <= limit)
+    assert loader.num_records + loader.num_too_long == len(index)
+    assert sum(step.records for step, _ in loader.batches(0)) == loader.num_records
     with pytest.raises(InputError, match="none of its 62 records fits into --max-length 3"):
-        Feed(index, TOKENIZER, engine, rows=2, max_length=3)
+        DataLoader(index, TOKENIZER, engine, rows=2, max_length=3)
     with DatasetWriter(tmp_path / "empty", "data"):
         pass
     empty = TokenIndex.of(BinaryDataset(tmp_path / "empty"), TOKENIZER)
     with pytest.raises(InputError, match="none of its 0 records"):
-        Feed(empty, TOKENIZER, engine, rows=2, max_length=64)
+        DataLoader(empty, TOKENIZER, engine, rows=2, max_length=64)

@@ -13,9 +13,9 @@ from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.engine.torch_engine import TorchEngine
 from cpm_bee.model.network import CPMBee
-from cpm_bee.pretrained import load_base
+from cpm_bee.pretrained import load_pretrained
 from cpm_bee.tokenizer import Tokenizer
-from cpm_bee.train.data_loader import Feed, Step
+from cpm_bee.train.data_loader import DataLoader, PlannedStep
 from cpm_bee.train.evaluation import Evaluation, evaluate
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Path]:
 @pytest.fixture
 def model(learned: tuple[Workspace, Path]) -> CPMBee:
     _, path = learned
-    return load_base(str(path), "auto", None, torch.float32, CPU).model
+    return load_pretrained(str(path), "auto", None, torch.float32, CPU).model
 
 
 @pytest.fixture
@@ -49,21 +49,23 @@ def tokenizer_of(workspace: Workspace) -> Tokenizer:
 
 def feed_of(
     index: TokenIndex, workspace: Workspace, rows: int, max_length: int = 64
-) -> tuple[Feed, TorchEngine]:
+) -> tuple[DataLoader, TorchEngine]:
     engine = TorchEngine(CPU, torch.float32)
-    feed = Feed(index, tokenizer_of(workspace), engine, rows=rows, max_length=max_length)
-    return feed, engine
+    loader = DataLoader(index, tokenizer_of(workspace), engine, rows=rows, max_length=max_length)
+    return loader, engine
 
 
-def numbers_of(step: Step) -> list[int]:
+def numbers_of(step: PlannedStep) -> list[int]:
     return [number for share in step.shares for number in share]
 
 
-def by_hand(model: CPMBee, index: TokenIndex, tokenizer: Tokenizer, feed: Feed) -> Evaluation:
+def by_hand(
+    model: CPMBee, index: TokenIndex, tokenizer: Tokenizer, loader: DataLoader
+) -> Evaluation:
     """One record at a time, with the extension table of its step; figures in plain Python."""
     model.eval()
-    loss, right, targets, exact, records = 0.0, 0, 0, 0, 0
-    for step, _ in feed.batches(0):
+    loss, correct, targets, exact, records = 0.0, 0, 0, 0, 0
+    for step, _ in loader.batches(0):
         for number in numbers_of(step):
             batch = collate([index.record(number)], tokenizer, step.extension)
             with torch.no_grad():
@@ -73,11 +75,11 @@ def by_hand(model: CPMBee, index: TokenIndex, tokenizer: Tokenizer, feed: Feed) 
                 loss += math.log(sum(math.exp(x) for x in row)) - row[target]
                 hits += row[target] == max(row)
             targets += len(rows)
-            right += hits
+            correct += hits
             exact += hits == len(rows)
             records += 1
     model.train()
-    return Evaluation(loss / targets, right / targets, exact / records, records)
+    return Evaluation(loss / targets, correct / targets, exact / records, records)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
@@ -85,14 +87,14 @@ def test_the_figures_are_those_computed_by_hand(
     learned: tuple[Workspace, Path], model: CPMBee, index: TokenIndex, rows: int
 ) -> None:
     workspace, _ = learned
-    feed, engine = feed_of(index, workspace, rows)
-    result = evaluate(model, engine, feed)
-    expected = by_hand(model, index, tokenizer_of(workspace), feed)
+    loader, engine = feed_of(index, workspace, rows)
+    result = evaluate(model, engine, loader)
+    expected = by_hand(model, index, tokenizer_of(workspace), loader)
     assert result.loss == pytest.approx(expected.loss, rel=1e-5)
     assert result.token_accuracy == expected.token_accuracy
     assert result.exact_match == expected.exact_match
     assert result.records == expected.records == train_support.EVALUATION
-    # Or the test would show little: some records are right, some are not, some tokens of the
+    # Or the test would show little: some records are correct, some are not, some tokens of the
     # wrong ones are right.
     assert 0 < result.exact_match < result.token_accuracy < 1
 
@@ -101,11 +103,11 @@ def test_a_ragged_last_step_counts_as_all_others(
     learned: tuple[Workspace, Path], model: CPMBee, index: TokenIndex
 ) -> None:
     workspace, _ = learned
-    feed, engine = feed_of(index, workspace, 3)
-    steps = [step for step, _ in feed.batches(0)]
+    loader, engine = feed_of(index, workspace, 3)
+    steps = [step for step, _ in loader.batches(0)]
     assert len(steps) > 1 and steps[-1].rows < 3
     assert sorted(n for step in steps for n in numbers_of(step)) == list(range(len(index)))
-    assert evaluate(model, engine, feed).records == len(index)
+    assert evaluate(model, engine, loader).records == len(index)
 
 
 def test_dropout_is_off_during_evaluation_and_on_again_after_it(
@@ -113,14 +115,14 @@ def test_dropout_is_off_during_evaluation_and_on_again_after_it(
 ) -> None:
     workspace, _ = learned
     assert model.config.dropout_p == 0.1
-    feed, engine = feed_of(index, workspace, 4)
+    loader, engine = feed_of(index, workspace, 4)
     model.train()
     torch.manual_seed(1)
-    first = evaluate(model, engine, feed)
+    first = evaluate(model, engine, loader)
     torch.manual_seed(2)
-    assert evaluate(model, engine, feed) == first
+    assert evaluate(model, engine, loader) == first
     assert all(module.training for module in model.modules())
-    _, (batch,) = next(feed.batches(0))
+    _, (batch,) = next(loader.batches(0))
     assert batch is not None
     assert not torch.equal(model(batch), model(batch))
 
@@ -131,7 +133,7 @@ def test_records_that_are_too_long_are_not_among_the_figures(
     workspace, _ = learned
     limit = int(sorted(index.lengths)[len(index) // 2])
     short = int((index.lengths <= limit).sum())
-    feed, engine = feed_of(index, workspace, 3, limit)
+    loader, engine = feed_of(index, workspace, 3, limit)
     assert 0 < short < len(index)
-    assert evaluate(model, engine, feed).records == short
-    assert feed.num_too_long == len(index) - short
+    assert evaluate(model, engine, loader).records == short
+    assert loader.num_too_long == len(index) - short

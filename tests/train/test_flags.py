@@ -544,7 +544,7 @@ def _checkpointing(lab: Lab) -> None:
     assert "checkpointing full: as asked" in lab.printed
     lab.run(checkpointing="auto")
     assert "checkpointing none: a step needs less than" in lab.printed
-    lab.patch.setattr(memory_estimate, "capacity", lambda *_: 1 << 16)
+    lab.patch.setattr(memory_estimate, "free_memory", lambda *_: 1 << 16)
     chosen: list[bool] = []
     lab.patch.setattr(BlockStack, "set_checkpointing", lambda self, wanted: chosen.append(wanted))
     lab.run(checkpointing="auto", **values)

@@ -17,17 +17,23 @@ from cpm_bee.model.frozen import buffers
 from cpm_bee.model.initialization import initialize
 from cpm_bee.model.network import CPMBee
 from cpm_bee.train import memory_estimate
-from cpm_bee.train.memory_estimate import Choice, LiveStorages, Training, predict, typical_batch
+from cpm_bee.train.memory_estimate import (
+    CheckpointingChoice,
+    LiveStorages,
+    TrainingSetup,
+    estimate,
+    typical_batch,
+)
 
 CONFIG = ModelConfig(
     vocab_size=2000, dim_model=128, num_heads=4, dim_head=32, dim_ff=192, num_layers=4
 )
 BATCH = typical_batch([40, 20, 30], 5, CONFIG.vocab_size)
-LORA = Training(torch.float32, delta.DeltaConfig())
-FULL = Training(torch.float32)
+LORA = TrainingSetup(torch.float32, delta.DeltaConfig())
+FULL = TrainingSetup(torch.float32)
 
 
-def real_rest(config: ModelConfig, training: Training, batch: Batch) -> int:
+def real_rest(config: ModelConfig, training: TrainingSetup, batch: Batch) -> int:
     """Bytes of tensors alive beside the weights at the worst moment of a real backward pass."""
     with LiveStorages() as live:
         model = CPMBee(config)
@@ -43,11 +49,11 @@ def real_rest(config: ModelConfig, training: Training, batch: Batch) -> int:
 
 @pytest.mark.parametrize("training", [LORA, replace(LORA, checkpointing=True), FULL], ids=str)
 def test_the_rest_is_that_of_a_real_step(
-    training: Training, monkeypatch: pytest.MonkeyPatch
+    training: TrainingSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fake tensors take what real ones take; a real step has no gradients from before it."""
     monkeypatch.setattr(buffers, "_use_count", None)  # what it keeps for later is not predicted
-    found = predict(CONFIG, training, BATCH)
+    found = estimate(CONFIG, training, BATCH)
     real = real_rest(CONFIG, training, BATCH)
     assert found.rest <= real <= found.rest + found.gradients
     assert real > 1 << 19
@@ -56,26 +62,26 @@ def test_the_rest_is_that_of_a_real_step(
 def test_parts() -> None:
     numbers = {n: p.numel() for n, p in CPMBee(CONFIG).named_parameters()}
     total = sum(numbers.values())
-    full = predict(CONFIG, FULL, BATCH)
+    full = estimate(CONFIG, FULL, BATCH)
     assert (full.weights, full.gradients) == (4 * total, 4 * total)
     assert full.moments == pytest.approx(8 * total, rel=0.001)  # and the step counts
     rank, inner = 8, CONFIG.num_heads * CONFIG.dim_head
     lora = 2 * CONFIG.num_layers * rank * (CONFIG.dim_model + inner)
-    bf16 = predict(CONFIG, replace(LORA, dtype=torch.bfloat16), BATCH)
+    bf16 = estimate(CONFIG, replace(LORA, dtype=torch.bfloat16), BATCH)
     assert (bf16.weights, bf16.gradients) == (2 * total + 4 * lora, 4 * lora)
-    nf4 = predict(CONFIG, replace(LORA, quantize="nf4"), BATCH)
+    nf4 = estimate(CONFIG, replace(LORA, quantize="nf4"), BATCH)
     linears = sum(n for name, n in numbers.items() if "encoder" in name and "norm" not in name)
     assert nf4.weights == 4 * (total - linears + lora) + linears // 2 + linears // 64 * 4
 
 
 def test_what_saves_memory_is_predicted_to() -> None:
-    usual = predict(CONFIG, LORA, BATCH)
-    assert predict(CONFIG, replace(LORA, checkpointing=True), BATCH).rest < usual.rest
-    assert predict(CONFIG, FULL, BATCH).peak > 2 * usual.peak
-    smaller = predict(CONFIG, LORA, typical_batch([10], 2, CONFIG.vocab_size))
+    usual = estimate(CONFIG, LORA, BATCH)
+    assert estimate(CONFIG, replace(LORA, checkpointing=True), BATCH).rest < usual.rest
+    assert estimate(CONFIG, FULL, BATCH).peak > 2 * usual.peak
+    smaller = estimate(CONFIG, LORA, typical_batch([10], 2, CONFIG.vocab_size))
     assert smaller.rest < usual.rest and smaller.weights == usual.weights
     masks = ((True, False), (False, False), (False, True), (True, True))
-    pruned = predict(replace(CONFIG, mask_modules=masks), LORA, BATCH)
+    pruned = estimate(replace(CONFIG, mask_modules=masks), LORA, BATCH)
     assert pruned.rest < usual.rest and pruned.weights < usual.weights
 
 
@@ -87,7 +93,7 @@ def test_the_bound_is_one(dtype: torch.dtype, lengths: list[int]) -> None:
     dropout = delta.DeltaConfig(dropout=0.1, targets=delta.TARGETS)
     for training in (LORA, FULL, replace(LORA, delta=dropout), replace(LORA, quantize="nf4")):
         training = replace(training, dtype=dtype)
-        assert predict(config, training, batch).peak < memory_estimate.bound(
+        assert estimate(config, training, batch).peak < memory_estimate.upper_bound(
             config, training, batch
         )
 
@@ -109,14 +115,16 @@ def test_a_typical_batch_is_one_that_records_could_make() -> None:
 
 def test_choice() -> None:
     none, full = (
-        predict(CONFIG, LORA, BATCH),
-        predict(CONFIG, replace(LORA, checkpointing=True), BATCH),
+        estimate(CONFIG, LORA, BATCH),
+        estimate(CONFIG, replace(LORA, checkpointing=True), BATCH),
     )
 
-    def choose(capacity: float, shards: int = 1) -> Choice:
-        return memory_estimate.choose_checkpointing(CONFIG, LORA, BATCH, int(capacity), shards)
+    def choose(available: float, shards: int = 1) -> CheckpointingChoice:
+        return memory_estimate.choose_checkpointing(CONFIG, LORA, BATCH, int(available), shards)
 
-    assert choose(1 << 40) == Choice(False, f"a step needs less than {size()} of 1024.00 GiB")
+    assert choose(1 << 40) == CheckpointingChoice(
+        False, f"a step needs less than {size()} of 1024.00 GiB"
+    )
     assert not choose(1.21 * none.peak).checkpointing
     assert choose(1.19 * none.peak).checkpointing
     assert choose(0).reason == (
@@ -127,25 +135,25 @@ def test_choice() -> None:
 
 
 def size() -> str:
-    return f"{memory_estimate.bound(CONFIG, LORA, BATCH) / 2**30:.2f} GiB"
+    return f"{memory_estimate.upper_bound(CONFIG, LORA, BATCH) / 2**30:.2f} GiB"
 
 
 def test_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {
         "/proc/meminfo": "MemTotal: 900 kB\nMemAvailable: 800 kB",
         "/proc/self/status": "RssAnon:\t100 kB",
-        "/sys/fs/cgroup/memory_estimate.max": "max",
+        "/sys/fs/cgroup/memory.max": "max",
     }
     monkeypatch.setattr(memory_estimate, "_text", lambda path: texts.get(path, ""))
     cpu = torch.device("cpu")
-    assert memory_estimate.capacity(cpu) == 900 * 1024
-    assert memory_estimate.capacity(cpu, processes=4) == 300 * 1024
-    texts["/sys/fs/cgroup/memory_estimate.max"] = str(500 * 1024)
-    assert memory_estimate.capacity(cpu) == 500 * 1024
+    assert memory_estimate.free_memory(cpu) == 900 * 1024
+    assert memory_estimate.free_memory(cpu, processes=4) == 300 * 1024
+    texts["/sys/fs/cgroup/memory.max"] = str(500 * 1024)
+    assert memory_estimate.free_memory(cpu) == 500 * 1024
 
 
 def test_real_capacity() -> None:
-    assert 1 << 26 < memory_estimate.capacity(torch.device("cpu")) < 1 << 50
+    assert 1 << 26 < memory_estimate.free_memory(torch.device("cpu")) < 1 << 50
 
 
 class Casts(TorchDispatchMode):

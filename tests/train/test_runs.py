@@ -19,7 +19,7 @@ from train_support import END_FIELDS, EVAL_FIELDS, TRAIN_FIELDS, Run, Workspace,
 
 from cpm_bee.checkpoint.reader import load_tensors, save_tensors
 from cpm_bee.errors import InputError, RunError
-from cpm_bee.pretrained import load_base
+from cpm_bee.pretrained import load_pretrained
 from cpm_bee.train.log import Reporter
 
 NAME = "cpm_bee_finetune"
@@ -280,7 +280,7 @@ def test_full_fine_tuning_saves_a_native_checkpoint(
     assert {t.dtype for t in weights.values()} == {torch.float16 if half else torch.float32}
     assert train_support.distance(weights, base) > 0.01
     path = run.save / f"{NAME}-last.pt"
-    loaded = load_base(str(path), "auto", None, torch.float32, CPU)
+    loaded = load_pretrained(str(path), "auto", None, torch.float32, CPU)
     assert loaded.model.config == config
     assert loaded.tokenizer.tokens == train_support.TOKENS
     for name, tensor in loaded.model.state_dict().items():

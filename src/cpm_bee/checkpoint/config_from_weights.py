@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from cpm_bee.checkpoint.reader import Checkpoint, layers_present
-from cpm_bee.distributed.rank import Place
+from cpm_bee.distributed.rank import RankInfo
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.model.config import ModelConfig
 
 _BUCKETS = ("buckets", "segment_buckets")
 
 
-def derive_config(checkpoint: Checkpoint, note: dict[str, Any] | None = None) -> ModelConfig:
+def derive_config(checkpoint: Checkpoint, sidecar: dict[str, Any] | None = None) -> ModelConfig:
     """The config of a checkpoint from its tensors; what they do not tell, from `config.json`.
 
     The tensors decide on sizes and pruned blocks (SPEC §6); split of the buckets, max_distance,
@@ -33,7 +33,7 @@ def derive_config(checkpoint: Checkpoint, note: dict[str, Any] | None = None) ->
             f"{checkpoint.path}: not a CPM-Bee model: it lacks input_embedding.weight, "
             "position_bias.relative_attention_bias or the encoder's layers"
         )
-    source, noted = _noted_config(checkpoint.path, note)
+    source, noted = _sidecar_config(checkpoint.path, sidecar)
     values = ModelConfig.native_names(noted)
     gate = _first_shape(shapes, "w_in.w_0.weight")
     values |= {
@@ -58,9 +58,9 @@ def derive_config(checkpoint: Checkpoint, note: dict[str, Any] | None = None) ->
     return ModelConfig.from_dict(values, source)
 
 
-def _noted_config(path: Path, note: dict[str, Any] | None) -> tuple[str, dict[str, Any]]:
+def _sidecar_config(path: Path, sidecar: dict[str, Any] | None) -> tuple[str, dict[str, Any]]:
     """What is written down about a checkpoint's config, and where; maybe not all fields."""
-    noted = (note or {}).get("config")
+    noted = (sidecar or {}).get("config")
     if isinstance(noted, dict):
         return str(path.with_suffix(".json")), noted
     beside = path.parent / "config.json"
@@ -74,10 +74,10 @@ def _first_shape(shapes: dict[str, tuple[int, ...]], ending: str) -> tuple[int, 
 
 
 def warn_of_contradictions(
-    checkpoint: Checkpoint, note: dict[str, Any] | None, derived: ModelConfig
+    checkpoint: Checkpoint, sidecar: dict[str, Any] | None, derived: ModelConfig
 ) -> None:
     """Say on stderr where the config beside a checkpoint tells other sizes than its tensors."""
-    source, noted = _noted_config(checkpoint.path, note)
+    source, noted = _sidecar_config(checkpoint.path, sidecar)
     known = ModelConfig.native_names(noted)
     whole = {"mask_modules": ()} if "num_layers" in known else {}
     try:
@@ -85,7 +85,7 @@ def warn_of_contradictions(
         text = _differences(told, derived).text()
     except InputError as error:
         text = str(error)
-    if text and Place.of_this_process().local_rank == 0:
+    if text and RankInfo.of_this_process().local_rank == 0:
         print(
             f"warning: {source} does not describe {checkpoint.path}, whose tensors decide:\n{text}",
             file=sys.stderr,

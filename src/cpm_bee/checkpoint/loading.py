@@ -24,7 +24,7 @@ from cpm_bee.checkpoint.mapped_pages import (
     use_huge_pages,
 )
 from cpm_bee.errors import InputError
-from cpm_bee.progress import progress
+from cpm_bee.progress import progress_bar
 
 # Bytes in a buffer: a converted chunk spans several huge pages, so that two threads seldom make
 # the same one.
@@ -33,7 +33,7 @@ _CHUNK = 4 << 20
 _MAX_CONVERTING = 4
 
 
-class _Place(NamedTuple):
+class _FileRange(NamedTuple):
     """Where in which file a tensor's bytes stand."""
 
     file: int
@@ -44,7 +44,7 @@ class _Place(NamedTuple):
 class _Chunk(NamedTuple):
     source: torch.Tensor
     target: torch.Tensor
-    place: _Place | None
+    file_range: _FileRange | None
 
 
 def transfer(
@@ -84,7 +84,7 @@ class _Files:
         self._mapped = mapped_files()
         self._opened: dict[str, int | None] = {}
 
-    def place(self, tensor: torch.Tensor) -> _Place | None:
+    def locate(self, tensor: torch.Tensor) -> _FileRange | None:
         """Where a contiguous tensor lies; None where that is not known for certain."""
         begin = tensor.data_ptr()
         mapped = find(begin, begin + tensor.numel() * tensor.element_size(), self._mapped)
@@ -95,7 +95,7 @@ class _Files:
         file = self._opened[mapped.path]
         if file is None:
             return None
-        return _Place(file, mapped.offset + begin - mapped.begin, mapped.path)
+        return _FileRange(file, mapped.offset + begin - mapped.begin, mapped.path)
 
     def _open(self, mapped: MappedFile) -> int | None:
         try:
@@ -114,17 +114,21 @@ def _split(source: torch.Tensor, target: torch.Tensor, files: _Files) -> Iterato
     if not source.is_contiguous():
         yield _Chunk(source, target, None)
         return
-    place = files.place(source)
+    file_range = files.locate(source)
     size = source.element_size()
     step = _CHUNK // size
     pairs = zip(source.view(-1).split(step), target.view(-1).split(step), strict=True)
     for i, (values, room) in enumerate(pairs):
-        yield _Chunk(values, room, place and place._replace(offset=place.offset + i * step * size))
+        yield _Chunk(
+            values,
+            room,
+            file_range and file_range._replace(offset=file_range.offset + i * step * size),
+        )
 
 
 def _run(chunks: list[_Chunk], device: torch.device) -> None:
-    # The order of the files; those of no known place last.
-    chunks.sort(key=lambda chunk: chunk.place or _Place(1 << 62, 0, ""))
+    # The order of the files; those of no known file_range last.
+    chunks.sort(key=lambda chunk: chunk.file_range or _FileRange(1 << 62, 0, ""))
     own = torch.get_num_threads()
     # One reads while the others convert.
     workers = min(own, _MAX_CONVERTING) + 1
@@ -132,7 +136,7 @@ def _run(chunks: list[_Chunk], device: torch.device) -> None:
     total = sum(_num_bytes(chunk.source) for chunk in chunks)
     try:
         with (
-            progress(total=total, description="loading", unit="B", delay=2) as bar,
+            progress_bar(total=total, description="loading", unit="B", delay=2) as bar,
             # Threads of threads would wait for each other.
             ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
         ):
@@ -153,11 +157,11 @@ class _Staging:
     def move(self, chunk: _Chunk) -> int:
         """Fill a chunk's target; returns the number of bytes read."""
         values = chunk.source
-        if chunk.place is not None:
-            values = self._read(chunk.place, values)
+        if chunk.file_range is not None:
+            values = self._read(chunk.file_range, values)
         # Onto a GPU in the file's type, which has fewer bytes; the conversion is done there.
         chunk.target.copy_(values.to(chunk.target.device))
-        if chunk.place is None:
+        if chunk.file_range is None:
             drop_pages(chunk.source)
         return _num_bytes(chunk.source)
 
@@ -167,7 +171,7 @@ class _Staging:
         # Not from malloc, which keeps what a thread has freed for the next one.
         return torch.frombuffer(mmap.mmap(-1, _CHUNK), dtype=torch.uint8)
 
-    def _read(self, place: _Place, like: torch.Tensor) -> torch.Tensor:
+    def _read(self, file_range: _FileRange, like: torch.Tensor) -> torch.Tensor:
         if not hasattr(self._own, "buffer"):
             self._own.buffer = self._new_buffer()
         buffer = self._own.buffer[: _num_bytes(like)]
@@ -176,9 +180,9 @@ class _Staging:
         # One at a time: the kernel reads ahead of a reader that goes through the file in order.
         with self._reading:
             while filled < len(room):
-                count = os.preadv(place.file, [room[filled:]], place.offset + filled)
+                count = os.preadv(file_range.file, [room[filled:]], file_range.offset + filled)
                 if count == 0:
-                    raise InputError(f"{place.path}: has become shorter while it was read")
+                    raise InputError(f"{file_range.path}: has become shorter while it was read")
                 filled += count
         return buffer.view(like.dtype)
 

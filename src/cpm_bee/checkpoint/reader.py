@@ -34,7 +34,7 @@ _MAGIC = (b"PK\x03\x04", b"\x80")
 _SAMPLED = 256
 
 
-class Entry(NamedTuple):
+class LazyTensor(NamedTuple):
     """A tensor in a file, read when asked for; memory-mapped where the format allows it."""
 
     shape: tuple[int, ...]
@@ -49,18 +49,18 @@ class Entry(NamedTuple):
         return transfer({"": self.read()}, device, dtype)[""]
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Entry:
+    def of(cls, tensor: torch.Tensor) -> LazyTensor:
         """A tensor that is in memory already."""
         return cls(tuple(tensor.shape), tensor.dtype, partial(_same, tensor))
 
-    def rows(self, begin: int, end: int) -> Entry:
+    def rows(self, begin: int, end: int) -> LazyTensor:
         """The rows [begin, end) of the first dimension, of which alone a mapped file is read.
 
         For a rank's shard: rows past the last one are left out, as in a slice.
         """
         begin, end, _ = slice(begin, end).indices(self.shape[0])
         shape = (max(0, end - begin), *self.shape[1:])
-        return Entry(shape, self.dtype, lambda: self.read()[begin:end])
+        return LazyTensor(shape, self.dtype, lambda: self.read()[begin:end])
 
 
 class Checkpoint:
@@ -75,7 +75,7 @@ class Checkpoint:
 
     def __init__(self, path: str | Path) -> None:
         self.path = _resolve(Path(path))
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, LazyTensor] = {}
         problems = Problems()
         tied = None
         for name, entry in _read_entries(self.path).items():
@@ -138,7 +138,7 @@ def _resolve(path: Path) -> Path:
     return path
 
 
-def _read_entries(path: Path) -> dict[str, Entry]:
+def _read_entries(path: Path) -> dict[str, LazyTensor]:
     if path.name.endswith(_INDEX):
         return _read_shards(path)
     if path.suffix == ".safetensors":
@@ -146,14 +146,14 @@ def _read_entries(path: Path) -> dict[str, Entry]:
     return _read_bin(path)
 
 
-def _read_shards(path: Path) -> dict[str, Entry]:
+def _read_shards(path: Path) -> dict[str, LazyTensor]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not an index of shards ({error!r})") from None
     problems = Problems()
-    entries: dict[str, Entry] = {}
+    entries: dict[str, LazyTensor] = {}
     for name in files:
         # A shard lies beside its index: an index that points elsewhere is not to be trusted.
         if not isinstance(name, str) or Path(name).name != name:
@@ -169,7 +169,7 @@ def _read_shards(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _read_safetensors(path: Path) -> dict[str, Entry]:
+def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -185,7 +185,7 @@ def _read_safetensors(path: Path) -> dict[str, Entry]:
             problems.add(name, f"has type {slice_.get_dtype()}, expected F32, F16 or BF16")
             continue
         dtype = types[slice_.get_dtype()]
-        entries[name] = Entry(tuple(slice_.get_shape()), dtype, partial(file.get_tensor, name))
+        entries[name] = LazyTensor(tuple(slice_.get_shape()), dtype, partial(file.get_tensor, name))
     problems.raise_if_any(f"{path}: cannot be loaded:")
     return entries
 
@@ -221,7 +221,7 @@ def _same(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def _read_bin(path: Path) -> dict[str, Entry]:
+def _read_bin(path: Path) -> dict[str, LazyTensor]:
     problems = Problems()
     entries = {}
     for name, value in load_tensors(path, "a checkpoint").items():
@@ -232,7 +232,7 @@ def _read_bin(path: Path) -> dict[str, Entry]:
         elif value.layout != torch.strided or value.is_meta:
             problems.add(name, "is sparse or holds no values")
         else:
-            entries[name] = Entry.of(value)
+            entries[name] = LazyTensor.of(value)
     problems.raise_if_any(f"{path}: not a flat dictionary of tensors:")
     return entries
 

@@ -80,20 +80,20 @@ class Stream:
             segments=_flat([r.segments for r in records], np.uint16),
             context=_flat([r.context for r in records], np.bool_),
             lengths=np.array([len(r) for r in records], dtype=np.int64),
-            num_segments=np.array([len(r.shape.depths) for r in records], dtype=np.int64),
-            relations=_flat([r.shape.relations.ravel() for r in records], np.uint8),
+            num_segments=np.array([len(r.tree.depths) for r in records], dtype=np.int64),
+            relations=_flat([r.tree.relations.ravel() for r in records], np.uint8),
         )
 
-    def replace(self, place: int, record: EncodedRecord) -> None:
-        """Overwrite record number `place` with one of as many tokens and segments."""
-        begin = int(self.lengths[:place].sum())
+    def replace(self, index: int, record: EncodedRecord) -> None:
+        """Overwrite record number `index` with one of as many tokens and segments."""
+        begin = int(self.lengths[:index].sum())
         tokens = slice(begin, begin + len(record))
         self.ids[tokens] = record.ids
         self.subs[tokens] = record.subs
         self.segments[tokens] = record.segments
         self.context[tokens] = record.context
-        begin = int((self.num_segments[:place].astype(np.int64) ** 2).sum())
-        relations = record.shape.relations.ravel()
+        begin = int((self.num_segments[:index].astype(np.int64) ** 2).sum())
+        relations = record.tree.relations.ravel()
         self.relations[begin : begin + len(relations)] = relations
 
 

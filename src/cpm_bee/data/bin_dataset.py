@@ -28,7 +28,7 @@ def payload_limit(block_size: int) -> int:
     return min(block_size - HEAD - len(END), 2 ** (8 * LENGTH.size) - 1)
 
 
-class Layout:
+class BlockLayout:
     """Where the records of a data file lie: in order, none across the end of a block (SPEC §9)."""
 
     def __init__(self, block_size: int) -> None:
@@ -43,7 +43,7 @@ class Layout:
         """Bytes of the file so far: whole blocks, one at least."""
         return self._begin + self._block_size
 
-    def place(self, frames: Iterable[int]) -> array[int]:
+    def append(self, frames: Iterable[int]) -> array[int]:
         """Place further records of so many bytes, `HEAD` included; the offset of each."""
         offsets = array("q")
         begin, offset, block_size = self._begin, self._offset, self._block_size
@@ -86,7 +86,7 @@ class DatasetWriter:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._file_name = file_name
         self._block_size = block_size
-        self._layout = Layout(block_size)
+        self._layout = BlockLayout(block_size)
         self._file = open(self._folder / file_name, "xb")  # noqa: SIM115  (close() closes it)
 
     def write(self, record: Record) -> None:
@@ -100,7 +100,7 @@ class DatasetWriter:
                 f"a record of {len(payload)} bytes does not fit into a block of "
                 f"{self._block_size} bytes (give a larger --block-size)"
             )
-        (offset,) = self._layout.place([HEAD + len(payload)])
+        (offset,) = self._layout.append([HEAD + len(payload)])
         if offset != self._file.tell():  # seeking empties the buffer
             self._file.seek(offset)
         self._file.write(frame(payload))

@@ -1,8 +1,8 @@
 """Which records make up which step: a function of lengths, seed, epoch and the rows of a step.
 
-Row i of every step comes from *lane* i. A lane owns its share of the records and packs them by
-itself, so that a rank plans its own lanes alone, at a cost that does not depend on the number of
-ranks, and no pass over all records is needed at the start of an epoch.
+Row i of every step comes from *row stream* i. A row stream owns its share of the records and packs
+them by itself, so that a rank plans its own row streams alone, at a cost that does not depend on
+the number of ranks, and no pass over all records is needed at the start of an epoch.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from itertools import chain, islice, tee, zip_longest
 
 import numpy as np
 
-Row = list[int]  # numbers of the records that share a row of max_length tokens
+PackedRow = list[int]  # numbers of the records that share a row of max_length tokens
 
-WINDOW = 32  # records that a lane looks ahead to fill a row
-_CHUNK = 1024  # records of a lane whose places are computed at once
+WINDOW = 32  # records that a row stream looks ahead to fill a row
+_CHUNK = 1024  # records of a row stream whose positions are computed at once
 _ROUNDS = 8
 _MASK = 2**64 - 1
 
 
-def pack(numbers: Iterable[int], lengths: Iterable[int], max_length: int) -> Iterator[Row]:
+def pack(numbers: Iterable[int], lengths: Iterable[int], max_length: int) -> Iterator[PackedRow]:
     """Fill one row after the other from the next `WINDOW` records.
 
     A row takes records as they come while the window is not enough to fill it, and then those of
@@ -37,7 +37,7 @@ def pack(numbers: Iterable[int], lengths: Iterable[int], max_length: int) -> Ite
     window = list(islice(source, WINDOW))
     waiting = sum(length for _, length in window)
     while window:
-        row: Row = []
+        row: PackedRow = []
         space = max_length
         while window and (not row or waiting <= space):
             number, length = window.pop(0)
@@ -58,7 +58,7 @@ def pack(numbers: Iterable[int], lengths: Iterable[int], max_length: int) -> Ite
 
 
 def best_subset(lengths: Sequence[int], space: int) -> list[int]:
-    """The places of lengths whose sum is the largest up to `space`; of equals, early ones."""
+    """The positions of lengths whose sum is the largest up to `space`; of equals, early ones."""
     # Bit s of sums[i] says that some of the first i lengths have the sum s.
     sums = [1]
     for length in lengths:
@@ -74,8 +74,8 @@ def best_subset(lengths: Sequence[int], space: int) -> list[int]:
     return taken[::-1]
 
 
-def permuted(places: np.ndarray, size: int, keys: Sequence[int]) -> np.ndarray:
-    """Where a pseudo-random permutation of 0 … size - 1 sends some of its places, int64.
+def permuted(positions: np.ndarray, size: int, keys: Sequence[int]) -> np.ndarray:
+    """Where a pseudo-random permutation of 0 … size - 1 sends some of its positions, int64.
 
     A Feistel cipher over a x b >= size pairs, each round adding a hash of one half to the other;
     results outside are sent on until they are inside (Black and Rogaway, "Ciphers with Arbitrary
@@ -86,7 +86,7 @@ def permuted(places: np.ndarray, size: int, keys: Sequence[int]) -> np.ndarray:
     """
     a = math.isqrt(max(size - 1, 0)) + 1
     b = -(-size // a)
-    result = places.astype(np.uint64)
+    result = positions.astype(np.uint64)
     outside = np.arange(len(result))
     while len(outside):
         right, left = np.divmod(result[outside], np.uint64(a))
@@ -108,9 +108,9 @@ def _hash(values: np.ndarray, key: int) -> np.ndarray:
     return (x ^ (x >> np.uint64(31))) >> np.uint64(2)
 
 
-def _keys(seed: int, epoch: int, *lane: int) -> list[int]:
+def _keys(seed: int, epoch: int, *stream: int) -> list[int]:
     # Negative numbers are refused; two's complement keeps such a seed apart from others.
-    entropy = [seed & _MASK, epoch, len(lane), *lane]
+    entropy = [seed & _MASK, epoch, len(stream), *stream]
     return [int(k) for k in np.random.SeedSequence(entropy).generate_state(_ROUNDS, np.uint64)]
 
 
@@ -139,11 +139,11 @@ def micro_batches(
 
 
 class Plan:
-    """The rows of every lane in every epoch of a training run; every record is in one of them.
+    """The rows of every stream in every epoch of a training run; every record is in one of them.
 
     Args:
         lengths: tokens of each record; longer ones than `max_length` are left out.
-        rows: rows of a step, over all ranks and micro-steps: the number of lanes.
+        rows: rows of a step, over all ranks and micro-steps: the number of row_streams.
         shuffle_seed: None keeps the dataset's order, as evaluation does.
     """
 
@@ -166,41 +166,43 @@ class Plan:
             self._order = self._order.astype(np.int32)
         self.num_records = len(self._order)
 
-    def steps(self, epoch: int, lanes: Sequence[int]) -> Iterator[list[Row]]:
-        """The rows of some lanes in each step of an epoch (from 0) until all of them have ended.
+    def steps(self, epoch: int, row_streams: Sequence[int]) -> Iterator[list[PackedRow]]:
+        """The rows of some row streams in each step of an epoch (from 0) until all have ended.
 
-        The row of a lane that has ended is empty.
+        The row of a row stream that has ended is empty.
         """
-        rows = zip_longest(*(self.lane(epoch, lane) for lane in lanes), fillvalue=[])
+        rows = zip_longest(
+            *(self.row_stream(epoch, stream) for stream in row_streams), fillvalue=[]
+        )
         return map(list, rows)
 
-    def lane(self, epoch: int, lane: int) -> Iterator[Row]:
-        """The rows of a lane in an epoch."""
-        first, second = tee(self._chunks(epoch, lane))
+    def row_stream(self, epoch: int, stream: int) -> Iterator[PackedRow]:
+        """The rows of a row stream in an epoch."""
+        first, second = tee(self._chunks(epoch, stream))
         numbers = chain.from_iterable(chunk.tolist() for chunk in first)
         lengths = chain.from_iterable(self._lengths[chunk].tolist() for chunk in second)
         return pack(numbers, lengths, self._max_length)
 
-    def _chunks(self, epoch: int, lane: int) -> Iterator[np.ndarray]:
-        """The records of a lane in their order, some at a time."""
-        # The records stand in groups of one for each lane. Sorted by length, the records of a
-        # group are about equally long, so that all lanes have about the same number of tokens
-        # and end at about the same step. A lane takes the groups in an order of its own.
+    def _chunks(self, epoch: int, stream: int) -> Iterator[np.ndarray]:
+        """The records of a row stream in their order, some at a time."""
+        # The records stand in groups of one for each stream. Sorted by length, the records of a
+        # group are about equally long, so that all row streams have about the same number of tokens
+        # and end at about the same step. A row stream takes the groups in an order of its own.
         groups, rest = divmod(self.num_records, self._rows)
         if self._seed is None:
-            count = groups + (lane < rest)
-            for places in _ranges(count):
-                yield self._order[places * self._rows + lane]
+            count = groups + (stream < rest)
+            for positions in _ranges(count):
+                yield self._order[positions * self._rows + stream]
             return
-        (turn, *_), keys = _keys(self._seed, epoch), _keys(self._seed, epoch, lane)
+        (turn, *_), keys = _keys(self._seed, epoch), _keys(self._seed, epoch, stream)
 
         def member(group: np.ndarray) -> np.ndarray:
-            turns = _hash(group.astype(np.uint64), turn) + np.uint64(lane)
+            turns = _hash(group.astype(np.uint64), turn) + np.uint64(stream)
             return (turns % np.uint64(self._rows)).astype(np.int64)
 
         count = groups + int(member(np.array([groups]))[0] < rest)
-        for places in _ranges(count):
-            group = permuted(places, count, keys)
+        for positions in _ranges(count):
+            group = permuted(positions, count, keys)
             yield self._order[group * self._rows + member(group)]
 
 

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from cpm_bee.distributed import rank
+from cpm_bee.distributed.rank import end_torchrun_quietly, lost, reports
 
-_BEAT = 2.0  # seconds between two signs of life, and between two looks at the others
+_INTERVAL = 2.0  # seconds between two signs of life, and between two looks at the others
 # Seconds without a sign of life that tell of an end, where an exchange has failed; where none
 # has, since a machine may be busy.
 _SILENCE, _LONG_SILENCE = 10.0, 40.0
@@ -50,7 +50,7 @@ class _Process(NamedTuple):
         return stat.rpartition(")")[2].split()[0] in "ZX"
 
 
-class Watch:
+class Heartbeat:
     """Gives signs of life in a store, and looks for the end of the others.
 
     Ends this process, with a message, where it hangs in an exchange with one that has ended.
@@ -58,7 +58,7 @@ class Watch:
 
     def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
         # Of its own: another user of the connection may wait in it for long.
-        self._store = dist.PrefixStore("watch", store.clone())  # type: ignore[attr-defined]
+        self._store = dist.PrefixStore("heartbeat", store.clone())  # type: ignore[attr-defined]
         self._rank, self._ranks = rank, range(world_size)
         self._own = _Process.of_this_process()
         self._store.set(f"process/{rank}", "\n".join(map(str, self._own)))
@@ -66,44 +66,44 @@ class Watch:
         self._processes: list[_Process] = []
         self._heard: dict[int, tuple[bytes, float]] = {}
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
     def close(self, failure: str | None) -> None:
         """Tell the others that this process ends now, and why if it is for a failure."""
         self._ended.set()
-        self._thread.join(_BEAT)
+        self._thread.join(_INTERVAL)
         with contextlib.suppress(RuntimeError):
             self._store.set(f"{_DONE}/{self._rank}", "")
-            if failure is not None and not rank.lost:
+            if failure is not None and not lost:
                 self._publish(f"rank {self._rank} has ended: {failure}", [self._rank])
 
     def find(self) -> str | None:
         """After a failed exchange: a sentence that names who has ended, if it can be found out."""
-        deadline = time.monotonic() + _SILENCE + 3 * _BEAT
+        deadline = time.monotonic() + _SILENCE + 3 * _INTERVAL
         with contextlib.suppress(RuntimeError):
             while time.monotonic() < deadline:
                 if found := self._look(_SILENCE):
                     if len({p.machine for p in self._processes}) > 1:
-                        time.sleep(2 * _BEAT)  # the store may end with this machine's torchrun
+                        time.sleep(2 * _INTERVAL)  # the store may end with this machine's torchrun
                     return found
                 time.sleep(0.2)
         return None
 
     def _run(self) -> None:
         with contextlib.suppress(RuntimeError):  # the store is gone: so is rank 0, or soon
-            while not self._ended.wait(_BEAT):
+            while not self._ended.wait(_INTERVAL):
                 self._store.add(f"beat/{self._rank}", 1)
                 if (found := self._look(_LONG_SILENCE)) and not self._ended.wait(_GRACE):
-                    if rank.reports():
+                    if reports():
                         print(f"error: {found}", file=sys.stderr, flush=True)
-                    rank.end_torchrun_quietly(1)
+                    end_torchrun_quietly(1)
                     os._exit(1)
 
     def _look(self, silence: float) -> str | None:
         if self._store.check([_LOST]):
             ranks, _, text = self._store.get(_LOST).decode().partition("\n")
-            rank.lost.update(map(int, ranks.split()))
+            lost.update(map(int, ranks.split()))
             return text
         if not self._know_all():
             return None
@@ -123,7 +123,7 @@ class Watch:
         return text
 
     def _publish(self, text: str, ranks: list[int]) -> None:
-        rank.lost.update(ranks)
+        lost.update(ranks)
         self._store.set(_LOST, f"{' '.join(map(str, ranks))}\n{text}")
 
     def _know_all(self) -> bool:

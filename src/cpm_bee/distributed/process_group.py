@@ -12,23 +12,23 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from cpm_bee.distributed.heartbeat import Watch
+from cpm_bee.distributed.heartbeat import Heartbeat
 from cpm_bee.errors import RunError
 
 _TIMEOUT = datetime.timedelta(minutes=30)  # the first rank may be making a token index
-_LETTING_GO = 0.1  # seconds
-_MEETING = datetime.timedelta(minutes=2)  # for an answer at the first machine's address
+_GLOO_RELEASE_TIME = 0.1  # seconds
+_RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=2)  # for an answer at the first machine's address
 
 
-_watch: Watch | None = None
+_heartbeat: Heartbeat | None = None
 
 
 def join(device: torch.device) -> None:
     """Join the other processes that torchrun started. Raises `RunError` if they do not come."""
-    global _watch
+    global _heartbeat
     try:
         # Not left to `init_process_group`, which would also wait `_TIMEOUT` for the first one.
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=_MEETING))
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=_RENDEZVOUS_TIMEOUT))
         store.set_timeout(_TIMEOUT)  # some may need long to come, but they are on their way
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -37,30 +37,30 @@ def join(device: torch.device) -> None:
             world_size=world_size,
             timeout=_TIMEOUT,
         )
-        _watch = Watch(store, rank, world_size)
+        _heartbeat = Heartbeat(store, rank, world_size)
     except (RuntimeError, ValueError) as error:
         address = ":".join(os.environ.get(n, "?") for n in ("MASTER_ADDR", "MASTER_PORT"))
         raise RunError(
             f"the processes do not find each other at {address} within "
-            f"{_MEETING.total_seconds():.0f} seconds ({_reason(error)}); MASTER_ADDR must be the "
-            "first machine's address, and a firewall must let the processes pass"
+            f"{_RENDEZVOUS_TIMEOUT.total_seconds():.0f} seconds ({_reason(error)}); MASTER_ADDR "
+            "must be the first machine's address, and a firewall must let the processes pass"
         ) from None
 
 
 def leave() -> None:
     """Leave the others, if there are any; called while an error ends the run, tell them of it."""
-    global _watch
+    global _heartbeat
     error = sys.exc_info()[1]
-    if _watch is not None:
-        _watch.close(None if error is None else _reason(error))
-        _watch = None
+    if _heartbeat is not None:
+        _heartbeat.close(None if error is None else _reason(error))
+        _heartbeat = None
     if dist.is_initialized():
         dist.destroy_process_group()
         if error is None:
             # A thread of gloo's may still have to let go of the last tensor, for which it needs the
             # interpreter: one that is ending by then aborts the process, though all is done. After
             # an error there is no time: torchrun may end this process before it says what it was.
-            time.sleep(_LETTING_GO)
+            time.sleep(_GLOO_RELEASE_TIME)
 
 
 @contextlib.contextmanager
@@ -71,7 +71,7 @@ def exchange() -> Iterator[None]:
     except RuntimeError as error:
         if not dist.is_initialized() or isinstance(error, torch.OutOfMemoryError):
             raise
-        found = None if _watch is None else _watch.find()
+        found = None if _heartbeat is None else _heartbeat.find()
         unknown = f"another process of this run has ended ({_reason(error)})"
         raise RunError(found or unknown) from error
 

@@ -17,7 +17,7 @@ _PARENT = os.getppid()
 _PATIENCE = 30.0
 
 
-class Place(NamedTuple):
+class RankInfo(NamedTuple):
     """Rank among all processes, rank on this machine, and the number of processes."""
 
     rank: int
@@ -25,7 +25,7 @@ class Place(NamedTuple):
     world_size: int
 
     @classmethod
-    def of_this_process(cls) -> Place:
+    def of_this_process(cls) -> RankInfo:
         """Read what torchrun set; a process of its own is rank 0 of 1."""
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
         rank, local_rank, world_size = (os.environ.get(n, "") for n in names)
@@ -40,7 +40,7 @@ lost: set[int] = set()
 
 def reports() -> bool:
     """Whether this process reports for all of this machine: the first of those that are left."""
-    place = Place.of_this_process()
+    place = RankInfo.of_this_process()
     return lost.issuperset(range(place.rank - place.local_rank, place.rank))
 
 

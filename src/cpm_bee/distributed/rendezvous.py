@@ -20,7 +20,7 @@ from cpm_bee.errors import InputError, RunError, run_command
 _QUIET = 5.0  # seconds of waiting that are not worth a message
 
 
-def meet(address: str, port: int, seconds: float) -> str:
+def rendezvous_flags(address: str, port: int, seconds: float) -> str:
     """Flags that tell torchrun whether it is the first machine, and its address; "" on loopback.
 
     The machine that has the address is the first one. Others wait until somebody listens there.
@@ -78,7 +78,7 @@ def _is_own(number: str) -> bool:
 
 def _main() -> None:
     address, port, seconds = sys.argv[1:]
-    print(meet(address, int(port), float(seconds)))
+    print(rendezvous_flags(address, int(port), float(seconds)))
 
 
 if __name__ == "__main__":

@@ -19,15 +19,15 @@ from typing import Any
 
 import torch
 
-from cpm_bee.distributed.rank import Place
+from cpm_bee.distributed.rank import RankInfo
 from cpm_bee.engine import OptimizerSettings, StepResult, TensorStatistics, shrunk_scale
 from cpm_bee.engine.adamw import BETAS, EPS
-from cpm_bee.engine.bmtrain_sharding import part_of, spread, whole_of
+from cpm_bee.engine.bmtrain_sharding import part_of, shard_model, whole_of
 from cpm_bee.errors import RunError
 from cpm_bee.model.network import CPMBee
 
 
-def obstacle(device: torch.device) -> str | None:
+def unavailable_reason(device: torch.device) -> str | None:
     """Why this engine cannot run on a device here, and what mends it; None if it can."""
     if device.type != "cuda":
         return "runs on GPUs only; --engine torch runs anywhere"
@@ -45,7 +45,7 @@ def _start() -> Any:
 
     if bmt.init.is_initialized():
         return bmt
-    if Place.of_this_process().world_size == 1 and "MASTER_PORT" not in os.environ:
+    if RankInfo.of_this_process().world_size == 1 and "MASTER_PORT" not in os.environ:
         # Its own default is one port for all, so that a second run on a machine would fail.
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -76,7 +76,7 @@ class BMTrainEngine:
         self.dtype = dtype
         self.device = device
         if device.type == "cuda":
-            self.device = torch.device("cuda", Place.of_this_process().local_rank)
+            self.device = torch.device("cuda", RankInfo.of_this_process().local_rank)
 
     @property
     def loss_scale(self) -> float:
@@ -86,7 +86,7 @@ class BMTrainEngine:
         """See `Engine.prepare`; the model may be in any type, on the CPU and memory-mapped."""
         self._settings = settings
         self._model = model
-        self._trained = spread(self._bmt, model, self.dtype, self.autocast)
+        self._trained = shard_model(self._bmt, model, self.dtype, self.autocast)
         self._make_optimizer()
 
     def _make_optimizer(self) -> None:

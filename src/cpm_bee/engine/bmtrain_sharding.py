@@ -19,7 +19,7 @@ from cpm_bee.model.network import CPMBee
 _PASSES = ("forward", "loss", "score")
 
 
-def spread(
+def shard_model(
     bmt: Any,
     model: CPMBee,
     dtype: torch.dtype,

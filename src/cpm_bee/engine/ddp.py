@@ -11,8 +11,8 @@ from torch import nn
 from cpm_bee.distributed.process_group import exchange
 
 
-class Replicas:
-    """How the torch engine deals with parameters where nothing is sharded; see `sharding.Shards`.
+class DDPStrategy:
+    """How the torch engine deals with parameters where nothing is sharded; see `FSDPStrategy`.
 
     Args:
         world_size: the number of processes.
@@ -24,7 +24,7 @@ class Replicas:
         self._device = device
         self._world_size = world_size
 
-    def spread(self, model: nn.Module) -> None:
+    def distribute(self, model: nn.Module) -> None:
         """Move a model to the device."""
         model.to(self._device)
 

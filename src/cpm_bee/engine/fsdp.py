@@ -24,17 +24,17 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from cpm_bee.checkpoint.mapped_pages import drop_pages
-from cpm_bee.checkpoint.reader import Entry
+from cpm_bee.checkpoint.reader import LazyTensor
 from cpm_bee.distributed.process_group import exchange
 from cpm_bee.model.network import CPMBee
 from cpm_bee.pretrained import Tensors
-from cpm_bee.progress import progress
+from cpm_bee.progress import progress_bar
 
 # The methods of the model that a pass begins with, besides `forward`.
 _PASSES = ("loss", "score")
 
 
-class Shards:
+class FSDPStrategy:
     """How the torch engine deals with parameters that are cut along their first dimension.
 
     Args:
@@ -53,7 +53,7 @@ class Shards:
         self._offload = offload
         self._mesh = init_device_mesh(device.type, (world_size,))
 
-    def spread(self, model: CPMBee) -> None:
+    def distribute(self, model: CPMBee) -> None:
         """Cut all tensors of a model, and read those parts that this process has.
 
         Tensors on the meta device get their values from `tensors`. The others, which must be the
@@ -69,11 +69,13 @@ class Shards:
         parameters = dict(model.named_parameters())
         total = sum(self.local(p).nbytes for p in parameters.values())
         quiet = dist.get_rank() > 0
-        with progress(total=total, description="loading", unit="B", quiet=quiet, delay=2) as bar:
+        with progress_bar(
+            total=total, description="loading", unit="B", quiet=quiet, delay=2
+        ) as bar:
             for name, tensor in own.items():
-                self._fill(parameters[name], Entry.of(tensor))
+                self._read_rows(parameters[name], LazyTensor.of(tensor))
             for name, entry in self._tensors():
-                bar.update(self._fill(parameters[name], entry))
+                bar.update(self._read_rows(parameters[name], entry))
 
     def _shard(self, module: nn.Module) -> None:
         pin = self._device.type == "cuda"
@@ -90,7 +92,7 @@ class Shards:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
 
-    def _fill(self, parameter: torch.Tensor, entry: Entry) -> int:
+    def _read_rows(self, parameter: torch.Tensor, entry: LazyTensor) -> int:
         """Read this process's rows; returns their bytes."""
         local = self.local(parameter)
         begin = _first_row(parameter)

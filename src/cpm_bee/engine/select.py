@@ -11,7 +11,9 @@ from cpm_bee.engine.torch_engine import TorchEngine
 AUTO, BMTRAIN = "auto", "bmtrain"
 
 
-def why_not_bmtrain(device: torch.device, quantized: str, extras: dict[str, bool]) -> str | None:
+def bmtrain_unavailable_reason(
+    device: torch.device, quantized: str, extras: dict[str, bool]
+) -> str | None:
     """Why a run cannot use bmtrain; None if it can.
 
     Args:
@@ -23,13 +25,13 @@ def why_not_bmtrain(device: torch.device, quantized: str, extras: dict[str, bool
     given = [flag for flag, was_given in extras.items() if was_given]
     if given:
         return f"has no {', '.join(given)}; --engine torch has"
-    return bmtrain_engine.obstacle(device)
+    return bmtrain_engine.unavailable_reason(device)
 
 
 def make_engine(
-    wanted: str, obstacle: str | None, device: torch.device, dtype: torch.dtype
+    wanted: str, unavailable_reason: str | None, device: torch.device, dtype: torch.dtype
 ) -> Engine:
-    """The engine of `--engine`; auto takes bmtrain where there is no obstacle."""
-    if wanted == BMTRAIN or (wanted == AUTO and obstacle is None):
+    """The engine of `--engine`; auto takes bmtrain where there is no unavailable_reason."""
+    if wanted == BMTRAIN or (wanted == AUTO and unavailable_reason is None):
         return bmtrain_engine.BMTrainEngine(device, dtype)
     return TorchEngine(device, dtype)

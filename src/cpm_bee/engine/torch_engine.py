@@ -12,15 +12,15 @@ import torch
 import torch.distributed as dist
 
 from cpm_bee.distributed import process_group
-from cpm_bee.distributed.rank import Place
+from cpm_bee.distributed.rank import RankInfo
 from cpm_bee.engine import OptimizerSettings, StepResult, TensorStatistics, shrunk_scale
 from cpm_bee.engine.adamw import AdamW
-from cpm_bee.engine.ddp import Replicas
+from cpm_bee.engine.ddp import DDPStrategy
 from cpm_bee.errors import RunError
 from cpm_bee.model.network import CPMBee
 
 if TYPE_CHECKING:
-    from cpm_bee.engine.fsdp import Shards
+    from cpm_bee.engine.fsdp import FSDPStrategy
     from cpm_bee.pretrained import Tensors
 
 
@@ -30,16 +30,16 @@ class TorchEngine:
     name = "torch"
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        place = Place.of_this_process()
-        self.rank, self.world_size = place.rank, place.world_size
+        info = RankInfo.of_this_process()
+        self.rank, self.world_size = info.rank, info.world_size
         self.dtype = dtype
         self.device = device
         if device.type == "cuda" and self.world_size > 1:
-            self.device = torch.device("cuda", place.local_rank)
+            self.device = torch.device("cuda", info.local_rank)
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
             process_group.join(self.device)
-        self._layout: Replicas | Shards = Replicas(self.device, self.world_size)
+        self._strategy: DDPStrategy | FSDPStrategy = DDPStrategy(self.device, self.world_size)
 
     def shard(self, tensors: Tensors, *, offload: bool) -> None:
         """Have `prepare` cut all tensors over the processes (FSDP2).
@@ -48,13 +48,13 @@ class TorchEngine:
             tensors: the values of the tensors that the model has on the meta device.
             offload: keep the parts in host memory.
         """
-        from cpm_bee.engine.fsdp import Shards  # takes a second and 100 MiB
+        from cpm_bee.engine.fsdp import FSDPStrategy  # takes a second and 100 MiB
 
-        self._layout = Shards(self.device, self.world_size, tensors, offload=offload)
+        self._strategy = FSDPStrategy(self.device, self.world_size, tensors, offload=offload)
 
     @property
     def lockstep(self) -> bool:
-        return self._layout.lockstep
+        return self._strategy.lockstep
 
     @property
     def loss_scale(self) -> float:
@@ -63,7 +63,7 @@ class TorchEngine:
     def prepare(self, model: CPMBee, settings: OptimizerSettings) -> None:
         """See `Engine.prepare`; the model may be on any device."""
         self._settings = settings
-        self._layout.spread(model)
+        self._strategy.distribute(model)
         self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._optimizer = AdamW(self._locals(), settings.weight_decay)
         self._loss_scale = settings.loss_scale if self.dtype == torch.float16 else 1.0
@@ -89,7 +89,7 @@ class TorchEngine:
 
     def _locals(self) -> dict[str, torch.Tensor]:
         """This process's parts of the trained tensors."""
-        return {name: self._layout.local(p) for name, p in self._trained.items()}
+        return {name: self._strategy.local(p) for name, p in self._trained.items()}
 
     def _drop_stale_gradients(self) -> None:
         # Gradients outlive their step, for `statistics`.
@@ -104,8 +104,8 @@ class TorchEngine:
         for name, p in self._trained.items():
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-            gradients[name] = self._layout.local(p.grad)
-        self._layout.sum_gradients(list(gradients.values()))
+            gradients[name] = self._strategy.local(p.grad)
+        self._strategy.sum_gradients(list(gradients.values()))
         if self._loss_scale != 1:
             torch._foreach_mul_(list(gradients.values()), 1 / self._loss_scale)
         norm = self._clip(list(gradients.values()))
@@ -124,7 +124,7 @@ class TorchEngine:
     def _clip(self, gradients: list[torch.Tensor]) -> float:
         """Clip by the global norm; returns it."""
         norms = torch.stack(torch._foreach_norm(gradients))
-        norm = self._layout.sum_of_parts(norms.double().square().sum()).sqrt()
+        norm = self._strategy.sum_of_parts(norms.double().square().sum()).sqrt()
         factor = (self._settings.clip_grad / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, factor.to(norms))
         return float(norm)
@@ -154,10 +154,10 @@ class TorchEngine:
                 dist.barrier()
 
     def trained_tensors(self) -> dict[str, torch.Tensor]:
-        return {n: self._layout.whole(t, self._trained[n]) for n, t in self._locals().items()}
+        return {n: self._strategy.whole(t, self._trained[n]) for n, t in self._locals().items()}
 
     def training_state(self) -> dict[str, Any]:
-        whole = self._layout.whole
+        whole = self._strategy.whole
         moments = {}
         for name, (first, second, step) in self._optimizer.state.items():
             like = self._trained[name]
@@ -181,7 +181,7 @@ class TorchEngine:
         }:
             raise RunError("the saved state has other trained tensors than this run")
         for name, local in self._locals().items():
-            like, saved, part_of = self._trained[name], moments[name], self._layout.part_of
+            like, saved, part_of = self._trained[name], moments[name], self._strategy.part_of
             first, second, step = self._optimizer.state[name]
             local.copy_(part_of(tensors[name], like))
             first.copy_(part_of(saved["exp_avg"], like))
@@ -197,12 +197,12 @@ class TorchEngine:
 
     def _statistics_of(self, name: str, p: torch.Tensor) -> TensorStatistics:
         def total(values: torch.Tensor) -> float:
-            return self._layout.sum_of_parts(values.sum(dtype=torch.float64)).item()
+            return self._strategy.sum_of_parts(values.sum(dtype=torch.float64)).item()
 
-        local = self._layout.local(p)
+        local = self._strategy.local(p)
         mean = total(local) / p.numel()
         std = math.sqrt(total((local - mean).square()) / p.numel())
-        square = 0.0 if p.grad is None else total(self._layout.local(p.grad).square())
+        square = 0.0 if p.grad is None else total(self._strategy.local(p.grad).square())
         return TensorStatistics(name, tuple(p.shape), mean, std, math.sqrt(square))
 
     def close(self) -> None:

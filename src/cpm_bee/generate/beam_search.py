@@ -11,7 +11,7 @@ import torch
 from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError, RunError
 from cpm_bee.generate.decoder import Decoder, Token
-from cpm_bee.generate.prompt import Prompt, fill
+from cpm_bee.generate.prompt import Prompt, fill_answers
 from cpm_bee.model.network import CPMBee
 from cpm_bee.records import Record
 from cpm_bee.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ class Beam(NamedTuple):
     tokens: tuple[Token, ...]
 
 
-class Finished:
+class FinishedHypotheses:
     """The best `size` finished hypotheses, by mean log probability of their tokens."""
 
     def __init__(self, size: int) -> None:
@@ -117,7 +117,7 @@ class Generator:
         if texts:
             for i, pairs in enumerate(self._search(prompt, options)):
                 texts[i] = prompt.text(pairs)
-        return fill(record, texts)
+        return fill_answers(record, texts)
 
     @torch.inference_mode()
     def _search(self, prompt: Prompt, options: GenerationOptions) -> list[list[tuple[int, int]]]:
@@ -142,7 +142,7 @@ class _Search:
         self._bos, self._eos = tokenizer.bos, tokenizer.eos
         self._num_answers = num_answers
         self._options = options
-        self._finished = Finished(options.beam_size)
+        self._finished = FinishedHypotheses(options.beam_size)
 
     def run(self) -> tuple[Token, ...]:
         """The tokens of the best hypothesis, with the `<s>` but without the `</s>` of answers."""
@@ -169,7 +169,7 @@ class _Search:
         )
         before = torch.tensor([beam.log_p for beam in beams], device=logits.device)
         total = (logits.log_softmax(dim=-1) + before[:, None]).flatten()
-        top, places = total.topk(min(2 * self._options.beam_size, len(total)))
+        top, numbers = total.topk(min(2 * self._options.beam_size, len(total)))
         values = top.tolist()
         if not values[0] > float("-inf"):  # topk puts NaN first
             raise RunError(
@@ -177,8 +177,8 @@ class _Search:
                 "narrow for them (--dtype fp32 is the widest)"
             )
         return [
-            (value, *divmod(place, logits.shape[1]))
-            for value, place in zip(values, places.tolist(), strict=True)
+            (value, *divmod(number, logits.shape[1]))
+            for value, number in zip(values, numbers.tolist(), strict=True)
             if value > float("-inf")
         ]
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 
 from cpm_bee.data.batch import collate, extension_pairs
-from cpm_bee.generate.kv_cache import BeamCache, PromptAttention, Step
+from cpm_bee.generate.kv_cache import BeamCache, DecodingStep, PromptAttention
 from cpm_bee.generate.prompt import Prompt
-from cpm_bee.model.attention import GroupedAttention, Layout
+from cpm_bee.model.attention import GroupedAttention, GroupLayout
 from cpm_bee.model.network import CPMBee
 from cpm_bee.tokenizer import Tokenizer
 
@@ -43,12 +43,12 @@ class Decoder:
 
         bias = model.position_bias
         h = model.input_embedding(batch.ids, batch.subs)  # (P, dim_model)
-        attend = GroupedAttention(Layout.of(batch, bias), bias, h.dtype, 0.0)
+        attend = GroupedAttention(GroupLayout.of(batch, bias), bias, h.dtype, 0.0)
         prompt_attention = PromptAttention(attend)
         model.encoder(h, prompt_attention)
         self._cache = BeamCache(prompt_attention.layers)
 
-        size = len(prompt.encoded.shape.depths)
+        size = len(prompt.encoded.tree.depths)
         answers = torch.tensor(prompt.answers, device=self._device)
         relations = batch.relations.view(size, size).long()[answers]  # (answers, S)
         self._relations = relations[:, answers]
@@ -74,7 +74,7 @@ class Decoder:
         last = answers[:, -1]
         relation = self._relations[last[:, None], answers]
         rows = self._model.position_bias.rows(positions - positions[:, -1:], relation)
-        step = Step(
+        step = DecodingStep(
             parents=torch.tensor(parents, device=self._device),
             prompt_bias=self._prompt_bias.index_select(1, last),
             answer_bias=self._model.position_bias.values(rows.unsqueeze(1)),

@@ -16,16 +16,16 @@ from cpm_bee.errors import InputError, Problems
 from cpm_bee.files import atomic_file
 from cpm_bee.generate.beam_search import GenerationOptions, Generator
 from cpm_bee.generate.prompt import Prompt
-from cpm_bee.progress import progress
+from cpm_bee.progress import progress_bar
 from cpm_bee.records import ANSWER, Record, Tree
 
 STANDARD = "-"  # names standard input and output
 
 
-class PlacedRecord(NamedTuple):
+class InputRecord(NamedTuple):
     """A record and where it stands, as file:line."""
 
-    place: str
+    where: str
     record: Record
 
 
@@ -40,12 +40,12 @@ class Score(NamedTuple):
         return f"exact match: {self.correct:,} of {self.answered:,} answers ({share:.1%})"
 
 
-def read_records(path: str) -> list[PlacedRecord]:
+def read_records(path: str) -> list[InputRecord]:
     """The records of a file, or of standard input where `path` is "-".
 
     Raises `InputError` with all problems of all lines.
     """
-    placed: list[PlacedRecord] = []
+    inputs: list[InputRecord] = []
     problems = Problems()
     name = "standard input" if path == STANDARD else path
     for number, line in _lines(path):
@@ -53,14 +53,14 @@ def read_records(path: str) -> list[PlacedRecord]:
         found = [reason] if reason else records.validate(value)
         problems.extend(f"{name}:{number}", found)
         if not found:
-            placed.append(PlacedRecord(f"{name}:{number}", value))
+            inputs.append(InputRecord(f"{name}:{number}", value))
     problems.raise_if_any(
         f"{name}: {problems.count} problems, nothing was written",
         'a record is one line: {"input": "...", "<ans>": ""}, a literal < written <<',
     )
-    if not placed:
+    if not inputs:
         raise InputError(f"{name}: holds no records")
-    return placed
+    return inputs
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
@@ -76,24 +76,24 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def check_vocabulary(placed: Sequence[PlacedRecord], encoder: Encoder) -> None:
+def check_vocabulary(inputs: Sequence[InputRecord], encoder: Encoder) -> None:
     """Raises `InputError` with all records that the vocabulary cannot express."""
     problems = Problems()
-    for place, record in placed:
+    for where, record in inputs:
         try:
             Prompt.of(record, encoder)
         except InputError as error:
-            problems.add(place, str(error))
+            problems.add(where, str(error))
     problems.raise_if_any(f"{problems.count} records cannot be encoded, nothing was written")
 
 
 def generate_file(
     generator: Generator,
-    placed: Sequence[PlacedRecord],
+    inputs: Sequence[InputRecord],
     options: GenerationOptions,
     output: str,
 ) -> Score:
-    """Write each record with the model's answer in place of its own, one a line.
+    """Write each record with the model's answer in where of its own, one a line.
 
     Args:
         output: a file, which appears when it is complete; "-" is standard output, written line
@@ -102,10 +102,10 @@ def generate_file(
     Raises:
         InputError: a record cannot be encoded (all are listed), or `output` is a folder.
     """
-    check_vocabulary(placed, generator.encoder)
+    check_vocabulary(inputs, generator.encoder)
     correct = answered = 0
     with _output(output) as file:
-        for _, record in progress(placed, description="generating", unit="records"):
+        for _, record in progress_bar(inputs, description="generating", unit="records"):
             result = generator.generate(record, options)
             file.write(json.dumps(result, ensure_ascii=False) + "\n")
             if output == STANDARD:

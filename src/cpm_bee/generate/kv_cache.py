@@ -36,7 +36,7 @@ class PromptAttention:
         return self._attend(layer, q, k, v)
 
 
-class Step(NamedTuple):
+class DecodingStep(NamedTuple):
     """What all layers of one step share."""
 
     parents: torch.Tensor  # (B,) the beam of the last step that each beam continues
@@ -52,7 +52,7 @@ class BeamCache:
         self._answers: dict[int, KeyValue] = {}
 
     def attend(
-        self, step: Step, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self, step: DecodingStep, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
         """Add one token a beam and attend to all before it: q, k, v [B, H, D] -> [B, H, D]."""
         prompt = self._prompt[layer]

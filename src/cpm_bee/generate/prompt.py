@@ -34,7 +34,7 @@ class Prompt:
         """
         segments = outline(record)
         encoded, extension = encoder.encode_outline(segments, answers=False)
-        answers = tuple(i for i, predicted in enumerate(segments.shape.predicted) if predicted)
+        answers = tuple(i for i, predicted in enumerate(segments.tree.predicted) if predicted)
         first = len(encoder.tokenizer)
         numbers = {pair: first + i for i, pair in enumerate(extension.pairs)}
         return cls(encoded, answers, encoder.tokenizer, extension, numbers)
@@ -53,13 +53,13 @@ class Prompt:
         return self._tokenizer.decode(ids, self._extension)
 
 
-def fill(record: Record, texts: Sequence[str | None]) -> dict:
+def fill_answers(record: Record, texts: Sequence[str | None]) -> dict:
     """A copy of a record with its answer leaves, in walk order, replaced."""
     remaining = iter(texts)
-    return {k: _fill(v, remaining) if k == ANSWER else v for k, v in record.items()}
+    return {k: _fill_node(v, remaining) if k == ANSWER else v for k, v in record.items()}
 
 
-def _fill(node: Tree, texts: Iterator[str | None]) -> dict | str | None:
+def _fill_node(node: Tree, texts: Iterator[str | None]) -> dict | str | None:
     if isinstance(node, str):
         return next(texts)
-    return {key: _fill(value, texts) for key, value in node.items()}
+    return {key: _fill_node(value, texts) for key, value in node.items()}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cpm_bee.data.batch import Batch
-from cpm_bee.encoding import MAX_DEPTH
+from cpm_bee.encoding import NUM_DEPTHS
 from cpm_bee.errors import InputError
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.frozen.buffers import buffers
@@ -49,7 +49,7 @@ class PositionBias(nn.Module):
 
         Only a table of fewer segment buckets than there are relations can lack one.
         """
-        if self.num_segment_buckets < MAX_DEPTH * MAX_DEPTH and relation.numel():
+        if self.num_segment_buckets < NUM_DEPTHS * NUM_DEPTHS and relation.numel():
             largest = int(relation.max())
             if largest > self.num_segment_buckets:
                 raise InputError(
@@ -128,7 +128,7 @@ def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(list(parts), out=buffers.empty(parts[0], rows, *parts[0].shape[1:]))
 
 
-class _Spread(torch.autograd.Function):
+class _ToGroups(torch.autograd.Function):
     """x [N, ...] -> the slots of each group. Gradients of padding are not looked at."""
 
     @staticmethod
@@ -141,7 +141,7 @@ class _Spread(torch.autograd.Function):
         return _select(_join(g), ctx.slots.own), None
 
 
-class _Gather(torch.autograd.Function):
+class _FromGroups(torch.autograd.Function):
     """The slots of each group -> [N, ...] without the padding."""
 
     @staticmethod
@@ -151,12 +151,12 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *g: torch.Tensor) -> Any:
-        spread = _select(g[0], ctx.slots.items).index_fill_(0, ctx.slots.padding, 0)
-        return None, *spread.split(ctx.slots.sizes)
+        grouped = _select(g[0], ctx.slots.items).index_fill_(0, ctx.slots.padding, 0)
+        return None, *grouped.split(ctx.slots.sizes)
 
 
 @dataclass(frozen=True)
-class Layout:
+class GroupLayout:
     """How the stream's records are grouped for attention. Depends on the batch alone."""
 
     groups: tuple[Group, ...]
@@ -164,22 +164,22 @@ class Layout:
     keys: Slots
 
     @classmethod
-    def of(cls, batch: Batch, bias: PositionBias, *, at_targets: bool = False) -> Layout:
+    def of(cls, batch: Batch, bias: PositionBias, *, at_targets: bool = False) -> GroupLayout:
         """The layout with every token as a query, or only the positions that have a target."""
         device = batch.ids.device
         starts = _starts(batch.lengths)
         counts = list(batch.lengths)
-        places = torch.arange(batch.num_tokens, device=device)
+        positions = torch.arange(batch.num_tokens, device=device)
         if at_targets:
             counts = torch.bincount(batch.target_records, minlength=len(batch.lengths)).tolist()
-            places = batch.target_positions
+            positions = batch.target_positions
         query_starts = _starts(counts)
         relation_starts = _starts([s * s for s in batch.num_segments])
         order = [r for r in range(len(batch.lengths)) if counts[r]]
         order.sort(key=lambda r: -batch.lengths[r])
         groups: list[Group] = []
-        asking: list[_Ragged] = []
-        asked: list[_Ragged] = []
+        group_queries: list[_Ragged] = []
+        group_keys: list[_Ragged] = []
         while order:
             longest = batch.lengths[order[0]]
             size = sum(batch.lengths[r] >= _GROUP_SHARE * longest for r in order)
@@ -193,11 +193,11 @@ class Layout:
             relations = torch.tensor(
                 [(relation_starts[r], batch.num_segments[r]) for r in members], device=device
             )
-            rows = _rows(batch, bias, places[queries.items], queries.valid, keys, relations)
+            rows = _rows(batch, bias, positions[queries.items], queries.valid, keys, relations)
             groups.append(Group(rows))
-            asking.append(queries)
-            asked.append(keys)
-        return cls(tuple(groups), Slots.of(asking), Slots.of(asked))
+            group_queries.append(queries)
+            group_keys.append(keys)
+        return cls(tuple(groups), Slots.of(group_queries), Slots.of(group_keys))
 
 
 def _starts(lengths: list[int] | tuple[int, ...]) -> list[int]:
@@ -217,10 +217,10 @@ def _rows(
 ) -> torch.Tensor:
     """Bias rows [G, Q, L] of queries at positions of the stream, [G, Q]."""
     start, num_segments = relations[:, :1, None], relations[:, 1:, None]  # (G, 1, 1)
-    place = start + (
+    index = start + (
         batch.segments[queries][:, :, None] * num_segments + batch.segments[keys.items][:, None, :]
     )
-    relation = batch.relations[place].long()  # (G, Q, L)
+    relation = batch.relations[index].long()  # (G, Q, L)
     relative = keys.items[:, None, :] - queries[:, :, None]  # (G, Q, L), k - q
     rows = bias.rows(relative, relation)
     context = batch.context
@@ -244,7 +244,7 @@ class GroupedAttention:
     """Attention of each record with itself, for all layers of one forward pass."""
 
     def __init__(
-        self, layout: Layout, bias: PositionBias, dtype: torch.dtype, dropout_p: float
+        self, layout: GroupLayout, bias: PositionBias, dtype: torch.dtype, dropout_p: float
     ) -> None:
         self._layout = layout
         # (G, H, Q, L). Contiguous: a CPU's kernel reads a strided mask one value at a time.
@@ -258,12 +258,12 @@ class GroupedAttention:
     ) -> torch.Tensor:
         """q [N, H, D] of the layout's queries, k and v [T, H, D] -> [N, H, D]."""
         layout = self._layout
-        qs = _Spread.apply(q, layout.queries)
-        ks, vs = (_Spread.apply(x, layout.keys) for x in (k, v))
+        qs = _ToGroups.apply(q, layout.queries)
+        ks, vs = (_ToGroups.apply(x, layout.keys) for x in (k, v))
         outputs = []
         for group, bias, *qkv in zip(layout.groups, self._biases, qs, ks, vs, strict=True):
             # (G, H, Q, D), and twice (G, H, L, D)
             gq, gk, gv = (x.unflatten(0, (len(group.rows), -1)).transpose(1, 2) for x in qkv)
             o = F.scaled_dot_product_attention(gq, gk, gv, bias, self._dropout_p)
             outputs.append(o.transpose(1, 2).flatten(0, 1))  # (G*Q, H, D)
-        return _Gather.apply(layout.queries, *outputs)
+        return _FromGroups.apply(layout.queries, *outputs)

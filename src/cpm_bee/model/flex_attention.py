@@ -23,7 +23,7 @@ from cpm_bee.model.attention import PositionBias
 _CAPABILITY = (8, 0)
 
 
-def obstacle(device: torch.device, dropout_p: float) -> str | None:
+def unavailable_reason(device: torch.device, dropout_p: float) -> str | None:
     """Why FlexAttention cannot be used, or None."""
     if device.type != "cuda":
         return f"it has no backward pass on a {device.type}"
@@ -44,7 +44,7 @@ def is_chosen(choice: str, device: torch.device, dropout_p: float) -> bool:
     """
     if choice == "sdpa":
         return False
-    reason = obstacle(device, dropout_p)
+    reason = unavailable_reason(device, dropout_p)
     if choice == "flex" and reason:
         raise InputError(f"--attention flex: {reason}; --attention sdpa works everywhere")
     return reason is None
@@ -105,9 +105,9 @@ def _mask_mod(batch: Batch, queries: torch.Tensor) -> Callable[..., torch.Tensor
     record, context = _records(batch), batch.context
 
     def visible(b: Any, h: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        place = queries[q]
-        seen = context[k] | (~context[place] & (k <= place))
-        return seen & (record[place] == record[k])
+        position = queries[q]
+        seen = context[k] | (~context[position] & (k <= position))
+        return seen & (record[position] == record[k])
 
     return visible
 
@@ -135,9 +135,9 @@ def _score_mod(
     def score(
         score: torch.Tensor, b: Any, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor
     ) -> torch.Tensor:
-        place = queries[q]
-        relation = relations[begin[place] + segments[k]]
-        in_segment = by_distance[k - place + tokens - 1]
+        position = queries[q]
+        relation = relations[begin[position] + segments[k]]
+        in_segment = by_distance[k - position + tokens - 1]
         row = torch.where(relation == 0, in_segment, last_position_row + relation)
         return score + table[row, h]
 

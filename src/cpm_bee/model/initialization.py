@@ -31,7 +31,7 @@ def initialize(model: CPMBee, seed: int) -> None:
     initialisation (Trockman and Kolter, 2023): one half of the heads compares contents
     (project_k = project_q), the other half starts with little regard to content and strong
     preferences of position and relation; attention hands on what it reads (attention_out is a
-    multiple of project_v transposed); feed-forward blocks begin with a small voice. Embeddings
+    multiple of project_v transposed); loader-forward blocks begin with a small voice. Embeddings
     are large enough to be heard among the blocks' outputs, and the last norm makes up for it.
     """
     parameters = dict(model.named_parameters())
@@ -46,8 +46,8 @@ def initial_values(model: CPMBee, seed: int) -> Iterator[tuple[str, torch.Tensor
     One layer is in memory at a time.
     """
     generator = torch.Generator().manual_seed(seed)
-    for prefix, place in _parts(model):
-        part = copy.deepcopy(place).float().to_empty(device="cpu")
+    for prefix, module in _parts(model):
+        part = copy.deepcopy(module).float().to_empty(device="cpu")
         for name, parameter in part.named_parameters():
             if "layernorm" in f"{prefix}.{name}":
                 parameter.fill_(1.0)

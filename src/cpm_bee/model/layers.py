@@ -125,8 +125,8 @@ class Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, layer: int, attend: Attend, queries: torch.Tensor | None
     ) -> torch.Tensor:
-        asking = x if queries is None else x[queries]
-        q = self.project_q(asking).unflatten(-1, self.heads)  # (T, H, D)
+        query_inputs = x if queries is None else x[queries]
+        q = self.project_q(query_inputs).unflatten(-1, self.heads)  # (T, H, D)
         k = self.project_k(x).unflatten(-1, self.heads)
         v = self.project_v(x).unflatten(-1, self.heads)
         return self.attention_out(attend(layer, q, k, v).flatten(-2))

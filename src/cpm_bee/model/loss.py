@@ -19,10 +19,10 @@ class Scores(NamedTuple):
     """Of N targets."""
 
     losses: torch.Tensor  # (N,) fp32, cross entropy
-    right: torch.Tensor  # (N,) bool, whether the target is the most probable; of equals the first
+    correct: torch.Tensor  # (N,) bool, whether the target is the most probable; of equals the first
 
 
-class Projection(NamedTuple):
+class OutputHead(NamedTuple):
     """What turns states into logits: V vocabulary and E extension entries (SPEC §5)."""
 
     weight: torch.Tensor  # (V, dim_model)
@@ -33,16 +33,16 @@ class Projection(NamedTuple):
 class _Piece:
     """The logits [V + E, n] of n targets, and what follows from them."""
 
-    def __init__(self, h: torch.Tensor, projection: Projection, targets: torch.Tensor) -> None:
+    def __init__(self, h: torch.Tensor, projection: OutputHead, targets: torch.Tensor) -> None:
         weight, scale, table = projection
         padded = F.pad(h, (0, 0, 0, -len(h) % _MULTIPLE))
         logits = buffers.empty(weight, len(weight), len(padded))
         torch.mm(weight, (padded * scale).mT, out=logits)
         self._vocabulary = logits.float()  # (V, n)
         self._extension = (table @ padded.mT).float()  # (E, n)
-        self._projection, self._targets = projection, targets
+        self._output_head, self._targets = projection, targets
 
-    def right(self) -> torch.Tensor:
+    def correct(self) -> torch.Tensor:
         """Whether each target is the argmax of its logits, bool [n]; before `losses`."""
         best = self._vocabulary.argmax(dim=0)
         if len(self._extension):
@@ -74,7 +74,7 @@ class _Piece:
 
     def gradient(self) -> torch.Tensor:
         """Of the sum of the losses by h, [n, dim_model]; after `losses`."""
-        weight, scale, table = self._projection
+        weight, scale, table = self._output_head
         expected = (self._vocabulary.mT.to(weight.dtype) @ weight) * scale
         last = len(weight) - 1
         target = weight[self._targets.clamp(max=last)] * scale
@@ -90,7 +90,7 @@ class TargetLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h: torch.Tensor, projection: Projection, targets: torch.Tensor
+        ctx: Any, h: torch.Tensor, projection: OutputHead, targets: torch.Tensor
     ) -> torch.Tensor:
         total = h.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(h, dtype=torch.float32)  # fp16 may need the loss scale first
@@ -112,12 +112,12 @@ class TargetLoss(torch.autograd.Function):
 
 
 @torch.no_grad()
-def score(h: torch.Tensor, projection: Projection, targets: torch.Tensor) -> Scores:
+def score(h: torch.Tensor, projection: OutputHead, targets: torch.Tensor) -> Scores:
     """The scores of states [N, dim_model]."""
     scores = []
     for i in range(0, len(h), _PIECE):
         piece = _Piece(h[i : i + _PIECE], projection, targets[i : i + _PIECE])
-        right = piece.right()
-        scores.append(Scores(piece.losses(), right))
+        correct = piece.correct()
+        scores.append(Scores(piece.losses(), correct))
         del piece
     return Scores(*(torch.cat(parts) for parts in zip(*scores, strict=True)))

@@ -8,11 +8,11 @@ from torch import nn
 
 from cpm_bee.data.batch import Batch
 from cpm_bee.model import flex_attention
-from cpm_bee.model.attention import GroupedAttention, Layout, PositionBias
+from cpm_bee.model.attention import GroupedAttention, GroupLayout, PositionBias
 from cpm_bee.model.block import TransformerBlock
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.layers import Attend, Embedding, RMSNorm
-from cpm_bee.model.loss import Projection, Scores, TargetLoss, score
+from cpm_bee.model.loss import OutputHead, Scores, TargetLoss, score
 
 
 class BlockStack(nn.Module):
@@ -44,15 +44,15 @@ class BlockStack(nn.Module):
         with `attend_last`, and the result is [N, dim_model].
         """
         for i, layer in enumerate(self.layers):
-            asked = (attend_last or attend, queries) if i == self._last else (attend, None)
-            h = layer(h, *asked)
+            attention = (attend_last or attend, queries) if i == self._last else (attend, None)
+            h = layer(h, *attention)
         return h
 
 
 class CPMBee(nn.Module):
     """The language model. Its state dict has the native checkpoint names (SPEC §6).
 
-    Made without values: `base.load_base` gives it some.
+    Made without values: `base.load_pretrained` gives it some.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -85,23 +85,23 @@ class CPMBee(nn.Module):
         """Cross entropy summed over the targets, in fp32; a scalar."""
         if self.input_embedding.weight.requires_grad:
             return target_loss(self(batch), batch)
-        return TargetLoss.apply(self.target_states(batch), self._projection(batch), batch.targets)
+        return TargetLoss.apply(self.target_states(batch), self._output_head(batch), batch.targets)
 
     def score(self, batch: Batch) -> Scores:
         """The loss of each target and whether it is the most probable token; no gradients."""
         with torch.no_grad():
-            return score(self.target_states(batch), self._projection(batch), batch.targets)
+            return score(self.target_states(batch), self._output_head(batch), batch.targets)
 
-    def _projection(self, batch: Batch) -> Projection:
+    def _output_head(self, batch: Batch) -> OutputHead:
         embedding = self.input_embedding
         table = embedding(batch.extension_ids, batch.extension_subs)
-        return Projection(embedding.weight, embedding.scale, table)
+        return OutputHead(embedding.weight, embedding.scale, table)
 
     def _attention(self, batch: Batch, h: torch.Tensor, *, at_targets: bool = False) -> Attend:
         dropout_p = self.config.dropout_p if self.training else 0.0
         if flex_attention.is_chosen(self.attention, h.device, dropout_p):
             return flex_attention.FlexAttention(batch, self.position_bias, at_targets=at_targets)
-        layout = Layout.of(batch, self.position_bias, at_targets=at_targets)
+        layout = GroupLayout.of(batch, self.position_bias, at_targets=at_targets)
         return GroupedAttention(layout, self.position_bias, _compute_dtype(h), dropout_p)
 
 

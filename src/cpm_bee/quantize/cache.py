@@ -21,13 +21,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cpm_bee.checkpoint.mapped_pages import drop_pages
-from cpm_bee.checkpoint.reader import Checkpoint, Entry
+from cpm_bee.checkpoint.reader import Checkpoint, LazyTensor
 from cpm_bee.errors import InputError
 from cpm_bee.files import atomic_file
 from cpm_bee.model.network import CPMBee
-from cpm_bee.progress import progress
+from cpm_bee.progress import progress_bar
 from cpm_bee.quantize.formats import FORMATS, Format
-from cpm_bee.quantize.linear import make_room
+from cpm_bee.quantize.linear import insert_quantized_linears
 
 VERSION = "1"
 _WEIGHT, _CODES, _ABSMAX = ".weight", ".codes", ".absmax"
@@ -56,7 +56,7 @@ def cache_path(checkpoint: Path, format: Format) -> Path:
     return checkpoint.with_name(f"{Path(name).stem}.{format.name}.safetensors")
 
 
-def quantized_entries(model: CPMBee, checkpoint: Checkpoint, kind: str) -> dict[str, Entry]:
+def quantized_entries(model: CPMBee, checkpoint: Checkpoint, kind: str) -> dict[str, LazyTensor]:
     """The tensors of a quantised model; its Linears, on the meta device, become quantised ones.
 
     They stand in the file beside the checkpoint, which is made where it is missing, stale or
@@ -70,12 +70,12 @@ def quantized_entries(model: CPMBee, checkpoint: Checkpoint, kind: str) -> dict[
         InputError: the format cannot hold the model, or there are values that are not finite.
     """
     format = FORMATS[kind]
-    make_room(model, format)
-    stored = _layout(model, checkpoint)
+    insert_quantized_linears(model, format)
+    stored = _stored_tensors(model, checkpoint)
     return _from_cache(checkpoint, format, stored) or _in_memory(checkpoint, format, stored)
 
 
-def _layout(model: CPMBee, checkpoint: Checkpoint) -> list[_Stored]:
+def _stored_tensors(model: CPMBee, checkpoint: Checkpoint) -> list[_Stored]:
     stored = []
     for name, parameter in model.named_parameters():
         entry = checkpoint.entries.get(name)  # none of what is quantised
@@ -87,7 +87,7 @@ def _layout(model: CPMBee, checkpoint: Checkpoint) -> list[_Stored]:
 
 def _from_cache(
     checkpoint: Checkpoint, format: Format, stored: list[_Stored]
-) -> dict[str, Entry] | None:
+) -> dict[str, LazyTensor] | None:
     """The tensors of the file, which is made first where necessary; None where it cannot be."""
     path = cache_path(checkpoint.path, format)
     notes = {
@@ -137,7 +137,7 @@ def _alone(checkpoint: Path) -> Iterator[bool]:
 
 def _open(
     path: Path, checkpoint: Path, notes: dict[str, str], stored: list[_Stored]
-) -> dict[str, Entry] | None:
+) -> dict[str, LazyTensor] | None:
     """The tensors of a file; None if it is missing, damaged, or not of this base and version."""
     try:
         if path.stat().st_mtime_ns < checkpoint.stat().st_mtime_ns:
@@ -152,7 +152,7 @@ def _open(
     expected = {s.name: (list(s.shape), _TYPE_NAMES[s.dtype]) for s in stored}
     if {n: (list(s.get_shape()), s.get_dtype()) for n, s in slices.items()} != expected:
         return None
-    return {s.name: Entry(s.shape, s.dtype, partial(file.get_tensor, s.name)) for s in stored}
+    return {s.name: LazyTensor(s.shape, s.dtype, partial(file.get_tensor, s.name)) for s in stored}
 
 
 def _write(
@@ -189,7 +189,7 @@ def _values(
     """All tensors of the file, one tensor of the checkpoint in memory at a time."""
     total = sum(torch.Size(e.shape).numel() * e.dtype.itemsize for e in checkpoint.entries.values())
     names = {s.name for s in stored}
-    with progress(total=total, description="quantising", unit="B") as bar:
+    with progress_bar(total=total, description="quantising", unit="B") as bar:
         for name, entry in checkpoint.entries.items():
             value = entry.read()
             if name in names:
@@ -206,6 +206,10 @@ def _values(
             drop_pages(value)
 
 
-def _in_memory(checkpoint: Checkpoint, format: Format, stored: list[_Stored]) -> dict[str, Entry]:
+def _in_memory(
+    checkpoint: Checkpoint, format: Format, stored: list[_Stored]
+) -> dict[str, LazyTensor]:
     values = dict(_values(checkpoint, format, stored))
-    return {s.name: Entry(s.shape, s.dtype, partial(values.__getitem__, s.name)) for s in stored}
+    return {
+        s.name: LazyTensor(s.shape, s.dtype, partial(values.__getitem__, s.name)) for s in stored
+    }

@@ -125,7 +125,7 @@ def quantize_(model: nn.Module, format: Format) -> None:
     _replace(model, format, lambda linear: QuantizedLinear.of(linear, format))
 
 
-def make_room(model: nn.Module, format: Format) -> None:
+def insert_quantized_linears(model: nn.Module, format: Format) -> None:
     """Put a QuantizedLinear without values in the place of each Linear of a model without values.
 
     Raises:

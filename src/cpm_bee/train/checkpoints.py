@@ -20,7 +20,7 @@ from cpm_bee.model.config import ModelConfig
 _KEPT = ("best", "last")  # weights of a run
 
 
-class Identity(NamedTuple):
+class RunProvenance(NamedTuple):
     """What the weights of a run belong to."""
 
     config: ModelConfig
@@ -32,17 +32,17 @@ class Identity(NamedTuple):
 class RunFiles:
     """`SAVE/SAVE_NAME-...`: names and ways of writing. Used on rank 0 alone."""
 
-    def __init__(self, folder: str, name: str, identity: Identity) -> None:
+    def __init__(self, folder: str, name: str, provenance: RunProvenance) -> None:
         self._folder = Path(folder)
         self._name = name
-        self._identity = identity
-        infix = "" if identity.delta is None else "-delta"
+        self._provenance = provenance
+        infix = "" if provenance.delta is None else "-delta"
         self.best = self._folder / f"{name}{infix}-best.pt"
         self.last = self._folder / f"{name}{infix}-last.pt"
         self.state = self._folder / f"{name}-state.pt"
         self.log = self._folder / f"{name}-log.jsonl"
 
-    def set_aside(self) -> Path | None:
+    def archive_previous(self) -> Path | None:
         """Move the files of an earlier run of this name to `SAVE_NAME-previous/`.
 
         One earlier run is kept. Returns the folder if there was one.
@@ -61,21 +61,21 @@ class RunFiles:
 
     def save_weights(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
         """A delta file, or a native checkpoint (fp16 if the config says half)."""
-        if self._identity.delta is not None:
-            delta.save(path, tensors, self._identity.delta, self._identity.base_fingerprint)
+        if self._provenance.delta is not None:
+            delta.save(path, tensors, self._provenance.delta, self._provenance.base_fingerprint)
             return
-        config = self._identity.config
+        config = self._provenance.config
         if config.half:
             tensors = {name: tensor.half() for name, tensor in tensors.items()}
         save_tensors(path, tensors)
-        note = {
+        sidecar = {
             "config": config.to_dict(),
-            "vocab": self._identity.vocabulary,
-            "base_fingerprint": self._identity.base_fingerprint,
+            "vocab": self._provenance.vocabulary,
+            "base_fingerprint": self._provenance.base_fingerprint,
             "written_by": f"cpm_bee {__version__}",
         }
         with atomic_file(path.with_suffix(".json")) as file:
-            file.write(json.dumps(note, indent=2) + "\n")
+            file.write(json.dumps(sidecar, indent=2) + "\n")
 
     def save_state(
         self, engine: dict[str, Any], progress: dict[str, Any], settings: dict[str, Any]
@@ -86,13 +86,13 @@ class RunFiles:
             "delta": self._delta(),
             "engine": engine,
             "progress": progress,
-            "base_fingerprint": self._identity.base_fingerprint,
+            "base_fingerprint": self._provenance.base_fingerprint,
         }
         save_tensors(self.state, state)
 
     def _delta(self) -> dict[str, Any]:
-        delta = self._identity.delta
-        return {} if delta is None else {**asdict(delta), "targets": list(delta.targets)}
+        config = self._provenance.delta
+        return {} if config is None else {**asdict(config), "targets": list(config.targets)}
 
     def load_state(
         self, settings: dict[str, Any] | None = None
@@ -106,7 +106,7 @@ class RunFiles:
         if not self.state.is_file():
             raise InputError(f"{self.state}: there is no saved state to resume from")
         state = load_tensors(self.state, "a training state")
-        if state.get("base_fingerprint") != self._identity.base_fingerprint:
+        if state.get("base_fingerprint") != self._provenance.base_fingerprint:
             raise InputError(f"{self.state}: is the state of a run on another base model")
         problems = Problems()
         if state["delta"] != self._delta():

@@ -11,7 +11,7 @@ from itertools import islice
 import numpy as np
 
 from cpm_bee.data.batch import Batch, Pair, make_batch
-from cpm_bee.data.packing import Plan, Row, micro_batches
+from cpm_bee.data.packing import PackedRow, Plan, micro_batches
 from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.engine import Engine
 from cpm_bee.errors import InputError
@@ -20,7 +20,7 @@ from cpm_bee.train.prefetch import Batches, prefetch
 
 
 @dataclass(frozen=True)
-class Step:
+class PlannedStep:
     """One step of all ranks, and this rank's share of it."""
 
     epoch: int
@@ -33,7 +33,7 @@ class Step:
     extension: list[Pair]  # the (id, sub > 0) pairs of all records, sorted
 
 
-class Feed:
+class DataLoader:
     """The batches of a data set for one rank.
 
     Args:
@@ -82,7 +82,7 @@ class Feed:
             "--drop-last": drop_last,
             "--seed": shuffle_seed,
         }
-        self.capacity = rows * max_length
+        self.tokens_per_step = rows * max_length
         self.num_records = self._plan.num_records
         self.num_too_long = len(index) - self.num_records
         if self.num_records == 0:
@@ -91,7 +91,7 @@ class Feed:
                 f"{index.dataset.folder}: none of its {len(index)} records fits into --max-length "
                 f"{max_length}{longest}"
             )
-        # A lane with a record has a row.
+        # A row stream with a record has a row.
         if drop_last and self.num_records < rows:
             raise InputError(
                 f"--drop-last leaves nothing: {index.dataset.folder} does not fill one step of "
@@ -103,9 +103,9 @@ class Feed:
         """The steps of an epoch if all rows were full, one or two less than there are."""
         lengths = self._index.lengths
         tokens = int(lengths[lengths <= self._max_length].sum(dtype=np.int64))
-        return max(1, -(-tokens // self.capacity))
+        return max(1, -(-tokens // self.tokens_per_step))
 
-    def batches(self, epoch: int, done: int = 0) -> Iterator[tuple[Step, Batches]]:
+    def batches(self, epoch: int, done: int = 0) -> Iterator[tuple[PlannedStep, Batches]]:
         """The steps of an epoch (from 0) after the first `done`, and this rank's batches of each.
 
         Collective. Every rank gets the same steps and as many batches of each. Those past its
@@ -114,18 +114,18 @@ class Feed:
         """
         return prefetch(self._steps(epoch, done), self._make, self._engine.device)
 
-    def _steps(self, epoch: int, done: int) -> Iterator[Step]:
+    def _steps(self, epoch: int, done: int) -> Iterator[PlannedStep]:
         engine = self._engine
-        lanes = range(engine.rank, self._rows, engine.world_size)
-        planned = islice(self._plan.steps(epoch, lanes), done, None)
-        nothing: list[Row] = [[] for _ in lanes]
+        streams = range(engine.rank, self._rows, engine.world_size)
+        planned = islice(self._plan.steps(epoch, streams), done, None)
+        nothing: list[PackedRow] = [[] for _ in streams]
         while True:
             step = self._exchange(epoch, next(planned, nothing))  # others may have rows for longer
             if step.rows < (self._rows if self._drop_last else 1):
                 return
             yield step
 
-    def _exchange(self, epoch: int, rows: list[Row]) -> Step:
+    def _exchange(self, epoch: int, rows: list[PackedRow]) -> PlannedStep:
         """What the ranks tell each other of a step, of which each knows its own rows."""
         index = self._index
         shares = self._shares(rows)
@@ -141,9 +141,11 @@ class Feed:
         num_batches, *subs = self._engine.reduce_max([len(shares), *index.largest_subs(numbers)])
         num_rows, records, tokens, targets = map(int, sums)
         extension = index.extension_pairs(subs)
-        return Step(epoch, shares, num_batches, num_rows, records, tokens, targets, extension)
+        return PlannedStep(
+            epoch, shares, num_batches, num_rows, records, tokens, targets, extension
+        )
 
-    def _shares(self, rows: list[Row]) -> list[list[int]]:
+    def _shares(self, rows: list[PackedRow]) -> list[list[int]]:
         shares: list[list[int]] = []
         for i in range(self._accumulate):
             numbers = [n for row in rows[i :: self._accumulate] for n in row]
@@ -151,7 +153,7 @@ class Feed:
             shares += micro_batches(numbers, lengths, self._max_tokens)
         return shares
 
-    def _make(self, step: Step) -> list[Batch | None]:
+    def _make(self, step: PlannedStep) -> list[Batch | None]:
         def rng_of(number: int) -> random.Random:
             # A record's own generator: its answer is shuffled alike on any number of ranks.
             return random.Random(f"{self._seed}/{step.epoch}/{number}")

@@ -10,8 +10,8 @@ from cpm_bee.data.batch import Batch
 from cpm_bee.engine import Engine
 from cpm_bee.model.loss import Scores
 from cpm_bee.model.network import CPMBee
-from cpm_bee.progress import progress
-from cpm_bee.train.data_loader import Feed
+from cpm_bee.progress import progress_bar
+from cpm_bee.train.data_loader import DataLoader
 
 
 @dataclass(frozen=True)
@@ -20,26 +20,26 @@ class Evaluation:
 
     loss: float
     token_accuracy: float
-    exact_match: float  # share of records with every token of the answer right
+    exact_match: float  # share of records with every token of the answer correct
     records: int
 
 
 def sums_of(scores: Scores, batch: Batch) -> list[float]:
-    """Sums over a batch: loss, targets, right tokens, right records, records."""
-    right = scores.right  # (N,)
-    wrong = torch.zeros(len(batch.lengths), dtype=torch.int64, device=right.device)
-    wrong.index_add_(0, batch.target_records, (~right).long())
+    """Sums over a batch: loss, targets, correct tokens, correct records, records."""
+    correct = scores.correct  # (N,)
+    wrong = torch.zeros(len(batch.lengths), dtype=torch.int64, device=correct.device)
+    wrong.index_add_(0, batch.target_records, (~correct).long())
     return [
         scores.losses.double().sum().item(),
         batch.num_targets,
-        right.sum().item(),
+        correct.sum().item(),
         (wrong == 0).sum().item(),
         len(batch.lengths),
     ]
 
 
 @torch.no_grad()
-def evaluate(model: CPMBee, engine: Engine, feed: Feed) -> Evaluation:
+def evaluate(model: CPMBee, engine: Engine, loader: DataLoader) -> Evaluation:
     """Evaluate in eval mode; collective, with the same exact figures on every rank.
 
     Exact match compares the most probable token at every target, which is what greedy decoding
@@ -47,14 +47,14 @@ def evaluate(model: CPMBee, engine: Engine, feed: Feed) -> Evaluation:
     """
     model.eval()
     sums = [0.0] * 5
-    bar = progress(
-        total=feed.num_records,
+    bar = progress_bar(
+        total=loader.num_records,
         description="evaluation",
         unit="records",
         quiet=engine.rank > 0,
     )
     with bar:
-        for step, batches in feed.batches(0):
+        for step, batches in loader.batches(0):
             for number, batch in enumerate(batches):
                 if batch is None:
                     continue
@@ -63,6 +63,6 @@ def evaluate(model: CPMBee, engine: Engine, feed: Feed) -> Evaluation:
                 if number < len(step.shares):  # the others only keep other ranks going
                     sums = [a + b for a, b in zip(sums, sums_of(scores, batch), strict=True)]
             bar.update(step.records)
-    loss, targets, right, exact, records = engine.reduce(sums)
+    loss, targets, correct, exact, records = engine.reduce(sums)
     model.train()
-    return Evaluation(loss / targets, right / targets, exact / records, int(records))
+    return Evaluation(loss / targets, correct / targets, exact / records, int(records))

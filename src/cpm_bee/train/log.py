@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from cpm_bee.engine import TensorStatistics
 from cpm_bee.files import atomic_file
-from cpm_bee.progress import say
+from cpm_bee.progress import print_above_bar
 from cpm_bee.train.evaluation import Evaluation
 
 
@@ -39,7 +39,7 @@ class Reporter:
 
     def line(self, text: str) -> None:
         if self._file is not None:
-            say(text)
+            print_above_bar(text)
 
     def _log(self, event: str, values: dict[str, Any]) -> None:
         if self._file is not None:
@@ -56,9 +56,9 @@ class Reporter:
         self._log("start", {"task": self._task, **settings})
 
     def train_step(
-        self, values: dict[str, Any], *, seconds: float, fill: float, skipped: bool
+        self, values: dict[str, Any], *, seconds: float, row_fill: float, skipped: bool
     ) -> None:
-        """One optimiser step. `fill` is the share of the step's rows that holds tokens."""
+        """One optimiser step. `row_fill` is the share of the step's rows that holds tokens."""
         self._log("train", values)
         if self._events is not None:
             names = ("loss", "lr", "grad_norm", "loss_scale", "tokens_per_second")
@@ -67,7 +67,7 @@ class Reporter:
             f"| Epoch: {values['epoch']:3d} | Iter: {values['step']:6d} "
             f"| loss: {values['loss']:.4f} | lr: {values['lr']:.4e} "
             f"| scale: {values['loss_scale']:.4f} | time: {seconds:.4f} "
-            f"| token/max: {fill:.4f} | grad_norm: {values['grad_norm']:.4f} "
+            f"| token/max: {row_fill:.4f} | grad_norm: {values['grad_norm']:.4f} "
             f"| tokens/s: {values['tokens_per_second']:.0f} |"
             + (" overflow, step skipped" if skipped else "")
         )

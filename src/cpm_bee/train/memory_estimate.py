@@ -24,7 +24,7 @@ from cpm_bee.engine.adamw import AdamW
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.network import CPMBee
 from cpm_bee.quantize.formats import FORMATS, Format
-from cpm_bee.quantize.linear import make_room
+from cpm_bee.quantize.linear import insert_quantized_linears
 
 _SEGMENTS = 8  # of a record of `typical_batch`; no matter for memory
 # What is predicted may take so much more, by fragmentation and inside of kernels.
@@ -35,7 +35,7 @@ _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingSetup:
     """How a model is trained.
 
     Attributes:
@@ -50,7 +50,7 @@ class Training:
     held: torch.dtype | None = None
 
 
-class Prediction(NamedTuple):
+class MemoryEstimate(NamedTuple):
     """Bytes. `rest` is what a step holds at its worst moment beside the other three."""
 
     weights: int
@@ -73,7 +73,7 @@ class Prediction(NamedTuple):
         return (self.peak - self.rest) // shards + gathered + self.rest
 
 
-def predict(config: ModelConfig, training: Training, batch: Batch) -> Prediction:
+def estimate(config: ModelConfig, training: TrainingSetup, batch: Batch) -> MemoryEstimate:
     """The peak of a training step on one process without sharding.
 
     Imports PyTorch's fake tensors, which takes seconds and 75 MiB. Not seen are memory inside of
@@ -89,7 +89,7 @@ def predict(config: ModelConfig, training: Training, batch: Batch) -> Prediction
             return torch.empty(shape, dtype=dtype, device="cpu")
 
     with LiveStorages(fake) as live:
-        fill(model, training, make)
+        set_parameters(model, training, make)
         weights = live.live
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         optimizer = AdamW(trained, weight_decay=0.01)
@@ -106,24 +106,24 @@ def predict(config: ModelConfig, training: Training, batch: Batch) -> Prediction
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         found = {name: p.grad for name, p in trained.items() if p.grad is not None}
         optimizer.step(trained, found, 1e-3)
-    return Prediction(weights, gradients, moments, live.peak - weights - gradients - moments)
+    return MemoryEstimate(weights, gradients, moments, live.peak - weights - gradients - moments)
 
 
-def meta_model(config: ModelConfig, training: Training) -> CPMBee:
-    """The model without values, as it is trained; `fill` gives it some."""
+def meta_model(config: ModelConfig, training: TrainingSetup) -> CPMBee:
+    """The model without values, as it is trained; `set_parameters` gives it some."""
     with torch.device("meta"):
         model = CPMBee(config)
     if training.quantize != quantize.NONE:
-        make_room(model, _opaque(FORMATS[training.quantize]))
+        insert_quantized_linears(model, _opaque(FORMATS[training.quantize]))
     if training.delta is not None:
         delta.insert(model, training.delta, seed=0)
     model.encoder.set_checkpointing(training.checkpointing)
     return model.train()
 
 
-def fill(
+def set_parameters(
     model: CPMBee,
-    training: Training,
+    training: TrainingSetup,
     make: Callable[[torch.Size, torch.dtype], torch.Tensor],
 ) -> None:
     """Put what `make` makes in the place of a model's parameters, in the types of training."""
@@ -244,7 +244,7 @@ def batch_of_data(
     return typical_batch([longest, *[mean] * others], targets, vocab_size)
 
 
-def bound(config: ModelConfig, training: Training, batch: Batch) -> int:
+def upper_bound(config: ModelConfig, training: TrainingSetup, batch: Batch) -> int:
     """More bytes than a training step needs, by counting generously; takes no time."""
     model = meta_model(config, training)
     static = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters())
@@ -264,39 +264,43 @@ def bound(config: ModelConfig, training: Training, batch: Batch) -> int:
     )
 
 
-class Choice(NamedTuple):
+class CheckpointingChoice(NamedTuple):
     checkpointing: bool
     reason: str  # with the figures
 
 
 def choose_checkpointing(
-    config: ModelConfig, training: Training, batch: Batch, capacity: int, shards: int = 1
-) -> Choice:
-    """None where the predicted peak without it fits into `capacity` bytes with a margin.
+    config: ModelConfig, training: TrainingSetup, batch: Batch, available: int, shards: int = 1
+) -> CheckpointingChoice:
+    """None where the predicted peak without it fits into `available` bytes with a margin.
 
     Args:
         shards: the processes that weights, gradients and moments are divided between.
     """
-    most = bound(config, training, batch)
-    if most * _MARGIN <= capacity:
-        return Choice(False, f"a step needs less than {_gib(most)} of {_gib(capacity)}")
+    most = upper_bound(config, training, batch)
+    if most * _MARGIN <= available:
+        return CheckpointingChoice(
+            False, f"a step needs less than {_gib(most)} of {_gib(available)}"
+        )
 
     def peak(checkpointing: bool) -> int:
-        predicted = predict(config, replace(training, checkpointing=checkpointing), batch)
+        predicted = estimate(config, replace(training, checkpointing=checkpointing), batch)
         return predicted.peak_of(shards, config.num_layers)
 
     without = peak(False)
-    if without * _MARGIN <= capacity:
-        return Choice(False, f"a step needs about {_gib(without)} of {_gib(capacity)}")
+    if without * _MARGIN <= available:
+        return CheckpointingChoice(
+            False, f"a step needs about {_gib(without)} of {_gib(available)}"
+        )
     reason = f"a step needs about {_gib(peak(True))}, without it {_gib(without)}"
-    return Choice(True, f"{reason}, of {_gib(capacity)}")
+    return CheckpointingChoice(True, f"{reason}, of {_gib(available)}")
 
 
 def _gib(size: float) -> str:
     return f"{size / _GIB:.2f} GiB"
 
 
-def capacity(device: torch.device, processes: int = 1) -> int:
+def free_memory(device: torch.device, processes: int = 1) -> int:
     """Bytes that this process can have on a device, with those that it has already.
 
     Args:
@@ -305,10 +309,10 @@ def capacity(device: torch.device, processes: int = 1) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
-    available = _kib("/proc/meminfo", "MemAvailable") * 1024
+    unused = _kib("/proc/meminfo", "MemAvailable") * 1024
     own = _kib("/proc/self/status", "RssAnon") * 1024
     limits = [int(t) for t in map(_text, _LIMITS) if t.isdigit()]
-    return min([available // processes + own, *(limit // processes for limit in limits)])
+    return min([unused // processes + own, *(limit // processes for limit in limits)])
 
 
 def _text(path: str) -> str:

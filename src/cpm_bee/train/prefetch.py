@@ -11,17 +11,17 @@ import torch
 
 from cpm_bee.data.batch import Batch
 
-Step = TypeVar("Step")
+StepT = TypeVar("StepT")
 Batches = list[Batch | None]  # None where this rank has nothing to compute but others have
 
 
 def prefetch(
-    steps: Iterator[Step],
-    make: Callable[[Step], Sequence[Batch | None]],
+    steps: Iterator[StepT],
+    make: Callable[[StepT], Sequence[Batch | None]],
     device: torch.device,
     *,
     background: bool | None = None,
-) -> Iterator[tuple[Step, Batches]]:
+) -> Iterator[tuple[StepT, Batches]]:
     """Steps, each with its batches on the device.
 
     In the background, one thread makes the batches of the next step and copies them. `steps` may
@@ -38,7 +38,7 @@ def prefetch(
             yield step, [None if b is None else b.to(device) for b in make(step)]
         return
     copier = _Copier(device)
-    waiting: deque[tuple[Step, Future[_Copy]]] = deque()
+    waiting: deque[tuple[StepT, Future[_Copy]]] = deque()
     # Left early, by an error or by the caller, the pool waits for the one step in the making.
     with ThreadPoolExecutor(1, "prefetch") as pool:
         for step in steps:

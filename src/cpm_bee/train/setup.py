@@ -13,20 +13,20 @@ import torch
 from cpm_bee import delta, quantize
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.token_index.reader import TokenIndex
-from cpm_bee.distributed.rank import Place
+from cpm_bee.distributed.rank import RankInfo
 from cpm_bee.engine import Engine, OptimizerSettings
-from cpm_bee.engine.parallel import spread
-from cpm_bee.engine.select import make_engine, why_not_bmtrain
+from cpm_bee.engine.parallel import distribute
+from cpm_bee.engine.select import bmtrain_unavailable_reason, make_engine
 from cpm_bee.errors import CpmBeeError, InputError, Problems, RunError
 from cpm_bee.model import flex_attention
-from cpm_bee.model.frozen.buffers import keep_no_large_pieces
-from cpm_bee.pretrained import Base, choose_device, choose_dtype, open_base
-from cpm_bee.progress import say
+from cpm_bee.model.frozen.buffers import return_freed_memory
+from cpm_bee.pretrained import PretrainedModel, choose_device, choose_dtype, open_pretrained
+from cpm_bee.progress import print_above_bar
 from cpm_bee.quantize.linear import num_weights
 from cpm_bee.tokenizer import Tokenizer
 from cpm_bee.train import memory_estimate
-from cpm_bee.train.checkpoints import Identity, RunFiles
-from cpm_bee.train.data_loader import Feed
+from cpm_bee.train.checkpoints import RunFiles, RunProvenance
+from cpm_bee.train.data_loader import DataLoader
 from cpm_bee.train.log import Reporter
 from cpm_bee.train.options import AUTO, FSDP, Options
 from cpm_bee.train.trainer import Trainer
@@ -53,7 +53,7 @@ def finetune(options: Options) -> None:
     datasets = [BinaryDataset(d) for d in (options.dataset, options.eval_dataset) if d]
     delta_config = _delta_config(options)
     # Full fine-tuning updates fp32 weights; a frozen base is held in the compute type.
-    base = open_base(
+    pretrained = open_pretrained(
         options.load,
         options.model_config,
         options.vocab,
@@ -62,16 +62,18 @@ def finetune(options: Options) -> None:
         quantize=options.quantize,
     )
     if delta_config is not None:
-        delta.insert(base.model, delta_config, options.seed)
-    vocabulary = os.path.abspath(base.tokenizer.source)
-    identity = Identity(base.model.config, vocabulary, base.fingerprint, delta_config)
-    files = RunFiles(options.save, options.save_name, identity)
+        delta.insert(pretrained.model, delta_config, options.seed)
+    vocabulary = os.path.abspath(pretrained.tokenizer.source)
+    provenance = RunProvenance(
+        pretrained.model.config, vocabulary, pretrained.fingerprint, delta_config
+    )
+    files = RunFiles(options.save, options.save_name, provenance)
     # Read now: a state that does not fit is told before the data is read.
     resumed_step = files.load_state()[1]["step"] if options.resume else None
-    engine = make_engine(options.engine, _why_not_bmtrain(options), device, dtype)
+    engine = make_engine(options.engine, _bmtrain_unavailable_reason(options), device, dtype)
     try:
-        spreading = spread(options.parallel, options.offload, engine, base)
-        _train(options, engine, base, datasets, files, resumed_step, spreading)
+        parallel_summary = distribute(options.parallel, options.offload, engine, pretrained)
+        _train(options, engine, pretrained, datasets, files, resumed_step, parallel_summary)
     finally:
         engine.close()
 
@@ -79,21 +81,21 @@ def finetune(options: Options) -> None:
 def _train(
     options: Options,
     engine: Engine,
-    base: Base,
+    pretrained: PretrainedModel,
     datasets: list[BinaryDataset],
     files: RunFiles,
     resumed_step: int | None,
-    spreading: str,
+    parallel_summary: str,
 ) -> None:
-    model = base.model
-    sizes = _sizes(base)
-    indexes = [_index(engine, dataset, base.tokenizer) for dataset in datasets]
-    feeds = _feeds(options, engine, indexes, base.tokenizer)
-    checkpointing = _checkpointing(options, engine, base, indexes[0])
+    model = pretrained.model
+    sizes = _sizes(pretrained)
+    indexes = [_index(engine, dataset, pretrained.tokenizer) for dataset in datasets]
+    loaders = _loaders(options, engine, indexes, pretrained.tokenizer)
+    checkpointing = _checkpointing(options, engine, pretrained, indexes[0])
     model.encoder.set_checkpointing(checkpointing.checkpointing)
     model.attention = options.attention
     if engine.device.type == "cpu":
-        keep_no_large_pieces()
+        return_freed_memory()
     if options.compile:
         # Here, for it loads the compiler.
         from cpm_bee.model.compiled import compile_blocks
@@ -109,22 +111,22 @@ def _train(
             loss_scale_steps=options.loss_scale_steps,
         ),
     )
-    if engine.rank == 0 and not options.resume and (previous := files.set_aside()):
-        say(f"the files of the run before are in {previous}")
+    if engine.rank == 0 and not options.resume and (previous := files.archive_previous()):
+        print_above_bar(f"the files of the run before are in {previous}")
     reporter = Reporter(
         files.log if engine.rank == 0 else None,
         resumed_step=resumed_step,
         task=options.task_name,
         tensorboard=options.tensorboard,
     )
-    evaluation = feeds[1] if len(feeds) > 1 else None
-    trainer = Trainer(model, engine, feeds[0], evaluation, options, files, reporter)
+    evaluation = loaders[1] if len(loaders) > 1 else None
+    trainer = Trainer(model, engine, loaders[0], evaluation, options, files, reporter)
     if options.resume:
         trainer.resume()
-        reporter.line(f"resumed after step {trainer.progress.step}")
-    for line in _summary(options, engine, sizes, feeds):
+        reporter.line(f"resumed after step {trainer.state.step}")
+    for line in _summary(options, engine, sizes, loaders):
         reporter.line(line)
-    reporter.line(spreading)
+    reporter.line(parallel_summary)
     reporter.line(f"checkpointing {_NAMES[checkpointing.checkpointing]}: {checkpointing.reason}")
     reporter.start({"options": asdict(options), "world_size": engine.world_size})
     try:
@@ -160,12 +162,12 @@ def _check(options: Options) -> None:
         )
     if options.offload and options.parallel != FSDP:
         problems.add("--offload", "needs --parallel fsdp: it keeps the parts in host memory")
-    if options.offload and Place.of_this_process().world_size == 1:
+    if options.offload and RankInfo.of_this_process().world_size == 1:
         problems.add("--offload", "needs several processes (torchrun): one has no parts to keep")
     if options.delta_dropout >= 1:
         problems.add("--delta-dropout", "must be less than 1")
-    if options.engine == "bmtrain" and (obstacle := _why_not_bmtrain(options)):
-        problems.add("--engine bmtrain", obstacle)
+    if options.engine == "bmtrain" and (unavailable_reason := _bmtrain_unavailable_reason(options)):
+        problems.add("--engine bmtrain", unavailable_reason)
     if abs(options.seed) >= 2**48:
         problems.add(f"--seed {options.seed}", "must be less than 2**48")
     if options.tensorboard is not None and importlib.util.find_spec("tensorboard") is None:
@@ -177,13 +179,13 @@ def _check(options: Options) -> None:
     problems.raise_if_any("this run cannot start:")
 
 
-def _why_not_bmtrain(options: Options) -> str | None:
+def _bmtrain_unavailable_reason(options: Options) -> str | None:
     extras = {
         "--parallel": options.parallel != AUTO,
         "--offload": options.offload,
         "--compile": options.compile,
     }
-    return why_not_bmtrain(choose_device(options.device), options.quantize, extras)
+    return bmtrain_unavailable_reason(choose_device(options.device), options.quantize, extras)
 
 
 def _delta_config(options: Options) -> delta.DeltaConfig | None:
@@ -221,34 +223,34 @@ def _index(engine: Engine, dataset: BinaryDataset, tokenizer: Tokenizer) -> Toke
     return TokenIndex.of(dataset, tokenizer)
 
 
-def _feeds(
+def _loaders(
     options: Options, engine: Engine, indexes: list[TokenIndex], tokenizer: Tokenizer
-) -> list[Feed]:
+) -> list[DataLoader]:
     rows = options.batch_size * engine.world_size
-    feed = partial(
-        Feed,
+    loader = partial(
+        DataLoader,
         tokenizer=tokenizer,
         engine=engine,
         max_length=options.max_length,
         max_tokens=options.max_tokens,
     )
-    training = feed(
+    training = loader(
         indexes[0],
         rows=rows * options.accumulate,
         accumulate=options.accumulate,
         drop_last=options.drop_last,
         shuffle_seed=options.seed,
     )
-    return [training] + [feed(index, rows=rows) for index in indexes[1:]]
+    return [training] + [loader(index, rows=rows) for index in indexes[1:]]
 
 
 def _checkpointing(
-    options: Options, engine: Engine, base: Base, index: TokenIndex
-) -> memory_estimate.Choice:
+    options: Options, engine: Engine, pretrained: PretrainedModel, index: TokenIndex
+) -> memory_estimate.CheckpointingChoice:
     """Whether activations are computed again, and why; the same on all ranks."""
     if options.checkpointing != "auto":
-        return memory_estimate.Choice(options.checkpointing == "full", "as asked")
-    config = base.model.config
+        return memory_estimate.CheckpointingChoice(options.checkpointing == "full", "as asked")
+    config = pretrained.model.config
     rows = options.batch_size * options.max_length
     batch = memory_estimate.batch_of_data(
         index.lengths,
@@ -257,23 +259,23 @@ def _checkpointing(
         min(rows, options.max_tokens or rows),
         config.vocab_size,
     )
-    training = memory_estimate.Training(engine.dtype, _delta_config(options), options.quantize)
-    room = memory_estimate.capacity(engine.device, engine.world_size)
+    training = memory_estimate.TrainingSetup(engine.dtype, _delta_config(options), options.quantize)
+    available = memory_estimate.free_memory(engine.device, engine.world_size)
     shards = engine.world_size if engine.lockstep else 1
-    own = memory_estimate.choose_checkpointing(config, training, batch, room, shards)
+    own = memory_estimate.choose_checkpointing(config, training, batch, available, shards)
     if engine.reduce_max([int(own.checkpointing)])[0] and not own.checkpointing:
-        return memory_estimate.Choice(True, "another process has less memory")
+        return memory_estimate.CheckpointingChoice(True, "another process has less memory")
     return own
 
 
-def _sizes(base: Base) -> tuple[int, int]:
+def _sizes(pretrained: PretrainedModel) -> tuple[int, int]:
     """The numbers of weights and of trained ones, before an engine cuts them up."""
-    trained = sum(p.numel() for p in base.model.parameters() if p.requires_grad)
-    return num_weights(base.model), trained
+    trained = sum(p.numel() for p in pretrained.model.parameters() if p.requires_grad)
+    return num_weights(pretrained.model), trained
 
 
 def _summary(
-    options: Options, engine: Engine, sizes: tuple[int, int], feeds: list[Feed]
+    options: Options, engine: Engine, sizes: tuple[int, int], loaders: list[DataLoader]
 ) -> list[str]:
     total, trained = sizes
     scale = engine.loss_scale if engine.dtype == torch.float16 else "not needed"
@@ -283,19 +285,19 @@ def _summary(
         f"{torch.get_num_threads()} threads of {os.cpu_count()}",
         f"model with {total:,} parameters, {trained:,} of them trained",
     ]
-    for name, feed in zip(("training", "evaluation"), feeds, strict=False):
-        lines.append(f"{name}: {feed.num_records} records")
-        if feed.num_too_long:
-            share = feed.num_too_long / (feed.num_records + feed.num_too_long)
+    for name, loader in zip(("training", "evaluation"), loaders, strict=False):
+        lines.append(f"{name}: {loader.num_records} records")
+        if loader.num_too_long:
+            share = loader.num_too_long / (loader.num_records + loader.num_too_long)
             lines.append(
-                f"warning: {feed.num_too_long} {name} records ({share:.2%}) are longer than "
+                f"warning: {loader.num_too_long} {name} records ({share:.2%}) are longer than "
                 f"--max-length {options.max_length} and left out"
             )
-    lines += _schedule_warning(options, feeds[0])
+    lines += _schedule_warning(options, loaders[0])
     return lines
 
 
-def _schedule_warning(options: Options, training: Feed) -> list[str]:
+def _schedule_warning(options: Options, training: DataLoader) -> list[str]:
     if options.lr_decay_style not in ("linear", "cosine"):
         return []
     steps = options.epoch * training.min_steps

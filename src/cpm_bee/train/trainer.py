@@ -14,9 +14,9 @@ import torch
 from cpm_bee.engine import Engine, StepResult
 from cpm_bee.errors import RunError
 from cpm_bee.model.network import CPMBee
-from cpm_bee.progress import progress
+from cpm_bee.progress import progress_bar
 from cpm_bee.train.checkpoints import RunFiles
-from cpm_bee.train.data_loader import Feed, Step
+from cpm_bee.train.data_loader import DataLoader, PlannedStep
 from cpm_bee.train.evaluation import evaluate
 from cpm_bee.train.log import Reporter
 from cpm_bee.train.options import Options
@@ -30,7 +30,7 @@ def _require_finite(loss: float, name: str) -> None:
 
 
 @dataclass
-class Progress:
+class TrainingState:
     """Where a run stands; with the engine's state, all that resuming needs."""
 
     step: int = 0  # finished steps of this run
@@ -55,7 +55,7 @@ class Trainer:
     """Trains a model that an engine has been prepared for.
 
     Args:
-        evaluation: the evaluation set's feed, or None to train without.
+        evaluation: the evaluation set's loader, or None to train without.
         files: where to write; used on rank 0.
     """
 
@@ -63,8 +63,8 @@ class Trainer:
         self,
         model: CPMBee,
         engine: Engine,
-        training: Feed,
-        evaluation: Feed | None,
+        training: DataLoader,
+        evaluation: DataLoader | None,
         options: Options,
         files: RunFiles,
         reporter: Reporter,
@@ -78,13 +78,13 @@ class Trainer:
         self._reporter = reporter
         self._signals = 0
         self._interrupted = False
-        self.progress = Progress()
+        self.state = TrainingState()
 
     def resume(self) -> None:
         """Take up the state saved in the run's folder. Raises `InputError` if it does not fit."""
-        state, progress = self._files.load_state(self._training.settings)
-        self._engine.load_training_state(state)
-        self.progress = Progress(**progress)
+        engine_state, state = self._files.load_state(self._training.settings)
+        self._engine.load_training_state(engine_state)
+        self.state = TrainingState(**state)
 
     def run(self) -> str:
         """Train to the end; returns the reason why it ended, which is also written down.
@@ -96,24 +96,24 @@ class Trainer:
         self._model.train()
         with self._watch_signals():
             try:
-                if self.progress.step == 0:
+                if self.state.step == 0:
                     self._evaluate()
                     self._save()  # what a run that breaks at once falls back to
                 reason = self._train()
             except _Interrupted as error:
                 self._save()
-                self._reporter.end(str(error), self.progress.step)
+                self._reporter.end(str(error), self.state.step)
                 raise
             except RunError as error:
                 reason = self._broken(error)
-                self._reporter.end(reason, self.progress.step)
+                self._reporter.end(reason, self.state.step)
                 raise RunError(reason) from error
             self._save()
-        self._reporter.end(reason, self.progress.step)
+        self._reporter.end(reason, self.state.step)
         return reason
 
     def _broken(self, error: RunError) -> str:
-        saved = self.progress.saved_step
+        saved = self.state.saved_step
         return f"{error}; the state saved after {saved} steps is kept" if saved >= 0 else str(error)
 
     def _train(self) -> str:
@@ -122,12 +122,12 @@ class Trainer:
             reason = f"all {self._options.epoch} epochs are done"
         except _Stop as stop:
             reason = str(stop)
-        if self.progress.evaluated_step != self.progress.step:
+        if self.state.evaluated_step != self.state.step:
             self._evaluate()
         return reason
 
     def _epochs(self) -> None:
-        while self.progress.epoch < self._options.epoch:
+        while self.state.epoch < self._options.epoch:
             with closing(self._remaining_steps()) as steps:
                 started = time.perf_counter()
                 for step, batches in steps:
@@ -135,14 +135,14 @@ class Trainer:
                     self._train_step(step, batches, started)
                     self._after_step()
                     started = time.perf_counter()
-            self.progress.epoch += 1
-            self.progress.step_in_epoch = self.progress.records_in_epoch = 0
+            self.state.epoch += 1
+            self.state.step_in_epoch = self.state.records_in_epoch = 0
 
-    def _remaining_steps(self) -> Generator[tuple[Step, Batches], None, None]:
-        epoch, done = self.progress.epoch, self.progress.step_in_epoch
-        bar = progress(
+    def _remaining_steps(self) -> Generator[tuple[PlannedStep, Batches], None, None]:
+        epoch, done = self.state.epoch, self.state.step_in_epoch
+        bar = progress_bar(
             total=self._training.num_records,
-            initial=self.progress.records_in_epoch,
+            initial=self.state.records_in_epoch,
             description=f"epoch {epoch + 1}/{self._options.epoch}",
             unit="records",
             quiet=self._engine.rank > 0,
@@ -154,30 +154,30 @@ class Trainer:
 
     def _check_limits(self) -> None:
         limit = self._options.max_steps
-        if limit is not None and self.progress.step >= limit:
+        if limit is not None and self.state.step >= limit:
             raise _Stop(f"the limit of {limit} steps (--max-steps) is reached")
 
-    def _train_step(self, step: Step, batches: Batches, started: float) -> None:
-        options, engine, progress = self._options, self._engine, self.progress
+    def _train_step(self, step: PlannedStep, batches: Batches, started: float) -> None:
+        options, engine, state = self._options, self._engine, self.state
         # Dropout: other masks on every rank and step, and the same ones after a resume.
-        torch.manual_seed((options.seed + progress.step) * engine.world_size + engine.rank)
+        torch.manual_seed((options.seed + state.step) * engine.world_size + engine.rank)
         loss = self._forward_backward(step, batches)
-        _require_finite(loss, f"loss of step {progress.step + 1}")
+        _require_finite(loss, f"loss of step {state.step + 1}")
         rate = learning_rate(
             options.lr_decay_style,
             options.lr,
-            options.start_step + progress.step,
+            options.start_step + state.step,
             options.warmup_iters,
             options.schedule_end,
         )
         scale = engine.loss_scale
         result = engine.step(rate)
-        progress.step += 1
-        progress.step_in_epoch += 1
-        progress.records_in_epoch += step.records
+        state.step += 1
+        state.step_in_epoch += 1
+        state.records_in_epoch += step.records
         self._report(step, loss, rate, scale, result, time.perf_counter() - started)
 
-    def _forward_backward(self, step: Step, batches: Batches) -> float:
+    def _forward_backward(self, step: PlannedStep, batches: Batches) -> float:
         """The mean loss over all targets of the step on all ranks; adds up its gradients.
 
         In the same exchange all ranks learn of a signal that any of them got, so that they leave
@@ -198,7 +198,7 @@ class Trainer:
 
     def _report(
         self,
-        step: Step,
+        step: PlannedStep,
         loss: float,
         rate: float,
         scale: float,
@@ -206,8 +206,8 @@ class Trainer:
         seconds: float,
     ) -> None:
         values = {
-            "step": self.progress.step,
-            "epoch": self.progress.epoch,
+            "step": self.state.step,
+            "epoch": self.state.epoch,
             "loss": loss,
             "lr": rate,
             "grad_norm": result.grad_norm,
@@ -218,12 +218,12 @@ class Trainer:
         self._reporter.train_step(
             values,
             seconds=seconds,
-            fill=step.tokens / self._training.capacity,
+            row_fill=step.tokens / self._training.tokens_per_step,
             skipped=result.skipped,
         )
 
     def _after_step(self) -> None:
-        options, step = self._options, self.progress.step
+        options, step = self._options, self.state.step
         if step % options.inspect_iters == 0:
             self._reporter.inspection(step, self._engine.statistics())
         if step % options.eval_interval == 0:
@@ -233,38 +233,38 @@ class Trainer:
         if self._interrupted:
             raise _Interrupted(f"interrupted after step {step}; --resume goes on from there")
         patience = options.early_stop_patience
-        if self.progress.evaluations_without_gain >= patience:
+        if self.state.evaluations_without_gain >= patience:
             raise _Stop(f"early stop: {patience} evaluations in a row without a lower loss")
 
     def _evaluate(self) -> None:
-        progress = self.progress
+        state = self.state
         if self._evaluation is None:
-            progress.evaluated_step = progress.step
+            state.evaluated_step = state.step
             return
         result = evaluate(self._model, self._engine, self._evaluation)
-        progress.evaluated_step = progress.step
-        _require_finite(result.loss, f"evaluation loss after {progress.step} steps")
-        best = result.loss < progress.best_loss
+        state.evaluated_step = state.step
+        _require_finite(result.loss, f"evaluation loss after {state.step} steps")
+        best = result.loss < state.best_loss
         if best:
-            progress.best_loss = result.loss
-            progress.evaluations_without_gain = 0
+            state.best_loss = result.loss
+            state.evaluations_without_gain = 0
             self._save_weights("best")
         else:
-            progress.evaluations_without_gain += 1
-        self._reporter.evaluation(progress.step, result, best)
+            state.evaluations_without_gain += 1
+        self._reporter.evaluation(state.step, result, best)
 
     def _save(self) -> None:
         """Save last weights and state, once a step."""
-        progress = self.progress
-        if progress.saved_step == progress.step:
+        state = self.state
+        if state.saved_step == state.step:
             return
-        progress.saved_step = progress.step
+        state.saved_step = state.step
         self._save_weights("last")
         if self._evaluation is None:
             self._save_weights("best")  # nothing to choose by
-        state = self._engine.training_state()
+        engine_state = self._engine.training_state()
         if self._engine.rank == 0:
-            self._files.save_state(state, asdict(progress), self._training.settings)
+            self._files.save_state(engine_state, asdict(state), self._training.settings)
         self._engine.barrier()
 
     def _save_weights(self, which: str) -> None:

@@ -67,12 +67,12 @@ def test_every_place_is_equally_likely(
     for seed in range(rounds):
         folder = make(tmp_path, f"bin{seed}", seed=seed, bucket_bytes=bucket_bytes)
         found = numbers(folder / "a")
-        for place, number in enumerate(found):
-            total[number] += place
+        for position, number in enumerate(found):
+            total[number] += position
         ordered += sum(b == a + 1 for a, b in itertools.pairwise(found))
-    # The mean place has standard deviation 0.71 over 150 rounds: five of them.
+    # The mean position has standard deviation 0.71 over 150 rounds: five of them.
     mean = (count - 1) / 2
-    assert all(abs(places / rounds - mean) < 3.6 for places in total)
+    assert all(abs(positions / rounds - mean) < 3.6 for positions in total)
     # Neighbours stay neighbours with probability 1/30: 145 expected, standard deviation 12.
     assert 85 < ordered < 205
 
@@ -99,9 +99,9 @@ def test_problems_come_in_the_order_of_lines(bee: Path) -> None:
     with pytest.raises(InputError, match="3000 problems") as caught:
         make(bee, chunk_bytes=5000, bucket_bytes=100)
     shown = [line for line in str(caught.value).splitlines() if "not valid JSON" in line]
-    places = [f"  {path}:{number}: " for number in range(1, 1001)]
+    positions = [f"  {path}:{number}: " for number in range(1, 1001)]
     assert len(shown) == 1000
-    assert all(map(str.startswith, shown, places))
+    assert all(map(str.startswith, shown, positions))
     assert "... and 2000 more" in str(caught.value)
 
 
@@ -151,8 +151,8 @@ def test_the_index_is_that_of_training(
 @settings(max_examples=10, deadline=None)
 @given(st.lists(tiny.records(), min_size=1, max_size=8), st.integers(1, 500))
 def test_the_index_of_any_records(records: list[Record], piece: int) -> None:
-    with tempfile.TemporaryDirectory() as place:
-        path = Path(place)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
         (path / "bee_data").mkdir()
         lines = "".join(json.dumps(r) + "\n" for r in records)
         (path / "bee_data" / "a.jsonl").write_text(lines, encoding="utf-8")

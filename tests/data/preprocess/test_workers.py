@@ -1,4 +1,4 @@
-"""Work spread over processes, also as preprocess_dataset.py does it."""
+"""Work divided over processes, also as preprocess_dataset.py does it."""
 
 from __future__ import annotations
 
@@ -83,20 +83,20 @@ def test_available_cores() -> None:
 # ------------------------------------------------------------------ of preprocess_dataset.py
 
 
-def start(root: Path, place: Path, *arguments: str) -> tuple[subprocess.Popen[str], list[int]]:
+def start(root: Path, folder: Path, *arguments: str) -> tuple[subprocess.Popen[str], list[int]]:
     """A run of two workers, while it works, and the workers' ids."""
-    write(place / "bee_data" / "train.jsonl", 100_000)
+    write(folder / "bee_data" / "train.jsonl", 100_000)
     command = [sys.executable, str(root / SCRIPT), "--input", "bee_data", "--output_path", "bin"]
     process = subprocess.Popen(
         [*command, "--output_name", "x", "--workers", "2", *arguments],
-        cwd=place,
+        cwd=folder,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
     deadline = time.monotonic() + 60
-    while not list(place.glob("bin/.train.partial/.chunk-*")) and time.monotonic() < deadline:
+    while not list(folder.glob("bin/.train.partial/.chunk-*")) and time.monotonic() < deadline:
         time.sleep(0.005)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return process, list(map(int, children))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cpm_bee.data.token_index.arrays import (
     ARRAYS,
-    PLACES,
+    LOCATION_ARRAYS,
     Arrays,
     TokenChunk,
     counts_of,
@@ -43,7 +43,7 @@ def assert_equal(a: Arrays, b: Arrays) -> None:
 def check(chunk: TokenChunk, records: list[Record]) -> None:
     """The arrays hold what the encoder makes of each single record."""
     arrays = chunk.arrays()
-    assert set(arrays) == {*ARRAYS} - {*PLACES}
+    assert set(arrays) == {*ARRAYS} - {*LOCATION_ARRAYS}
     assert len(chunk) == len(records)
     ends = ends_of(arrays, [1] * len(records)) if records else np.zeros((0, 3), dtype=int)
     for record, part in zip(records, split(arrays, ends), strict=True):
@@ -52,7 +52,7 @@ def check(chunk: TokenChunk, records: list[Record]) -> None:
             np.testing.assert_array_equal(part[name], getattr(encoded, name))
         assert part["lengths"] == [len(encoded)]
         assert part["num_targets"] == [np.count_nonzero(~encoded.context)]
-        assert chunk.shapes[part["shapes"][0]] == encoded.shape
+        assert chunk.trees[part["trees"][0]] == encoded.tree
         assert part["shuffled"] == [is_shuffled(record)]
         largest: dict[int, int] = {}
         for token_id, sub in zip(encoded.ids.tolist(), encoded.subs.tolist(), strict=True):
@@ -88,8 +88,8 @@ def test_another_order(records: list[Record], rng: random.Random) -> None:
     moved = take(chunk.arrays(), np.array(order))
     arrays = chunk_of([records[i] for i in order])
     expected = arrays.arrays()
-    shapes = [arrays.shapes[i] for i in expected.pop("shapes")]
-    assert [chunk.shapes[i] for i in moved.pop("shapes")] == shapes
+    trees = [arrays.trees[i] for i in expected.pop("trees")]
+    assert [chunk.trees[i] for i in moved.pop("trees")] == trees
     assert_equal(moved, expected)
 
 

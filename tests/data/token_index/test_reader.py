@@ -16,9 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpm_bee.data import index as index_module
 from cpm_bee.data.batch import Stream, collate, extension_pairs, make_batch
 from cpm_bee.data.bin_dataset import BinaryDataset, DatasetWriter
+from cpm_bee.data.token_index import reader as index_module
 from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.encoding import EncodedRecord, Encoder
 from cpm_bee.errors import InputError
@@ -51,7 +51,7 @@ def assert_same(a: EncodedRecord, b: EncodedRecord) -> None:
     for name in ("ids", "subs", "segments", "context"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
         assert getattr(a, name).dtype == getattr(b, name).dtype
-    assert a.shape == b.shape
+    assert a.tree == b.tree
 
 
 @pytest.fixture
@@ -134,8 +134,8 @@ def test_it_holds_what_the_encoder_makes(folder: Path) -> None:
 @settings(max_examples=10, deadline=None)
 @given(st.lists(tiny.records(), max_size=6), st.integers(0, 1000))
 def test_any_records(records: list[Record], seed: int) -> None:
-    with tempfile.TemporaryDirectory() as place:
-        check(records, write(Path(place) / "set", records), seed)
+    with tempfile.TemporaryDirectory() as folder:
+        check(records, write(Path(folder) / "set", records), seed)
 
 
 def test_several_data_files_and_blocks(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def other_json(index: Path) -> None:
 
 def wrong_types(index: Path) -> None:
     info = json.loads((index / "index.json").read_text())
-    (index / "index.json").write_text(json.dumps({**info, "shapes": [3], "tokens": "many"}))
+    (index / "index.json").write_text(json.dumps({**info, "trees": [3], "tokens": "many"}))
 
 
 def lost_key(index: Path) -> None:

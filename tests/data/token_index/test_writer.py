@@ -52,10 +52,10 @@ def test_files_and_info(tmp_path: Path) -> None:
     ids = {int(i) for e in encoded for i in e.ids[e.subs > 0]}
     assert info["extension_vocabulary"] == sorted(ids)
     assert ids == {tiny.TOKENIZER.ids["<mask>"], tiny.TOKENIZER.unk}
-    shapes = [(tuple(depths), tuple(map(bool, p))) for depths, p in info["shapes"]]
-    assert shapes == sorted({tuple(e.shape) for e in encoded})
-    numbers = np.fromfile(made / "shapes", dtype=np.int32)
-    assert [shapes[n] for n in numbers] == [tuple(e.shape) for e in encoded]
+    trees = [(tuple(depths), tuple(map(bool, p))) for depths, p in info["trees"]]
+    assert trees == sorted({tuple(e.tree) for e in encoded})
+    numbers = np.fromfile(made / "trees", dtype=np.int32)
+    assert [trees[n] for n in numbers] == [tuple(e.tree) for e in encoded]
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 300])
@@ -82,4 +82,4 @@ def test_an_empty_dataset(tmp_path: Path) -> None:
     made = make(tmp_path / "index", write(tmp_path / "set", []))
     assert {path.name for path in made.iterdir()} == {"index.json", *ARRAYS}
     info = json.loads((made / "index.json").read_text())
-    assert (info["records"], info["shapes"], info["extension_vocabulary"]) == (0, [], [])
+    assert (info["records"], info["trees"], info["extension_vocabulary"]) == (0, [], [])

@@ -139,9 +139,11 @@ def test_nothing_is_kept_after_backward() -> None:
     model = model_with_delta(("project_q", "project_v"))
     batch = collate(tiny.encode(RECORDS), tiny.TOKENIZER)
     alive: list[weakref.ref] = []
-    original = fused.AttentionPass.forward
+    original = frozen_block.AttentionPass.forward
 
-    def forward(self: fused.AttentionPass, *args: torch.Tensor, **options: bool) -> torch.Tensor:
+    def forward(
+        self: frozen_block.AttentionPass, *args: torch.Tensor, **options: bool
+    ) -> torch.Tensor:
         alive.append(weakref.ref(self))
         return original(self, *args, **options)
 
@@ -149,7 +151,7 @@ def test_nothing_is_kept_after_backward() -> None:
     gc.disable()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fused.AttentionPass, "forward", forward)
+            patch.setattr(frozen_block.AttentionPass, "forward", forward)
             loss = model.loss(batch)
         assert alive and all(ref() is not None for ref in alive)
         loss.backward()

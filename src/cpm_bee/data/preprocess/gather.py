@@ -13,16 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from cpm_bee.data.bin_dataset import BinaryDataset, Layout
+from cpm_bee.data.bin_dataset import BinaryDataset, BlockLayout
 from cpm_bee.data.bin_meta import write_meta
 from cpm_bee.data.preprocess.scatter import Buckets, read_group, read_sizes
 from cpm_bee.data.preprocess.workers import Workers
-from cpm_bee.progress import progress
+from cpm_bee.progress import progress_bar
 
 if TYPE_CHECKING:  # numpy, which it needs, may not be installed
     import numpy as np
 
-    from cpm_bee.encoding import Shape
+    from cpm_bee.encoding import SegmentTree
     from cpm_bee.tokenizer import Tokenizer
 
 
@@ -34,13 +34,13 @@ class _Files:
         chunks: files that `spread` made.
         data: the data file.
         index: folder of the token index, if one is made.
-        shape_numbers: the index's number of each shape of each chunk.
+        tree_numbers: the index's number of each tree of each chunk.
     """
 
     chunks: list[Path]
     data: Path
     index: Path | None = None
-    shape_numbers: list[np.ndarray] = field(default_factory=list)
+    tree_numbers: list[np.ndarray] = field(default_factory=list)
 
 
 class _Bucket(NamedTuple):
@@ -58,7 +58,7 @@ class _Bucket(NamedTuple):
     index_at: np.ndarray | None
 
 
-def assemble(
+def gather(
     buckets: Buckets,
     folder: Path,
     output_name: str,
@@ -74,20 +74,22 @@ def assemble(
     """
     files = _Files(buckets.paths, folder / output_name)
     files.data.touch(exist_ok=False)
-    layout = Layout(block_size)
+    layout = BlockLayout(block_size)
     counts = None if tokenizer is None else buckets.counts
-    shapes: list[Shape] = []
+    trees: list[SegmentTree] = []
     if tokenizer is not None:
         from cpm_bee.data.token_index.writer import folder_name
 
         files.index = folder / folder_name(tokenizer)
         files.index.mkdir()
-        shapes = _number_shapes(files, buckets)
+        trees = _number_trees(files, buckets)
     num_buckets = buckets.num_buckets
     tasks = _tasks(buckets, seed, layout, counts)
     with (
         Workers(files, min(workers, num_buckets)) as processes,
-        progress(total=num_buckets, description=f"writing {folder.name}", unit="buckets") as bar,
+        progress_bar(
+            total=num_buckets, description=f"writing {folder.name}", unit="buckets"
+        ) as bar,
     ):
         for _ in processes.map(_write_bucket, tasks):
             bar.update()
@@ -100,23 +102,23 @@ def assemble(
         from cpm_bee.data.token_index.writer import write_info
 
         dataset, total = BinaryDataset(folder), counts.sum(axis=0)
-        write_info(files.index, dataset, tokenizer, total, shapes, buckets.extension_vocabulary)
+        write_info(files.index, dataset, tokenizer, total, trees, buckets.extension_vocabulary)
 
 
-def _number_shapes(files: _Files, buckets: Buckets) -> list[Shape]:
-    """All shapes, sorted; notes the place in it of each chunk's."""
+def _number_trees(files: _Files, buckets: Buckets) -> list[SegmentTree]:
+    """All trees, sorted; notes the number of each chunk's."""
     import numpy as np
 
-    shapes = sorted(set().union(*buckets.shapes))
-    numbers = {shape: number for number, shape in enumerate(shapes)}
-    files.shape_numbers = [
-        np.array([numbers[shape] for shape in own], dtype=np.int32) for own in buckets.shapes
+    trees = sorted(set().union(*buckets.trees))
+    numbers = {tree: number for number, tree in enumerate(trees)}
+    files.tree_numbers = [
+        np.array([numbers[tree] for tree in own], dtype=np.int32) for own in buckets.trees
     ]
-    return shapes
+    return trees
 
 
 def _tasks(
-    buckets: Buckets, seed: int, layout: Layout, counts: np.ndarray | None
+    buckets: Buckets, seed: int, layout: BlockLayout, counts: np.ndarray | None
 ) -> Iterator[_Bucket]:
     index_at = None if counts is None else counts.cumsum(axis=0) - counts
     for number in range(buckets.num_buckets):
@@ -125,7 +127,7 @@ def _tasks(
             sizes.extend(read_sizes(path, number))
         order = array("I", range(len(sizes)))
         random.Random(f"{seed}/bucket {number}").shuffle(order)
-        offsets = layout.place(map(sizes.__getitem__, order))
+        offsets = layout.append(map(sizes.__getitem__, order))
         yield _Bucket(number, order, offsets, None if index_at is None else index_at[number])
 
 
@@ -152,8 +154,8 @@ def _write_bucket(files: _Files, bucket: _Bucket) -> None:
     from cpm_bee.data.token_index.writer import write_arrays
 
     parts = [token_arrays.from_bytes(group.tokens, len(group.sizes)) for group in groups]
-    for part, numbers in zip(parts, files.shape_numbers, strict=True):
-        part["shapes"] = numbers[part["shapes"]]
+    for part, numbers in zip(parts, files.tree_numbers, strict=True):
+        part["trees"] = numbers[part["trees"]]
     joined = token_arrays.join(parts)
     del frames, groups, parts  # memory
     arrays = token_arrays.take(joined, np.array(bucket.order, dtype=np.int64))

@@ -1,7 +1,7 @@
 """Records in JSON lines -> shuffled binary datasets, also where they are larger than memory.
 
-Two passes over the records, each spread over processes: `spread` checks them and puts each into a
-random one of many buckets on disk, `assemble` shuffles each bucket in memory and writes its part
+Two passes over the records, each by several processes: `scatter` checks them and puts each into a
+random one of many buckets on disk, `gather` shuffles each bucket in memory and writes its part
 of the dataset. Where there is a vocabulary, the dataset's token index is made on the way.
 """
 
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 from cpm_bee.data.bin_dataset import BinaryDataset, payload_limit
 from cpm_bee.data.bin_meta import META
-from cpm_bee.data.preprocess.gather import assemble
-from cpm_bee.data.preprocess.scatter import Buckets, Chunk, Spread, spread
+from cpm_bee.data.preprocess.gather import gather
+from cpm_bee.data.preprocess.scatter import Buckets, Chunk, ScatterResult, scatter
 from cpm_bee.data.preprocess.workers import Workers
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.files import atomic_folder
-from cpm_bee.progress import progress
+from cpm_bee.progress import progress_bar
 
 if TYPE_CHECKING:  # numpy, which it needs, may not be installed
     from cpm_bee.encoding import Encoder
@@ -80,7 +80,7 @@ def preprocess(
     problems = Problems()
     with contextlib.ExitStack() as datasets:
         spreads = [
-            _Spreading(
+            _Scatter(
                 file,
                 datasets.enter_context(atomic_folder(folder, replace=overwrite)),
                 chunk_bytes or _piece(file, 64),
@@ -101,7 +101,7 @@ def preprocess(
             _warn(tokenizer, reasons[0])
             tokenizer = None
         for s in spreads:
-            assemble(s.buckets, s.folder, output_name, seed, block_size, tokenizer, workers)
+            gather(s.buckets, s.folder, output_name, seed, block_size, tokenizer, workers)
     return [BinaryDataset(folder) for folder in folders]
 
 
@@ -128,7 +128,7 @@ def _warn(tokenizer: Tokenizer, reason: str) -> None:
 
 
 @dataclass
-class _Spreading:
+class _Scatter:
     """The first pass over a file.
 
     Attributes:
@@ -180,8 +180,8 @@ class _Spreading:
         before = problems.count
         num_lines = num_records = 0
         size = self.file.stat().st_size
-        with progress(total=size, description=f"reading {self.file.stem}", unit="B") as bar:
-            for result in processes.map(spread, tasks()):
+        with progress_bar(total=size, description=f"reading {self.file.stem}", unit="B") as bar:
+            for result in processes.map(scatter, tasks()):
                 self._note(result, num_lines + 1, problems)
                 num_lines += result.num_lines
                 num_records += result.num_records
@@ -191,7 +191,7 @@ class _Spreading:
         if num_records == 0 and problems.count == before:
             problems.add(str(self.file), "holds no records")
 
-    def _note(self, result: Spread, first_line: int, problems: Problems) -> None:
+    def _note(self, result: ScatterResult, first_line: int, problems: Problems) -> None:
         for line, reason in result.problems:
             problems.add(f"{self.file}:{first_line + line}", reason)
         problems.count += result.num_problems - len(result.problems)

@@ -28,10 +28,10 @@ if TYPE_CHECKING:  # numpy, which it needs, may not be installed
     import numpy as np
 
     from cpm_bee.data.token_index.arrays import TokenChunk
-    from cpm_bee.encoding import Encoder, Shape
+    from cpm_bee.encoding import Encoder, SegmentTree
 
 COUNT = struct.Struct("<I")
-PLACE = struct.Struct("<Q")
+OFFSET = struct.Struct("<Q")
 MAX_SHOWN = 1000  # problems of a chunk that are kept
 
 
@@ -60,7 +60,7 @@ class Chunk(NamedTuple):
 
 
 @dataclass
-class Spread:
+class ScatterResult:
     """What became of a chunk.
 
     Attributes:
@@ -71,7 +71,7 @@ class Spread:
         is_text: false where a line is not UTF-8; the rest of the chunk was not looked at.
         no_tokens: why the chunk has no tokens: (line of the chunk from 0, reason).
         counts: of each bucket's tokens (see `token_arrays.COUNTED`), int64 [buckets, 3].
-        shapes: the tokens' shapes, by number within the chunk.
+        trees: the tokens' trees, by number within the chunk.
         extension_vocabulary: ids that have a sub > 0.
     """
 
@@ -82,7 +82,7 @@ class Spread:
     is_text: bool = True
     no_tokens: tuple[int, str] | None = None
     counts: np.ndarray | None = None
-    shapes: list[Shape] = field(default_factory=list)
+    trees: list[SegmentTree] = field(default_factory=list)
     extension_vocabulary: set[int] = field(default_factory=set)
 
     def add(self, line: int, reasons: list[str]) -> None:
@@ -100,26 +100,26 @@ class Buckets:
         num_buckets: over how many.
         paths: the files of the chunks.
         counts: of each bucket's tokens, int64 [buckets, 3]; None without tokens.
-        shapes: the shapes of each chunk's tokens.
+        trees: the trees of each chunk's tokens.
         extension_vocabulary: ids that have a sub > 0.
     """
 
     num_buckets: int
     paths: list[Path] = field(default_factory=list)
     counts: np.ndarray | None = None
-    shapes: list[list[Shape]] = field(default_factory=list)
+    trees: list[list[SegmentTree]] = field(default_factory=list)
     extension_vocabulary: set[int] = field(default_factory=set)
 
-    def add(self, result: Spread) -> None:
+    def add(self, result: ScatterResult) -> None:
         if result.counts is not None:
             self.counts = result.counts if self.counts is None else self.counts + result.counts
-        self.shapes.append(result.shapes)
+        self.trees.append(result.trees)
         self.extension_vocabulary |= result.extension_vocabulary
 
 
-def spread(encoder: Encoder | None, chunk: Chunk) -> Spread:
+def scatter(encoder: Encoder | None, chunk: Chunk) -> ScatterResult:
     """Check the records of a chunk, make their tokens and write them to its file."""
-    result = Spread()
+    result = ScatterResult()
     lines = _lines(chunk, result)
     rng = random.Random(chunk.seed)
     buckets = [int(rng.random() * chunk.num_buckets) for _ in lines]
@@ -162,7 +162,7 @@ def spread(encoder: Encoder | None, chunk: Chunk) -> Spread:
     return result
 
 
-def _lines(chunk: Chunk, result: Spread) -> list[tuple[int, str]]:
+def _lines(chunk: Chunk, result: ScatterResult) -> list[tuple[int, str]]:
     """The lines of a chunk that are not blank, with their numbers in it from 0."""
     lines: list[tuple[int, str]] = []
     for number, raw in enumerate(_raw_lines(chunk)):
@@ -194,7 +194,11 @@ def _raw_lines(chunk: Chunk) -> Iterator[bytes]:
 
 
 def _write(
-    target: Path, frames: list[bytes], sizes: list[int], tokens: TokenChunk | None, result: Spread
+    target: Path,
+    frames: list[bytes],
+    sizes: list[int],
+    tokens: TokenChunk | None,
+    result: ScatterResult,
 ) -> None:
     """Write the groups, of so many records each, that the frames and tokens come in."""
     parts: Iterator[Iterable[bytes]] | None = None
@@ -205,23 +209,23 @@ def _write(
 
         arrays = tokens.arrays()
         ends = token_arrays.ends_of(arrays, sizes)
-        result.shapes = tokens.shapes
+        result.trees = tokens.trees
         result.extension_vocabulary = set(arrays["extension_ids"].tolist())
         result.counts = np.diff(ends, axis=0, prepend=0)
         parts = map(token_arrays.to_bytes, token_arrays.split(arrays, ends))
-    places = array("Q")
+    offsets = array("Q")
     with open(target, "wb") as file:
-        file.seek(PLACE.size * (len(sizes) + 1))
+        file.seek(OFFSET.size * (len(sizes) + 1))
         begin = 0
         for size in sizes:
-            places.append(file.tell())
+            offsets.append(file.tell())
             _write_frames(file, frames[begin : begin + size])
             begin += size
             if parts is not None:
                 file.writelines(next(parts))
-        places.append(file.tell())
+        offsets.append(file.tell())
         file.seek(0)
-        file.write(places.tobytes())
+        file.write(offsets.tobytes())
 
 
 def _write_frames(file: IO[bytes], frames: list[bytes]) -> None:
@@ -247,8 +251,8 @@ class Group(NamedTuple):
 def read_sizes(path: Path, bucket: int) -> array[int]:
     """The bytes of each frame of a bucket's group in a chunk's file."""
     with open(path, "rb", buffering=0) as file:
-        file.seek(PLACE.size * bucket)
-        (begin,) = PLACE.unpack(file.read(PLACE.size))
+        file.seek(OFFSET.size * bucket)
+        (begin,) = OFFSET.unpack(file.read(OFFSET.size))
         file.seek(begin)
         (count,) = COUNT.unpack(file.read(COUNT.size))
         return array("I", file.read(4 * count))
@@ -256,8 +260,8 @@ def read_sizes(path: Path, bucket: int) -> array[int]:
 
 def read_group(path: Path, bucket: int) -> Group:
     with open(path, "rb", buffering=0) as file:
-        file.seek(PLACE.size * bucket)
-        begin, end = struct.unpack("<2Q", file.read(2 * PLACE.size))
+        file.seek(OFFSET.size * bucket)
+        begin, end = struct.unpack("<2Q", file.read(2 * OFFSET.size))
         file.seek(begin)
         data = memoryview(file.read(end - begin))
     (count,) = COUNT.unpack_from(data)

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from cpm_bee.encoding import Encoder, Shape, TokenLists, is_shuffled, outline
+from cpm_bee.encoding import Encoder, SegmentTree, TokenLists, is_shuffled, outline
 from cpm_bee.records import Record
 
 # The arrays of an index by file name, with their types and what counts their items.
 ARRAYS: dict[str, tuple[type, str]] = {
     "lengths": (np.int32, "records"),
     "num_targets": (np.int32, "records"),
-    "shapes": (np.int32, "records"),
+    "trees": (np.int32, "records"),
     "shuffled": (np.bool_, "records"),
     "extension_counts": (np.int32, "records"),
     "files": (np.int32, "records"),
@@ -31,8 +31,8 @@ ARRAYS: dict[str, tuple[type, str]] = {
     "extension_ids": (np.int32, "extensions"),
     "extension_subs": (np.uint16, "extensions"),
 }
-PLACES = ("files", "offsets")  # where a record lies: known once it is in its dataset
-_CHUNK_ARRAYS = [name for name in ARRAYS if name not in PLACES]
+LOCATION_ARRAYS = ("files", "offsets")  # where a record lies: known once it is in its dataset
+_CHUNK_ARRAYS = [name for name in ARRAYS if name not in LOCATION_ARRAYS]
 COUNTED = ("records", "tokens", "extensions")
 
 # Arrays by name, of consecutive records.
@@ -45,10 +45,10 @@ def counts_of(arrays: Arrays) -> np.ndarray:
 
 
 class TokenChunk:
-    """Encodes records one by one and gives all arrays but `PLACES` of them at once.
+    """Encodes records one by one and gives all arrays but `LOCATION_ARRAYS` of them at once.
 
     Attributes:
-        shapes: the distinct shapes; array `shapes` holds numbers in this list.
+        trees: the distinct trees; array `trees` holds numbers in this list.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -58,9 +58,9 @@ class TokenChunk:
         self._num_segments = array("i")
         self._record_ends = array("q")  # in tokens
         self._shuffled: list[bool] = []
-        self._shape_numbers = array("i")
-        self._numbers: dict[int, int] = {}  # identity of a shape -> its number
-        self.shapes: list[Shape] = []
+        self._tree_numbers = array("i")
+        self._numbers: dict[int, int] = {}  # identity of a tree -> its number
+        self.trees: list[SegmentTree] = []
 
     def __len__(self) -> int:
         return len(self._num_segments)
@@ -71,17 +71,17 @@ class TokenChunk:
 
     def add(self, record: Record) -> None:
         """Encode a valid record. Raises `InputError` as `Encoder.encode`; it is then left out."""
-        texts, shape = segments = outline(record)
+        texts, tree = segments = outline(record)
         self._encoder.append(segments, self._tokens)
-        self._predicted += shape.predicted
+        self._predicted += tree.predicted
         self._num_segments.append(len(texts))
         self._record_ends.append(len(self._tokens.ids))
         self._shuffled.append(is_shuffled(record))
-        number = self._numbers.get(id(shape))  # hashing the shape itself would take long
+        number = self._numbers.get(id(tree))  # hashing the tree itself would take long
         if number is None:
-            number = self._numbers[id(shape)] = len(self.shapes)
-            self.shapes.append(shape)
-        self._shape_numbers.append(number)
+            number = self._numbers[id(tree)] = len(self.trees)
+            self.trees.append(tree)
+        self._tree_numbers.append(number)
 
     def arrays(self) -> Arrays:
         ids = np.array(self._tokens.ids, dtype=np.int32)
@@ -92,16 +92,16 @@ class TokenChunk:
         numbers = np.arange(len(segment_lengths)) - first_segments.repeat(num_segments)
         targets = np.where(np.array(self._predicted, dtype=np.bool_), segment_lengths, 0)
         target_ends = np.concatenate([[0], np.cumsum(targets, dtype=np.int64)])
-        places, subs = np.array(self._tokens.subs, dtype=np.int64).reshape(-1, 2).T
+        positions, subs = np.array(self._tokens.subs, dtype=np.int64).reshape(-1, 2).T
         record, extension_ids, extension_subs = _largest_subs(
-            np.searchsorted(ends, places, side="right"), ids[places], subs
+            np.searchsorted(ends, positions, side="right"), ids[positions], subs
         )
         all_subs = np.zeros(len(ids), dtype=np.uint16)
-        all_subs[places] = subs
+        all_subs[positions] = subs
         values: dict[str, Any] = {
             "lengths": np.diff(ends, prepend=0),
             "num_targets": target_ends[first_segments + num_segments] - target_ends[first_segments],
-            "shapes": self._shape_numbers,
+            "trees": self._tree_numbers,
             "shuffled": self._shuffled,
             "extension_counts": np.bincount(record, minlength=len(self)),
             "ids": ids,
@@ -127,21 +127,21 @@ def _largest_subs(
 def take(arrays: Arrays, order: np.ndarray) -> Arrays:
     """The same records in another order."""
     sizes = {"tokens": arrays["lengths"], "extensions": arrays["extension_counts"]}
-    places = {counted: _places(lengths, order) for counted, lengths in sizes.items()}
+    positions = {counted: _positions(lengths, order) for counted, lengths in sizes.items()}
     return {
-        name: values[order if ARRAYS[name][1] == "records" else places[ARRAYS[name][1]]]
+        name: values[order if ARRAYS[name][1] == "records" else positions[ARRAYS[name][1]]]
         for name, values in arrays.items()
     }
 
 
-def _places(lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """The places of items that come in runs of `lengths`, after the runs are put in order."""
+def _positions(lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """The positions of items that come in runs of `lengths`, after the runs are put in order."""
     starts = np.cumsum(lengths, dtype=np.int32) - lengths
     lengths = lengths[order]
     shifts = starts[order] - (np.cumsum(lengths, dtype=np.int32) - lengths)
-    places = np.arange(lengths.sum(), dtype=np.int32)
-    places += np.repeat(shifts, lengths)
-    return places
+    positions = np.arange(lengths.sum(), dtype=np.int32)
+    positions += np.repeat(shifts, lengths)
+    return positions
 
 
 def split(arrays: Arrays, ends: np.ndarray) -> Iterator[Arrays]:

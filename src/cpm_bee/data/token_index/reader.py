@@ -22,7 +22,7 @@ from cpm_bee.data.batch import Pair, Stream
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.token_index.arrays import ARRAYS
 from cpm_bee.data.token_index.writer import INFO, build, folder_name
-from cpm_bee.encoding import EncodedRecord, Encoder, Shape
+from cpm_bee.encoding import EncodedRecord, Encoder, SegmentTree
 from cpm_bee.files import BusyError, atomic_folder
 from cpm_bee.records import Record
 from cpm_bee.tokenizer import Tokenizer
@@ -55,11 +55,11 @@ class TokenIndex:
         self._arrays = arrays
         self._starts = _starts(self.lengths)
         self._extension_starts = _starts(arrays["extension_counts"])
-        self._shapes = [Shape(tuple(d), tuple(map(bool, p))) for d, p in info["shapes"]]
-        self._num_segments = np.array([len(s.depths) for s in self._shapes], dtype=np.int64)
+        self._trees = [SegmentTree(tuple(d), tuple(map(bool, p))) for d, p in info["trees"]]
+        self._num_segments = np.array([len(s.depths) for s in self._trees], dtype=np.int64)
         self._segment_starts = _starts(self._num_segments)
-        # Whether a segment of a shape is given, for the segments of all shapes; bool.
-        self._given = ~np.array([p for s in self._shapes for p in s.predicted], dtype=np.bool_)
+        # Whether a segment of a tree is given, for the segments of all trees; bool.
+        self._given = ~np.array([p for s in self._trees for p in s.predicted], dtype=np.bool_)
         self._encoder = Encoder(tokenizer)
         self._keep: Any = None  # a temporary folder lives as long as its index
 
@@ -100,14 +100,14 @@ class TokenIndex:
             ids=a["ids"][tokens],
             subs=a["subs"][tokens],
             segments=a["segments"][tokens],
-            shape=self._shapes[a["shapes"][number]],
+            tree=self._trees[a["trees"][number]],
         )
 
     def source(self, number: int) -> Record:
         """The record as it stands in the dataset."""
-        return self.dataset.read(*self.place(number))
+        return self.dataset.read(*self.location(number))
 
-    def place(self, number: int) -> tuple[int, int]:
+    def location(self, number: int) -> tuple[int, int]:
         """A record's data file and the byte it begins at."""
         return int(self._arrays["files"][number]), int(self._arrays["offsets"][number])
 
@@ -121,17 +121,17 @@ class TokenIndex:
         a = self._arrays
         chosen = np.asarray(numbers, dtype=np.int64)
         lengths = self.lengths[chosen].astype(np.int64)
-        shapes = a["shapes"][chosen]
-        tokens = _places(self._starts[chosen], lengths)  # (T,)
+        trees = a["trees"][chosen]
+        tokens = _positions(self._starts[chosen], lengths)  # (T,)
         segments = a["segments"][tokens]
-        relations = [self._shapes[shape].relations.ravel() for shape in shapes.tolist()]
+        relations = [self._trees[tree].relations.ravel() for tree in trees.tolist()]
         stream = Stream(
             ids=a["ids"][tokens],
             subs=a["subs"][tokens],
             segments=segments,
-            context=self._given[np.repeat(self._segment_starts[shapes], lengths) + segments],
+            context=self._given[np.repeat(self._segment_starts[trees], lengths) + segments],
             lengths=lengths,
-            num_segments=self._num_segments[shapes],
+            num_segments=self._num_segments[trees],
             relations=np.concatenate([np.empty(0, dtype=np.uint8), *relations]),
         )
         if rng_of is not None:
@@ -143,7 +143,7 @@ class TokenIndex:
         """The largest sub of each id of `extension_vocabulary` in some records, 0 where none."""
         chosen = np.asarray(numbers, dtype=np.int64)
         counts = self._arrays["extension_counts"][chosen]
-        own = _places(self._extension_starts[chosen], counts)
+        own = _positions(self._extension_starts[chosen], counts)
         ids = np.searchsorted(self.extension_vocabulary, self._arrays["extension_ids"][own])
         largest = np.zeros(len(self.extension_vocabulary), dtype=np.uint16)
         np.maximum.at(largest, ids, self._arrays["extension_subs"][own])
@@ -159,8 +159,8 @@ class TokenIndex:
         return [(i, s) for i, n in zip(ids, largest_subs, strict=True) for s in range(1, n + 1)]
 
 
-def _places(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The places of runs that begin at `starts` and have `counts` items, one after the other."""
+def _positions(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The positions of runs that begin at `starts` and have `counts` items, one after the other."""
     ends = np.cumsum(counts, dtype=np.int64)
     total = int(ends[-1]) if len(ends) else 0
     return np.arange(total) + np.repeat(starts - (ends - counts), counts)

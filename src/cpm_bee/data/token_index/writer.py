@@ -11,13 +11,20 @@ import numpy as np
 
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.record_pickle import decode
-from cpm_bee.data.token_index.arrays import ARRAYS, COUNTED, PLACES, Arrays, TokenChunk, counts_of
-from cpm_bee.encoding import Encoder, Shape
+from cpm_bee.data.token_index.arrays import (
+    ARRAYS,
+    COUNTED,
+    LOCATION_ARRAYS,
+    Arrays,
+    TokenChunk,
+    counts_of,
+)
+from cpm_bee.encoding import Encoder, SegmentTree
 from cpm_bee.errors import InputError, Problems
-from cpm_bee.progress import progress
+from cpm_bee.progress import progress_bar
 from cpm_bee.tokenizer import Tokenizer
 
-FORMAT = 2  # part of the folder's name: raise it when anything below changes
+FORMAT = 3  # part of the folder's name: raise it when anything below changes
 
 INFO = "index.json"
 CHUNK_TOKENS = 1 << 18
@@ -29,7 +36,7 @@ def folder_name(tokenizer: Tokenizer) -> str:
 
 
 def write_arrays(folder: Path, arrays: Arrays, at: np.ndarray) -> None:
-    """Write arrays to their places in the files of an index; files are made where missing.
+    """Write arrays to their positions in the files of an index; files are made where missing.
 
     `at` is what lies before, counted as in `COUNTED`.
     """
@@ -46,20 +53,20 @@ def write_info(
     dataset: BinaryDataset,
     tokenizer: Tokenizer,
     counts: np.ndarray,
-    shapes: Sequence[Shape],
+    trees: Sequence[SegmentTree],
     extension_vocabulary: Iterable[int],
 ) -> None:
     """Write what makes a folder of arrays an index.
 
     Args:
         counts: of the whole index, as in `COUNTED`.
-        shapes: all shapes, by number.
+        trees: all trees, by number.
         extension_vocabulary: the ids that have a sub > 0 in any record.
     """
     info = {
         "dataset": dataset.fingerprint,
         "vocabulary": tokenizer.fingerprint,
-        "shapes": [[shape.depths, [int(p) for p in shape.predicted]] for shape in shapes],
+        "trees": [[tree.depths, [int(p) for p in tree.predicted]] for tree in trees],
         "extension_vocabulary": sorted(extension_vocabulary),
         **dict(zip(COUNTED, counts.tolist(), strict=True)),
     }
@@ -76,22 +83,22 @@ def build(folder: Path, dataset: BinaryDataset, tokenizer: Tokenizer) -> None:
     problems = Problems()
     builder = _Builder(folder)
     chunk = TokenChunk(encoder)
-    bar = progress(
+    bar = progress_bar(
         dataset, total=len(dataset), description=f"tokens of {dataset.folder.name}", unit="records"
     )
-    places: list[tuple[int, int]] = []
+    positions: list[tuple[int, int]] = []
     for file, offset, payload in bar:
         try:
             chunk.add(decode(payload))
         except InputError as error:
             problems.add(dataset.where(file, offset), str(error))
             continue
-        places.append((file, offset))
+        positions.append((file, offset))
         if chunk.num_tokens >= CHUNK_TOKENS:
-            builder.append(chunk, places)
-            chunk, places = TokenChunk(encoder), []
+            builder.append(chunk, positions)
+            chunk, positions = TokenChunk(encoder), []
     problems.raise_if_any(f"{dataset.folder}: records that this model cannot read:")
-    builder.append(chunk, places)
+    builder.append(chunk, positions)
     builder.close(dataset, tokenizer)
 
 
@@ -101,28 +108,30 @@ class _Builder:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._counts = np.zeros(len(COUNTED), dtype=np.int64)
-        self._shapes: dict[Shape, int] = {}
+        self._trees: dict[SegmentTree, int] = {}
         self._extension_vocabulary: set[int] = set()
 
-    def append(self, chunk: TokenChunk, places: list[tuple[int, int]]) -> None:
+    def append(self, chunk: TokenChunk, positions: list[tuple[int, int]]) -> None:
         arrays = chunk.arrays()
-        numbers = [self._shapes.setdefault(shape, len(self._shapes)) for shape in chunk.shapes]
-        arrays["shapes"] = np.array(numbers, dtype=np.int32)[arrays["shapes"]]
-        arrays |= dict(zip(PLACES, np.array(places, dtype=np.int64).reshape(-1, 2).T, strict=True))
+        numbers = [self._trees.setdefault(tree, len(self._trees)) for tree in chunk.trees]
+        arrays["trees"] = np.array(numbers, dtype=np.int32)[arrays["trees"]]
+        arrays |= dict(
+            zip(LOCATION_ARRAYS, np.array(positions, dtype=np.int64).reshape(-1, 2).T, strict=True)
+        )
         write_arrays(self._folder, arrays, self._counts)
         self._counts += counts_of(arrays)
         self._extension_vocabulary.update(arrays["extension_ids"].tolist())
 
     def close(self, dataset: BinaryDataset, tokenizer: Tokenizer) -> None:
-        shapes = sorted(self._shapes)
-        if shapes:  # so far numbered as they came
-            final = np.empty(len(shapes), dtype=np.int32)
-            final[[self._shapes[shape] for shape in shapes]] = np.arange(len(shapes))
-            stored = np.memmap(self._folder / "shapes", dtype=np.int32, mode="r+")
+        trees = sorted(self._trees)
+        if trees:  # so far numbered as they came
+            final = np.empty(len(trees), dtype=np.int32)
+            final[[self._trees[tree] for tree in trees]] = np.arange(len(trees))
+            stored = np.memmap(self._folder / "trees", dtype=np.int32, mode="r+")
             for begin in range(0, len(stored), CHUNK_TOKENS):
                 part = slice(begin, begin + CHUNK_TOKENS)
                 stored[part] = final[stored[part]]
             stored.flush()
         write_info(
-            self._folder, dataset, tokenizer, self._counts, shapes, self._extension_vocabulary
+            self._folder, dataset, tokenizer, self._counts, trees, self._extension_vocabulary
         )

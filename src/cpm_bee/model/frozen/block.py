@@ -1,7 +1,7 @@
 """Blocks with a backward pass of their own, for a frozen base with LoRA.
 
 Frozen weights need no gradient, so the inputs of their products need not be kept: an attention
-keeps its input, q, k, v and its output, a feed-forward its input and the two halves of the gate.
+keeps its input, q, k, v and its output, a loader-forward its input and the two halves of the gate.
 Everything else is computed again, in place where possible; the factors 1/sqrt(dim_in) and 1/1.05
 are folded into norms and sums. The results are those of `layers`, up to rounding.
 """

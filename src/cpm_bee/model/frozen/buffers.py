@@ -61,7 +61,7 @@ def _is_unused(storage: torch.UntypedStorage) -> bool:
 buffers = Buffers()
 
 
-def keep_no_large_pieces() -> None:
+def return_freed_memory() -> None:
     """Let malloc (glibc's) return what is larger than a mebibyte to the system once it is free.
 
     Of its own accord it comes to keep up to 32 MiB. For programs whose large tensors are `buffers`.

@@ -32,9 +32,9 @@ class _Norm:
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         length = torch.linalg.vector_norm(h, dim=-1, keepdim=True, dtype=torch.float32)
         self._rstd = length.square_().div_(h.shape[-1]).add_(self._eps).rsqrt_()  # (T, 1)
-        return self.again(h)
+        return self.recompute(h)
 
-    def again(self, h: torch.Tensor) -> torch.Tensor:
+    def recompute(self, h: torch.Tensor) -> torch.Tensor:
         """The output of `forward`, which the caller need not keep."""
         if h.dtype == torch.float32:
             return torch.mul(h, self._rstd, out=buffers.empty(h, *h.shape)).mul_(self._weight)
@@ -95,9 +95,9 @@ class AttentionPass:
 
     def forward(self, h: torch.Tensor, *, keep: bool, input_needed: bool) -> torch.Tensor:
         x = self._norm.forward(h)
-        asking = x if self._queries is None else x[self._queries]
-        projected = (self._q.forward(asking), self._k.forward(x), self._v.forward(x))
-        del x, asking
+        query_inputs = x if self._queries is None else x[self._queries]
+        projected = (self._q.forward(query_inputs), self._k.forward(x), self._v.forward(x))
+        del x, query_inputs
         q, k, v = (y.unflatten(-1, self._heads) for y in projected)  # (T, H, D)
         del projected
         if keep:
@@ -133,13 +133,13 @@ class AttentionPass:
         ga = self._out.input_gradient(g, scale).unflatten(-1, self._heads)
         gq, gk, gv = self._attention_gradients(ga)
         del ga, self._attended, self._edges, self._result
-        x = self._norm.again(h) if any(w.lora for w in (self._q, self._k, self._v)) else h
-        asking = x if self._queries is None else x[self._queries]
+        x = self._norm.recompute(h) if any(w.lora for w in (self._q, self._k, self._v)) else h
+        query_inputs = x if self._queries is None else x[self._queries]
         gradients: Gradients = [None]
-        for weight, gy, inputs in ((self._q, gq, asking), (self._k, gk, x), (self._v, gv, x)):
+        for weight, gy, inputs in ((self._q, gq, query_inputs), (self._k, gk, x), (self._v, gv, x)):
             gradients += weight.gradients(gy, inputs)
         gradients += of_out
-        del x, asking
+        del x, query_inputs
         if not input_needed:
             return None, gradients
         assert gq is not None and gk is not None and gv is not None
@@ -195,7 +195,7 @@ class FeedForwardPass:
             g_product.mul_(gate), inner, grad_input=g_product
         )
         del g_product, activated, inner, gate
-        x = self._norm.again(h) if self._w_0.lora or self._w_1.lora else h
+        x = self._norm.recompute(h) if self._w_0.lora or self._w_1.lora else h
         gradients: Gradients = [None, *self._w_0.gradients(g_inner, x)]
         gradients += [*self._w_1.gradients(g_gate, x), *of_out]
         del x

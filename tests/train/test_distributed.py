@@ -19,12 +19,12 @@ from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.tokenizer import Tokenizer
 
 ROWS = 4  # of a step, over all processes
-MAX_LENGTH = 48  # so that lanes end at different steps
+MAX_LENGTH = 48  # so that row streams end at different steps
 STEPS = 20
 # What the processes of a torchrun write in turn, and who goes on with it.
 RELAY = [(1, "auto", 4), (2, "ddp", 8), (2, "fsdp", 12), (4, "fsdp", 15), (4, "ddp", 17)]
 
-# name -> flags, the ways to spread it that are tried, and micro-steps of a step
+# name -> flags, the ways to distribute it that are tried, and micro-steps of a step
 RUNS: dict[str, tuple[dict[str, Any], tuple[str, ...], int]] = {
     "delta": ({"use_delta": True}, ("ddp", "fsdp"), 1),
     # Processes have different numbers of batches.

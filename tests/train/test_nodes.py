@@ -186,12 +186,12 @@ def own_address() -> str:
         return str(probe.getsockname()[0])
 
 
-def test_the_machine_with_the_address_hosts_the_meeting() -> None:
+def test_the_machine_with_the_address_hosts_the_rendezvous() -> None:
     address = own_address()
     flags = f"--rdzv_conf=is_host=1,join_timeout=60 --local_addr={address}"
-    assert rendezvous.meet(address, 1, 60.0) == flags
+    assert rendezvous.rendezvous_flags(address, 1, 60.0) == flags
     assert (
-        rendezvous.meet("127.0.0.1", 1, 0.0) == ""
+        rendezvous.rendezvous_flags("127.0.0.1", 1, 0.0) == ""
     )  # several agents on one machine: torch decides
 
 
@@ -201,16 +201,16 @@ def test_other_machines_wait_for_the_first(
     address, port = own_address(), free_port()
     monkeypatch.setattr(rendezvous, "_is_own", lambda number: False)
     with pytest.raises(RunError, match=f"nobody answers at {address}:{port} within 1 seconds"):
-        rendezvous.meet(address, port, 1.0)
+        rendezvous.rendezvous_flags(address, port, 1.0)
     assert f"waiting up to 1 seconds for {address}:{port}" in capsys.readouterr().err
     with socket.create_server((address, port)):
         flags = f"--rdzv_conf=is_host=0,join_timeout=5 --local_addr={address}"
-        assert rendezvous.meet(address, port, 5.0) == flags
+        assert rendezvous.rendezvous_flags(address, port, 5.0) == flags
 
 
 def test_an_unknown_name_is_refused_at_once() -> None:
     with pytest.raises(InputError, match="MASTER_ADDR=no-such-machine"):
-        rendezvous.meet("no-such-machine.invalid", 12345, 60.0)
+        rendezvous.rendezvous_flags("no-such-machine.invalid", 12345, 60.0)
 
 
 SRUN = """#!/bin/sh
