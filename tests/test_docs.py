@@ -458,4 +458,4 @@ def test_licence_is_the_text_of_apache_2() -> None:
     # sha256 of the text as it is published, with its first empty line and the appendix.
     digest = hashlib.sha256((ROOT / "LICENSE").read_bytes()).hexdigest()
     assert digest == "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
-    assert 'license="Apache-2.0"' in text_of(ROOT / "setup.py")
+    assert 'license = { text = "Apache-2.0" }' in text_of(ROOT / "pyproject.toml")

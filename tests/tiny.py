@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def make_model(seed: int = 0, **changes: Any) -> CPMBee:
     return model.eval()
 
 
-def encode(records: list[Record]) -> list[EncodedRecord]:
+def encode(records: Sequence[Any]) -> list[EncodedRecord]:
     encoder = Encoder(TOKENIZER)
     return [encoder.encode(record) for record in records]
 
