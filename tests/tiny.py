@@ -15,10 +15,10 @@ from cpm_bee.model.network import CPMBee
 from cpm_bee.records import Record
 from cpm_bee.tokenizer import Tokenizer
 
-SPECIALS = ["<pad>", "<unk>", "<mask>", "<sep>", "</n>", "</_>", "<s>", "</s>"]
-SPECIALS += ["<root>", "<ans>", "<option>"]
+RESERVED_TOKENS = ["<pad>", "<unk>", "<mask>", "<sep>", "</n>", "</_>", "<s>", "</s>"]
+RESERVED_TOKENS += ["<root>", "<ans>", "<option>"]
 PLAIN = ["<", ">", "input", "question", "a", "b", "ab", "x", "春", "天", "春天", "风"]
-TOKENIZER = Tokenizer([*SPECIALS, *PLAIN], source="tiny vocabulary")
+TOKENIZER = Tokenizer([*RESERVED_TOKENS, *PLAIN], source="tiny vocabulary")
 
 
 def make_config(**changes: Any) -> ModelConfig:
