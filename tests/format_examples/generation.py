@@ -10,7 +10,12 @@ import torch
 
 import cpm_bee.generate.beam_search as beam_module
 from cpm_bee.encoding import Encoder, outline
-from cpm_bee.generate.beam_search import FinishedHypotheses, GenerationOptions, Generator, penalize_repetition
+from cpm_bee.generate.beam_search import (
+    FinishedHypotheses,
+    GenerationOptions,
+    Generator,
+    penalize_repetition,
+)
 from cpm_bee.generate.prompt import Prompt
 from cpm_bee.model.network import CPMBee
 from format_examples.common import VOCABULARY, Json, Rows, example, number, numbers
