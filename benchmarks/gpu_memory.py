@@ -21,11 +21,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import torch
-from memory import peak_memory
+from process_memory import peak_memory
 from tqdm import tqdm
 
 from cpm_bee import delta
@@ -67,7 +68,7 @@ WAYS = {
 
 
 def released_sizes() -> dict[str, ModelConfig]:
-    """SPEC §6. Which blocks the pruned releases lack is assumed; for memory their number counts."""
+    """docs/format.md §6. Which blocks the pruned releases lack is assumed; their number counts."""
     whole = ModelConfig.load(ROOT / "config" / "cpm-bee-10b.json")
 
     def kept(layer: int, number: int) -> bool:
@@ -154,7 +155,7 @@ def measured_environment() -> dict[str, str]:
     return {**os.environ, "MALLOC_TRIM_THRESHOLD_": "1000000"}
 
 
-def checked_config(sizes: dict[str, int]) -> ModelConfig:
+def checked_config(sizes: dict[str, Any]) -> ModelConfig:
     return ModelConfig(vocab_size=86_583, **sizes)
 
 

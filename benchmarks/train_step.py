@@ -16,11 +16,12 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import torch
-from memory import peak_memory
+from process_memory import peak_memory
 
 from cpm_bee import delta
 from cpm_bee.data.batch import Batch, collate
@@ -34,7 +35,7 @@ from cpm_bee.model.initialization import initial_values
 from cpm_bee.model.network import CPMBee
 from cpm_bee.tokenizer import Tokenizer
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "256x4": {"dim_model": 256, "num_heads": 4, "dim_head": 64, "dim_ff": 640, "num_layers": 4},
     "512x8": {"dim_model": 512, "num_heads": 8, "dim_head": 64, "dim_ff": 1280, "num_layers": 8},
 }

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from cpm_bee import delta
 from cpm_bee.data.batch import collate
 from cpm_bee.engine import OptimizerSettings
 from cpm_bee.engine.bmtrain_sharding import _gathered_once
-from cpm_bee.model.network import CPMBee
 
 SETTINGS = OptimizerSettings(
     weight_decay=0.0, clip_grad=1e9, loss_scale=8.0, loss_scale_factor=2.0, loss_scale_steps=100
@@ -66,7 +64,7 @@ def true_gradients(*layers: Layer) -> list[torch.Tensor | None]:
     return [layer.weight.grad for layer in layers]
 
 
-def whole(bmt: Any, part: Any, values: torch.Tensor) -> torch.Tensor:
+def whole(bmt: Any, part: Any, values: Any) -> torch.Tensor:
     """A tensor from the ranks' parts."""
     result = torch.zeros(part._original_shape.numel())
     if part.numel():
@@ -87,12 +85,15 @@ def list_with_a_frozen_begin(bmt: Any, make: Any) -> Any:
     for kind in ("ModuleList", "TransformerBlockList"):
         layers = [Layer(requires_grad=False), Layer(), Layer()]
         if kind == "ModuleList":
-            run: Callable[[torch.Tensor], torch.Tensor] = bmt.BMTrainModelWrapper(Stack(*layers))
+            run = bmt.BMTrainModelWrapper(Stack(*layers))
         else:
             blocks = bmt.TransformerBlockList(
                 [bmt.Block(bmt.BMTrainModelWrapper(layer)) for layer in layers]
             )
-            run = lambda h, blocks=blocks: blocks(h).sum()  # noqa: E731
+
+            def run(h: torch.Tensor, blocks: Any = blocks) -> torch.Tensor:
+                return blocks(h).sum()
+
         run(inputs(bmt.rank())).backward()
         found[kind] = [x.weight.grad for x in layers[1:]]  # all of it is on the first rank
     return found
@@ -275,7 +276,7 @@ def batch_of(rank: int) -> Any:
     return collate(tiny.encode([{"input": "春 a" * (rank + 1), "<ans>": "b"}]), tiny.TOKENIZER)
 
 
-def prepared(engine: Any, delta_on: tuple[str, ...] | None = None) -> tuple[CPMBee, Any]:
+def prepared(engine: Any, delta_on: tuple[str, ...] | None = None) -> tuple[Any, Any]:
     model = tiny.make_model(3, num_layers=2)
     if delta_on is not None:
         delta.insert(model, delta.DeltaConfig(rank=2, targets=delta_on), seed=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from cpm_bee.model.network import CPMBee
 from cpm_bee.records import Record
 from cpm_bee.tokenizer import Tokenizer
 
-SPECIALS = ["<pad>", "<unk>", "<mask>", "<sep>", "</n>", "</_>", "<s>", "</s>"]
-SPECIALS += ["<root>", "<ans>", "<option>"]
+RESERVED_TOKENS = ["<pad>", "<unk>", "<mask>", "<sep>", "</n>", "</_>", "<s>", "</s>"]
+RESERVED_TOKENS += ["<root>", "<ans>", "<option>"]
 PLAIN = ["<", ">", "input", "question", "a", "b", "ab", "x", "春", "天", "春天", "风"]
-TOKENIZER = Tokenizer([*SPECIALS, *PLAIN], source="tiny vocabulary")
+TOKENIZER = Tokenizer([*RESERVED_TOKENS, *PLAIN], source="tiny vocabulary")
 
 
 def make_config(**changes: Any) -> ModelConfig:
@@ -55,7 +56,7 @@ def hidden_states(model: CPMBee, batch: Batch) -> torch.Tensor:
     return model.encoder.output_layernorm(h)
 
 
-def encode(records: list[Record]) -> list[EncodedRecord]:
+def encode(records: Sequence[Any]) -> list[EncodedRecord]:
     encoder = Encoder(TOKENIZER)
     return [encoder.encode(record) for record in records]
 
