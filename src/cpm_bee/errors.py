@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
@@ -13,6 +14,10 @@ from cpm_bee.distributed.rank import (
     remove_empty_log_folders,
     reports,
 )
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
+_REPR.maxdict = 8
 
 
 class CpmBeeError(Exception):
@@ -60,6 +65,14 @@ class Problems:
         """Raise `InputError` with the header, one line a problem and the remedy, if any."""
         if self.count:
             raise InputError("\n".join(filter(None, [f"{header}", self.text(), remedy])))
+
+
+def shown(value: object) -> str:
+    """A value from a file, for a message: short, whatever the value is."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        return f"a huge {type(value).__name__}"
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:

@@ -20,6 +20,7 @@ from cpm_bee.checkpoint.config_from_weights import (
 from cpm_bee.checkpoint.loading import transfer
 from cpm_bee.checkpoint.reader import Checkpoint, LazyTensor, fingerprint_of, sample
 from cpm_bee.errors import InputError, Problems
+from cpm_bee.files import is_usable_name
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.initialization import initial_values
 from cpm_bee.model.network import CPMBee
@@ -182,7 +183,7 @@ def _sidecar(path: Path) -> dict[str, Any]:
     """What was recorded beside a checkpoint that this project saved; else an empty dictionary."""
     try:
         sidecar = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return sidecar if isinstance(sidecar, dict) else {}
 
@@ -193,7 +194,7 @@ def _vocabulary(
     if vocab is not None:
         return _checked_vocabulary(Path(vocab), config)
     recorded = sidecar.get("vocab")
-    if isinstance(recorded, str) and Path(recorded).is_file():
+    if isinstance(recorded, str) and is_usable_name(recorded) and Path(recorded).is_file():
         return _checked_vocabulary(Path(recorded), config)
     beside = checkpoint.parent / "vocab.txt"
     if not beside.is_file():

@@ -13,9 +13,10 @@ import torch
 from cpm_bee import __version__, delta
 from cpm_bee.checkpoint.reader import load_tensors, save_tensors
 from cpm_bee.delta import DeltaConfig
-from cpm_bee.errors import InputError, Problems
+from cpm_bee.errors import InputError, Problems, shown
 from cpm_bee.files import atomic_file
 from cpm_bee.model.config import ModelConfig
+from cpm_bee.train.saved_state import check_state
 
 _KEPT = ("best", "last")  # weights of a run
 
@@ -106,14 +107,16 @@ class RunFiles:
         if not self.state.is_file():
             raise InputError(f"{self.state}: there is no saved state to resume from")
         state = load_tensors(self.state, "a training state")
+        check_state(self.state, state)
         if state.get("base_fingerprint") != self._provenance.base_fingerprint:
             raise InputError(f"{self.state}: is the state of a run on another base model")
         problems = Problems()
         if state["delta"] != self._delta():
-            before = state["delta"] or "full fine-tuning"
-            problems.add("delta", f"{self._delta() or 'full fine-tuning'}, it was {before}")
+            was = shown(state["delta"]) if state["delta"] else "full fine-tuning"
+            problems.add("delta", f"{self._delta() or 'full fine-tuning'}, it was {was}")
         for name, value in (settings or {}).items():
-            if state["settings"][name] != value:
-                problems.add(name, f"{value}, it was {state['settings'][name]}")
+            before = state["settings"].get(name)
+            if before != value:
+                problems.add(name, f"{value}, it was {shown(before)}")
         problems.raise_if_any(f"{self.state}: --resume needs the same as before:")
         return state["engine"], state["progress"]
