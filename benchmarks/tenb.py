@@ -179,7 +179,8 @@ def train_phase(work: Work, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def generate_phase(work: Work, arguments: argparse.Namespace) -> dict[str, Any]:
     from cpm_bee import delta
-    from cpm_bee.generate.beam_search import GenerationOptions, Generator
+    from cpm_bee.generate.beam_search import Generator
+    from cpm_bee.generate.options import GenerationOptions
 
     base = load(work, arguments)
     delta.load(base.model, work.delta, base.fingerprint)

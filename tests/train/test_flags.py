@@ -27,9 +27,11 @@ from cpm_bee.model.attention import GroupedAttention
 from cpm_bee.model.network import BlockStack, CPMBee
 from cpm_bee.train import memory_estimate
 from cpm_bee.train.checkpoints import RunFiles
-from cpm_bee.train.options import Options, parser
+from cpm_bee.train.options import Options
 from cpm_bee.train.schedules import STYLES, learning_rate
 from cpm_bee.train.setup import finetune
+
+parser = Options.parser
 
 
 class Lab:
@@ -568,6 +570,12 @@ def _compile(lab: Lab) -> None:
     assert len(wanted) == train_support.CONFIG.num_layers
     assert run.losses == pytest.approx(usual.losses, rel=1e-6)
     assert distance(run.weights(), usual.weights()) < 1e-6
+
+
+@case
+def _dry_run(lab: Lab) -> None:
+    # The flag is declared; what it does is written in train/setup.py on another branch.
+    pytest.skip("DRY RUN NOT TESTED: train/setup.py does not know --dry-run yet")
 
 
 @pytest.mark.parametrize("action", flags(), ids=lambda action: action.dest)
