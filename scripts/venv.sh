@@ -2,6 +2,10 @@
 #   make_venv [EXTRA]   e.g. make_venv dev; returns at once where nothing has changed
 #   use_venv            puts an existing .venv on the PATH, unless another one is active
 
+# Threads of torch that wait for each other sleep: see src/cpm_bee/cli.py, which does the same.
+: "${OMP_WAIT_POLICY:=PASSIVE}"
+export OMP_WAIT_POLICY
+
 project="$(cd -P "$(dirname "${BASH_SOURCE[0]}")" && cd -P .. && pwd)"
 
 use_venv() {

@@ -107,7 +107,7 @@ class Flag:
             self.flag,
             default=None if self.required else self.default,
             required=self.required,
-            type=self.type or str,
+            type=self.type,  # type: ignore[arg-type]  # None, the default, leaves text
             choices=self.choices,
             metavar=metavar,
             help=text,
