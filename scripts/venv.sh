@@ -2,11 +2,10 @@
 #   make_venv [EXTRA]   e.g. make_venv dev; returns at once where nothing has changed
 #   use_venv            puts an existing .venv on the PATH, unless another one is active
 
-# Threads of torch that wait for each other sleep: see src/cpm_bee/cli.py, which does the same.
-: "${OMP_WAIT_POLICY:=PASSIVE}"
-export OMP_WAIT_POLICY
-
 project="$(cd -P "$(dirname "${BASH_SOURCE[0]}")" && cd -P .. && pwd)"
+
+# Threads that spin while they wait starve a machine that does other work too.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 
 use_venv() {
     if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$project/.venv/bin/python" ]; then
@@ -21,7 +20,7 @@ make_venv() {
         exit 2
     fi
     stamp="$project/.venv/.installed-${extra:-base}"
-    fingerprint="$(cat "$project/setup.py" "$project/constraints.txt" | cksum)"
+    fingerprint="$(cat "$project/pyproject.toml" "$project/constraints.txt" | cksum)"
     if [ ! -x "$project/.venv/bin/pip" ]; then
         echo "making $project/.venv"
         "$python" -m venv --clear "$project/.venv"

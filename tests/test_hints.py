@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 from support import run_script
 
-from cpm_bee import cli, hints
-from cpm_bee.cli import ArgumentParser, CommandOptions, positive
+from cpm_bee import hints
+from cpm_bee.cli import ArgumentParser, positive
 from cpm_bee.data.preprocess.options import PreprocessOptions
 from cpm_bee.errors import InputError
 from cpm_bee.generate.options import TextGenerationOptions
+from cpm_bee.options import CommandOptions, Group
 from cpm_bee.train.options import Options
 
 SCRIPTS: list[type[CommandOptions]] = [Options, TextGenerationOptions, PreprocessOptions]
@@ -148,7 +149,7 @@ def test_a_script_says_it_and_exits_with_2() -> None:
 
 def test_options_are_declared_with_their_parsers() -> None:
     """check_values applies to values that did not come from a command line."""
-    group = cli.Group("g", "组")
+    group = Group("g", "组")
     assert group.option(1, "h", "帮", type=positive).metadata["type"] is positive
     with pytest.raises(InputError, match="--beam-size: 0 is less than 1"):
         TextGenerationOptions(input="-", output="-", beam_size=0)

@@ -15,10 +15,10 @@ import pytest
 from support import ROOT, run_script
 
 from cpm_bee import delta
-from cpm_bee.cli import CommandOptions
 from cpm_bee.data.preprocess.options import PreprocessOptions
 from cpm_bee.errors import RunError
 from cpm_bee.generate.options import TextGenerationOptions
+from cpm_bee.options import CommandOptions
 from cpm_bee.train.options import Options
 
 SCRIPT = "scripts/make_docs.py"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cpm_bee import hints, quantize
-from cpm_bee.cli import REQUIRED, CommandOptions, Group, check_values, positive, real_number
+from cpm_bee.cli import positive, real_number
+from cpm_bee.options import REQUIRED, CommandOptions, Group, check_values
 
 FILES = Group("files", "文件")
 MODEL = Group("model", "模型")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cpm_bee.cli import REQUIRED, Group, comma_list, positive, real_number
+from cpm_bee.cli import comma_list, positive, real_number
+from cpm_bee.options import REQUIRED, Group
 from cpm_bee.quantize import CHOICES, NONE
 
 AUTO = "auto"

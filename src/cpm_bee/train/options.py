@@ -8,15 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cpm_bee import hints
-from cpm_bee.cli import (
-    GENERAL,
-    CommandOptions,
-    Group,
-    not_negative,
-    positive,
-    real_number,
-    whole_number,
-)
+from cpm_bee.cli import not_negative, positive, real_number, whole_number
+from cpm_bee.options import GENERAL, CommandOptions, Group
 from cpm_bee.train.model_options import AUTO, DATA, DELTA, MODEL, ModelOptions, above_zero
 from cpm_bee.train.schedules import STYLES
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cpm_bee import hints
-from cpm_bee.cli import REQUIRED, CommandOptions, Group, positive, whole_number
+from cpm_bee.cli import positive, whole_number
 from cpm_bee.data.bin_dataset import BLOCK_SIZE
+from cpm_bee.options import REQUIRED, CommandOptions, Group
 
 FILES = Group("files", "文件")
 PROCESSING = Group("processing", "处理")
