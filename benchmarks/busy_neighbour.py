@@ -42,7 +42,10 @@ def neighbour(busy: bool) -> Iterator[None]:
     if not busy:
         yield
         return
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    # It ends with its parent, also where that is killed.
+    count = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n"
+    count += "    for _ in range(100_000): pass"
+    process = subprocess.Popen([sys.executable, "-c", count])
     try:
         yield
     finally:

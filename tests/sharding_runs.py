@@ -57,7 +57,7 @@ def reading(engine: TorchEngine, folder: Path) -> None:
         return found
 
     entries = dict(base.tensors())
-    LazyTensor.rows = counted  # type: ignore[method-assign]
+    LazyTensor.rows = counted  # type: ignore[method-assign, assignment]
     engine.shard(lambda: iter(entries.items()), offload=False)
     whole = sum(4 * math.prod(entry.shape) for entry in entries.values())
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -80,7 +80,7 @@ def run(engine: TorchEngine, folder: Path, way: str) -> dict[str, Any]:
     base = open_model(str(path), config, engine.dtype)
     delta.insert(base.model, delta.DeltaConfig(rank=3, targets=("project_q", "w_out")), 0)
     if way == "ddp":
-        base.fill(CPU)
+        base.materialize(CPU)
     else:
         engine.shard(base.tensors, offload=way == "offload")
     engine.prepare(base.model, SETTINGS)
