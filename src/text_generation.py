@@ -64,14 +64,15 @@ def main() -> None:
     arguments = parse_arguments()
     # Imported late, with torch: --help and wrong usage answer at once.
     from cpm_bee import delta, pretrained
+    from cpm_bee.engine.device import choose_device, choose_dtype
     from cpm_bee.generate.beam_search import GenerationOptions, Generator
     from cpm_bee.generate.jsonl import STANDARD, generate_file, read_records
 
     names = ("beam_size", "max_length", "repetition_penalty", "repetition_window")
     options = GenerationOptions(**{name: getattr(arguments, name) for name in names})
     records = read_records(arguments.input)
-    device = pretrained.choose_device(arguments.device)
-    dtype = pretrained.choose_dtype(arguments.dtype, device)
+    device = choose_device(arguments.device)
+    dtype = choose_dtype(arguments.dtype, device)
     model = (arguments.load, arguments.model_config, arguments.vocab)
     loaded = pretrained.load_pretrained(*model, dtype, device, quantize=arguments.quantize)
     if arguments.delta is not None:

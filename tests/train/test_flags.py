@@ -25,7 +25,7 @@ from cpm_bee.errors import InputError, run_command
 from cpm_bee.model import compiled
 from cpm_bee.model.attention import GroupedAttention
 from cpm_bee.model.network import BlockStack, CPMBee
-from cpm_bee.train import memory_estimate
+from cpm_bee.train import activation_checkpointing
 from cpm_bee.train.checkpoints import RunFiles
 from cpm_bee.train.options import Options, parser
 from cpm_bee.train.schedules import STYLES, learning_rate
@@ -544,7 +544,7 @@ def _checkpointing(lab: Lab) -> None:
     assert "checkpointing full: as asked" in lab.printed
     lab.run(checkpointing="auto")
     assert "checkpointing none: a step needs less than" in lab.printed
-    lab.patch.setattr(memory_estimate, "free_memory", lambda *_: 1 << 16)
+    lab.patch.setattr(activation_checkpointing, "free_memory", lambda *_: 1 << 16)
     chosen: list[bool] = []
     lab.patch.setattr(BlockStack, "set_checkpointing", lambda self, wanted: chosen.append(wanted))
     lab.run(checkpointing="auto", **values)
@@ -568,6 +568,14 @@ def _compile(lab: Lab) -> None:
     assert len(wanted) == train_support.CONFIG.num_layers
     assert run.losses == pytest.approx(usual.losses, rel=1e-6)
     assert distance(run.weights(), usual.weights()) < 1e-6
+
+
+@case
+def _dry_run(lab: Lab) -> None:
+    # What it finds and prints: test_dry_run.py.
+    save = lab.new_folder()
+    finetune(Options.parse(lab.workspace.flags(save, use_delta=True, dry_run=True)))
+    assert not save.exists()
 
 
 @pytest.mark.parametrize("action", flags(), ids=lambda action: action.dest)

@@ -41,23 +41,27 @@ class RunFiles:
         self.last = self._folder / f"{name}{infix}-last.pt"
         self.state = self._folder / f"{name}-state.pt"
         self.log = self._folder / f"{name}-log.jsonl"
+        self.previous = self._folder / f"{name}-previous"
 
     def archive_previous(self) -> Path | None:
         """Move the files of an earlier run of this name to `SAVE_NAME-previous/`.
 
         One earlier run is kept. Returns the folder if there was one.
         """
-        weights = [f"{i}-{w}.{s}" for i in ("", "-delta") for w in _KEPT for s in ("pt", "json")]
-        own = [self._folder / f"{self._name}{ending}" for ending in weights]
-        earlier = [path for path in (*own, self.state, self.log) if path.is_file()]
+        earlier = self.files_of_previous()
         if not earlier:
             return None
-        previous = self._folder / f"{self._name}-previous"
-        shutil.rmtree(previous, ignore_errors=True)
-        previous.mkdir()
+        shutil.rmtree(self.previous, ignore_errors=True)
+        self.previous.mkdir()
         for path in earlier:
-            path.rename(previous / path.name)
-        return previous
+            path.rename(self.previous / path.name)
+        return self.previous
+
+    def files_of_previous(self) -> list[Path]:
+        """The files that a run of this name has left in the folder."""
+        weights = [f"{i}-{w}.{s}" for i in ("", "-delta") for w in _KEPT for s in ("pt", "json")]
+        own = [self._folder / f"{self._name}{ending}" for ending in weights]
+        return [path for path in (*own, self.state, self.log) if path.is_file()]
 
     def save_weights(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
         """A delta file, or a native checkpoint (fp16 if the config says half)."""
