@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cpm_bee import __version__, delta
+from cpm_bee import __version__
 from cpm_bee.checkpoint.reader import load_tensors, save_tensors
 from cpm_bee.delta import DeltaConfig
+from cpm_bee.delta import save as save_delta
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.files import atomic_file
 from cpm_bee.model.config import ModelConfig
@@ -66,7 +67,7 @@ class RunFiles:
     def save_weights(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
         """A delta file, or a native checkpoint (fp16 if the config says half)."""
         if self._provenance.delta is not None:
-            delta.save(path, tensors, self._provenance.delta, self._provenance.base_fingerprint)
+            save_delta(path, tensors, self._provenance.delta, self._provenance.base_fingerprint)
             return
         config = self._provenance.config
         if config.half:

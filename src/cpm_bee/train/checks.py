@@ -108,12 +108,9 @@ def check(options: Options) -> Inputs:
             flex_attention.is_chosen(options.attention, device, dropout)
     if pretrained is not None:
         if delta_config is not None:
-            insert_delta(pretrained.model, delta_config, _seed(options))
-            if not any(p.requires_grad for p in pretrained.model.parameters()):
-                problems.add("--delta-targets", "this model has none of these layers")
+            _insert_delta(pretrained, delta_config, _seed(options), problems)
         files = _run_files(options, pretrained, delta_config)
-    if pretrained is not None and options.dry_run:
-        for flag, dataset in datasets.items():
+        for flag, dataset in datasets.items() if options.dry_run else ():
             with problems.collecting():
                 surveys[flag] = survey(dataset, pretrained.tokenizer, shapes[flag])
     if files is not None and options.resume and "--dataset" in datasets:
@@ -189,6 +186,14 @@ def _open_pretrained(
         with problems.collecting():
             open_pretrained(options.load, AUTO, options.vocab, dtype)
     return None
+
+
+def _insert_delta(
+    pretrained: PretrainedModel, config: DeltaConfig, seed: int, problems: Problems
+) -> None:
+    insert_delta(pretrained.model, config, seed)
+    if not any(p.requires_grad for p in pretrained.model.parameters()):
+        problems.add("--delta-targets", "this model has none of these layers")
 
 
 def _check_each_alone(options: Options, missing: set[str], problems: Problems) -> None:

@@ -152,6 +152,7 @@ class Trainer:
                 share = self._model.loss(batch) * weight / step.targets
             engine.backward(share)
             own_loss += share.item()
+            del share  # and what its graph holds, before the next forward pass
         # In the same exchange all ranks learn of a signal that any of them got, so that they leave
         # at the same step.
         loss, signals = engine.reduce([own_loss, float(self._signals > 0)])
