@@ -58,7 +58,7 @@ def reading(engine: TorchEngine, folder: Path) -> None:
         return found
 
     entries = dict(base.tensors())
-    LazyTensor.rows = counted  # type: ignore[method-assign]
+    LazyTensor.rows = counted  # type: ignore[method-assign, assignment]
     base = replace(base, tensors=lambda: iter(entries.items()))
     engine.load_model(base, "fsdp", offload=False)
     whole = sum(4 * math.prod(entry.shape) for entry in entries.values())

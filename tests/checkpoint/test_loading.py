@@ -175,7 +175,7 @@ def test_a_file_that_became_shorter_since(tmp_path: Path) -> None:
 
 MEASURE = """
 import sys, torch
-from memory import peak_memory
+from process_memory import peak_memory
 from cpm_bee.checkpoint.reader import Checkpoint
 from cpm_bee.checkpoint.loading import transfer
 path, how = sys.argv[1:]
