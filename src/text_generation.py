@@ -12,12 +12,13 @@ def main() -> None:
     options = TextGenerationOptions.parse()
     # Imported late, with torch: --help and wrong usage answer at once.
     from cpm_bee import delta, pretrained
+    from cpm_bee.engine.device import choose_device, choose_dtype
     from cpm_bee.generate.beam_search import Generator
     from cpm_bee.generate.jsonl import STANDARD, generate_file, read_records
 
     records = read_records(options.input)
-    device = pretrained.choose_device(options.device)
-    dtype = pretrained.choose_dtype(options.dtype, device)
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
     model = (options.load, options.model_config, options.vocab)
     loaded = pretrained.load_pretrained(*model, dtype, device, quantize=options.quantize)
     if options.delta is not None:

@@ -21,7 +21,6 @@ from cpm_bee import delta
 from cpm_bee.checkpoint.reader import Checkpoint, load_tensors, save_tensors
 from cpm_bee.data.batch import Batch, collate, extension_pairs
 from cpm_bee.engine import Engine, OptimizerSettings
-from cpm_bee.engine.torch_engine import TorchEngine
 from cpm_bee.errors import RunError
 from cpm_bee.model.initialization import initial_values
 from cpm_bee.model.network import CPMBee
@@ -91,7 +90,7 @@ def make_model(case: Case, dtype: torch.dtype) -> CPMBee:
 
 
 def prepared(engine: Engine, case: Case, settings: OptimizerSettings = SETTINGS) -> CPMBee:
-    by_torch = isinstance(engine, TorchEngine)  # which takes a frozen base in the compute type
+    by_torch = engine.name == "torch"  # which takes a frozen base in the compute type
     model = make_model(case, case.dtype if by_torch and not case.full else torch.float32)
     engine.prepare(model, settings)
     return model

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
 from cpm_bee.distributed.rank import (
@@ -51,6 +52,24 @@ class Problems:
     def extend(self, where: str, reasons: Iterable[str]) -> None:
         for reason in reasons:
             self.add(where, reason)
+
+    def include(self, error: InputError) -> None:
+        """Add an error's own text, which may have several lines, as one problem; once."""
+        text = "  " + str(error).replace("\n", "\n  ")
+        if text not in self._lines:
+            self.count += 1
+            if len(self._lines) < self._shown:
+                self._lines.append(text)
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Turn an `InputError` or `OSError` that ends the block into a problem."""
+        try:
+            yield
+        except InputError as error:
+            self.include(error)
+        except OSError as error:
+            self.include(InputError(describe(error)))
 
     def text(self) -> str:
         more = self.count - len(self._lines)
@@ -101,12 +120,13 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
             raise
         status = error.exit_status if isinstance(error, CpmBeeError) else 1
         if reports():
-            print(f"error: {_describe(error)}", file=sys.stderr, flush=True)
+            print(f"error: {describe(error)}", file=sys.stderr, flush=True)
         end_torchrun_quietly(status)
     sys.exit(status or 0)
 
 
-def _describe(error: Exception) -> str:
+def describe(error: Exception) -> str:
+    """The text of an error for people; for one of the system, the file and the reason."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror.lower()}"

@@ -25,7 +25,7 @@ from cpm_bee.errors import InputError, run_command
 from cpm_bee.model import compiled
 from cpm_bee.model.attention import PaddedAttention
 from cpm_bee.model.network import BlockStack, CPMBee
-from cpm_bee.train import memory_estimate
+from cpm_bee.train import activation_checkpointing
 from cpm_bee.train.checkpoints import RunFiles
 from cpm_bee.train.options import Options
 from cpm_bee.train.schedules import STYLES, learning_rate
@@ -546,7 +546,7 @@ def _checkpointing(lab: Lab) -> None:
     assert "checkpointing full: as asked" in lab.printed
     lab.run(checkpointing="auto")
     assert "checkpointing none: a step needs less than" in lab.printed
-    lab.patch.setattr(memory_estimate, "free_memory", lambda *_: 1 << 16)
+    lab.patch.setattr(activation_checkpointing, "free_memory", lambda *_: 1 << 16)
     chosen: list[bool] = []
     lab.patch.setattr(BlockStack, "set_checkpointing", lambda self, wanted: chosen.append(wanted))
     lab.run(checkpointing="auto", **values)
@@ -574,8 +574,10 @@ def _compile(lab: Lab) -> None:
 
 @case
 def _dry_run(lab: Lab) -> None:
-    # The flag is declared; what it does is written in train/setup.py on another branch.
-    pytest.skip("DRY RUN NOT TESTED: train/setup.py does not know --dry-run yet")
+    # What it finds and prints: test_dry_run.py.
+    save = lab.new_folder()
+    finetune(Options.parse(lab.workspace.flags(save, use_delta=True, dry_run=True)))
+    assert not save.exists()
 
 
 @pytest.mark.parametrize("action", flags(), ids=lambda action: action.dest)
