@@ -11,11 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpm_bee.cli import ArgumentParser, positive, whole_number
+from cpm_bee.cli import ArgumentParser, positive, run_command, whole_number
 from cpm_bee.data.bin_dataset import BLOCK_SIZE
 from cpm_bee.data.preprocess.pipeline import preprocess
 from cpm_bee.data.preprocess.workers import available_cores
-from cpm_bee.errors import run_command
 
 if TYPE_CHECKING:
     from cpm_bee.tokenizer import Tokenizer

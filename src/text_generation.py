@@ -10,8 +10,7 @@ import argparse
 import sys
 
 from cpm_bee import quantize
-from cpm_bee.cli import ArgumentParser, positive, real_number
-from cpm_bee.errors import run_command
+from cpm_bee.cli import ArgumentParser, positive, real_number, run_command
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,13 +1,15 @@
-"""What all entry scripts share: the argument parser and its number types."""
+"""What all entry scripts share: the argument parser, its number types, and `run_command`."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from cpm_bee.errors import InputError
+from cpm_bee.distributed.rank import is_reporting_rank, record, report_error
+from cpm_bee.errors import CpmBeeError, InputError
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -25,7 +27,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     Flags are declared with hyphens and accepted with underscores too (`--eval_dataset`,
     `--eval-dataset`); abbreviations are refused; `--debug` is always there (see
-    `errors.run_command`).
+    `run_command`).
     """
 
     def __init__(self, **kwargs: object) -> None:
@@ -91,3 +93,61 @@ def real_number(minimum: float, *, exclusive: bool = False):  # type: ignore[no-
 
 def comma_list(text: str) -> Sequence[str]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Run an entry script's `main` and exit: errors of people become a message, not a traceback.
+
+    Exit status: what `main` returns (None is 0), 2 for wrong usage or bad input, 1 for a failed
+    run, 130 after Ctrl-C. `--debug` on the command line shows the traceback of any of them. Under
+    torchrun an error is printed once (see `distributed.rank`).
+    """
+    # Threads that spin while they wait starve a busy machine. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    debug = "--debug" in sys.argv
+
+    def describe(error: BaseException) -> str | None:
+        return None if debug else _describe(error)
+
+    def reporting_main() -> int | None:
+        try:
+            return main()
+        except Exception as error:
+            if (message := describe(error)) is not None:
+                report_error(message)
+            raise
+
+    status: int | None
+    try:
+        status = record(reporting_main, lambda error: describe(error) is not None)()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        if is_reporting_rank():
+            print("interrupted", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:
+        # The reader of our output went away (`... | head`): end quietly. Without this the
+        # interpreter would complain once more while flushing stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except Exception as error:
+        if describe(error) is None:
+            raise
+        status = error.exit_status if isinstance(error, CpmBeeError) else 1
+    sys.exit(status or 0)
+
+
+def _describe(error: BaseException) -> str | None:
+    """The message of an error that a person can cause; None for any other."""
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"the package {error.name!r} is not installed for {sys.executable}; "
+            "in the project's folder: pip install -e . -c constraints.txt, or, after "
+            "bash scripts/quickstart.sh: source .venv/bin/activate"
+        )
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror.lower()}" if error.strerror else str(error)
+    return str(error) if isinstance(error, CpmBeeError) else None

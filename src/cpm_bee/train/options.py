@@ -71,6 +71,7 @@ class Options:
     compile: bool
     parallel: str
     offload: bool
+    dry_run: bool
 
     @property
     def schedule_end(self) -> int:
@@ -231,3 +232,4 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
         help="FlexAttention needs a GPU and triton; auto: flex where it can be",
     )
     add("--compile", action="store_true", help="compile the blocks with torch.compile")
+    add("--dry-run", action="store_true", help="check flags, paths and files, and train nothing")

@@ -59,7 +59,7 @@ def finetune(options: Options) -> None:
         options.vocab,
         dtype if options.use_delta else torch.float32,
         seed=options.seed,
-        quantize=options.quantize,
+        quantize=quantize.NONE if options.dry_run else options.quantize,
     )
     if delta_config is not None:
         delta.insert(pretrained.model, delta_config, options.seed)
@@ -70,6 +70,10 @@ def finetune(options: Options) -> None:
     files = RunFiles(options.save, options.save_name, provenance)
     # Read now: a state that does not fit is told before the data is read.
     resumed_step = files.load_state()[1]["step"] if options.resume else None
+    if options.dry_run:
+        num_processes = RankInfo.of_this_process().world_size
+        print(f"dry run: {num_processes} process(es) can start, on {device.type} in {dtype}")
+        return
     engine = make_engine(options.engine, _bmtrain_unavailable_reason(options), device, dtype)
     try:
         parallel_summary = distribute(options.parallel, options.offload, engine, pretrained)
