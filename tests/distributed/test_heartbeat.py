@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,6 +116,47 @@ def test_a_process_that_waits_for_a_lost_one_is_ended() -> None:
     assert done.returncode == 1
     assert "error: rank 1 of this run has ended" in done.stderr
     assert time.monotonic() - begin < 30
+
+
+FROZEN = """
+import os, signal, torch
+import torch.distributed as dist
+from cpm_bee.cli import run_command
+from cpm_bee.distributed import heartbeat, process_group
+
+heartbeat._INTERVAL, heartbeat._LONG_SILENCE, heartbeat._GRACE = 0.2, 4.0, 0.5
+
+def main():
+    process_group.join(torch.device("cpu"))
+    dist.barrier()
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    with process_group.exchange():
+        dist.barrier()
+
+run_command(main)
+"""
+
+
+@pytest.mark.slow
+def test_a_frozen_rank_is_named_and_torchrun_ends_the_others(tmp_path: Path) -> None:
+    script = tmp_path / "frozen.py"
+    script.write_text(FROZEN)
+    path = os.pathsep.join(sys.path)
+    command = train_support.command(ranks=3, script=script)
+    process = train_support.start(command, tmp_path, PYTHONPATH=path, TMPDIR=str(tmp_path))
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if "closing signal SIGTERM" in line:
+            break
+    named = re.match(r"error: rank 1 of this run has ended \(process (\d+) on ", lines[0])
+    assert named, lines
+    os.kill(int(named[1]), signal.SIGCONT)  # else torchrun waits 30 seconds before SIGKILL
+    status, _, errors = train_support.finish(process)
+    assert status == 1 and "error: " not in errors
+    assert "no heartbeat for 4 seconds" in errors.partition("Root Cause")[2]
 
 
 def test_a_wrong_address_is_an_error_with_the_address(monkeypatch: pytest.MonkeyPatch) -> None:

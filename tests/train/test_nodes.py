@@ -97,7 +97,7 @@ def test_two_nodes_train_as_one_process_does(
     one = train(workspace, tmp_path / "one", batch_size=4, checkpointing="none", **flags)
     started = nodes.start(workspace, tmp_path / "two", "--parallel", "fsdp", "--max-steps", "8")
     for process in started:
-        status, _, errors = train_support.finish(process, 60)
+        status, _, errors = train_support.finish(process)
         assert status == 0, errors
     two = Run(tmp_path / "two")
     assert two.of("start")[0]["world_size"] == 4
