@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from process_memory import peak_memory
 
-from cpm_bee.errors import InputError, run_command
+from cpm_bee.cli import run_command
+from cpm_bee.errors import InputError
 from cpm_bee.files import atomic_file
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,6 +18,10 @@ fi
 GPUS_PER_NODE="${GPUS_PER_NODE:-$GPUS}"               # processes on this machine; 0 GPUs: one
 [ "$GPUS_PER_NODE" = 0 ] && GPUS_PER_NODE=1
 NNODES="${NNODES:-1}"                                 # machines
+if ! [[ "$NNODES" =~ ^[1-9][0-9]*$ && "$GPUS_PER_NODE" =~ ^[1-9][0-9]*$ ]]; then
+    echo "error: NNODES=$NNODES, GPUS_PER_NODE=$GPUS_PER_NODE: whole numbers are needed" >&2
+    exit 2
+fi
 if [ "$NNODES" != 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
     echo "error: NNODES=$NNODES needs MASTER_ADDR=..., the first machine's address," \
         "the same on all machines" >&2
@@ -67,25 +71,26 @@ OPTS=(
 [ "${USE_DELTA:-1}" = 0 ] || OPTS+=(--use-delta)               # delta tuning (LoRA)
 [ -n "${VOCAB:-}" ] && OPTS+=(--vocab "$VOCAB")                # default: vocab.txt beside LOAD
 
-MEETING=""                                            # flags of torchrun
-if [ "$NNODES" != 1 ]; then
-    MEETING="$(PYTHONPATH="$project/src" python -m cpm_bee.distributed.rendezvous \
-        "$MASTER_ADDR" "$MASTER_PORT" "$RDZV_TIMEOUT")" || exit $?
+SCRIPT="$project/src/finetune_cpm_bee.py"
+PROCESSES=$((NNODES * GPUS_PER_NODE))
+if [ "$PROCESSES" = 1 ]; then                         # finds its mistakes itself, and needs no torchrun
+    CMD=(python "$SCRIPT" "${OPTS[@]}" "$@")
+    echo "${CMD[*]}"
+    exec "${CMD[@]}"
 fi
 
+# Many processes would report a mistake together, and machines would wait for one that has it: find
+# it in one process on each machine first, which is told of the number of processes as rank 0 is.
+RANK=0 LOCAL_RANK=0 WORLD_SIZE="$PROCESSES" python "$SCRIPT" "${OPTS[@]}" "$@" --dry-run || exit $?
+case " $* " in *" --dry-run "* | *" --dry_run "* | *" --help "* | *" -h "*) exit ;; esac
+
+flags="$(PYTHONPATH="$project/src" python -m cpm_bee.distributed.rendezvous \
+    "$MASTER_ADDR" "$MASTER_PORT" "$NNODES" "$RDZV_TIMEOUT")" || exit $?
+read -ra RDZV_FLAGS <<< "$flags"
 CMD=(
     torchrun --nnodes="$NNODES" --nproc_per_node="$GPUS_PER_NODE" --rdzv_id="${RDZV_ID:-1}"
-    --rdzv_backend=c10d --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT" $MEETING
-    "$project/src/finetune_cpm_bee.py" "${OPTS[@]}" "$@"
+    --rdzv_backend=c10d --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT" "${RDZV_FLAGS[@]}"
+    "$SCRIPT" "${OPTS[@]}" "$@"
 )
 echo "${CMD[*]}"
-# Errors of ours end torchrun by a signal (see src/cpm_bee/distributed/rank.py), which this shell need not
-# announce: the message is on the screen already.
-exec 3>&2
-(exec 2>/dev/null; "${CMD[@]}" 2>&3; exit $?)
-status=$?
-case $status in
-    138) exit 2 ;;
-    140) exit 1 ;;
-    *) exit $status ;;
-esac
+exec "${CMD[@]}"

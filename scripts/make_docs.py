@@ -18,9 +18,9 @@ from pathlib import Path
 # Also where the project is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-from cpm_bee.cli import ArgumentParser, shown_default
+from cpm_bee.cli import ArgumentParser, run_command, shown_default
 from cpm_bee.data.preprocess.options import PreprocessOptions
-from cpm_bee.errors import RunError, run_command
+from cpm_bee.errors import RunError
 from cpm_bee.files import atomic_file
 from cpm_bee.generate.options import TextGenerationOptions
 from cpm_bee.options import DEBUG, GENERAL, CommandOptions, Flag

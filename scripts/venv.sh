@@ -1,4 +1,5 @@
-# Sourced by the other scripts: makes .venv in the project's folder and installs into it.
+# shellcheck shell=bash
+# Sourced by the other scripts: sets $project, makes .venv there and installs into it.
 #   make_venv [EXTRA]   e.g. make_venv dev; returns at once where nothing has changed
 #   use_venv            puts an existing .venv on the PATH, unless another one is active
 

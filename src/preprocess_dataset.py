@@ -6,8 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cpm_bee.cli import run_command
 from cpm_bee.data.preprocess.options import NO_VOCABULARY, PreprocessOptions
-from cpm_bee.errors import run_command
 
 if TYPE_CHECKING:
     from cpm_bee.tokenizer import Tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from cpm_bee.errors import run_command
+from cpm_bee.cli import run_command
 from cpm_bee.generate.options import TextGenerationOptions
 
 

@@ -18,9 +18,10 @@ from cpm_bee.cli import (
     not_negative,
     positive,
     real_number,
+    run_command,
     whole_number,
 )
-from cpm_bee.errors import InputError, Problems, RunError, run_command
+from cpm_bee.errors import InputError, Problems, RunError
 
 
 @pytest.fixture
@@ -158,7 +159,7 @@ def test_a_reader_that_goes_away_is_no_traceback(root: Path, tmp_path: Path, lin
     # 10 lines stay in the buffer until the end, 100,000 do not.
     script = tmp_path / "tool.py"
     script.write_text(
-        "from cpm_bee.errors import run_command\n"
+        "from cpm_bee.cli import run_command\n"
         f"run_command(lambda: [print(i) for i in range({lines})] and None)\n"
     )
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}

@@ -1,4 +1,4 @@
-"""What all entry scripts share: the argument parser and its number types."""
+"""What all entry scripts share: the argument parser, its number types, and `run_command`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
-from cpm_bee.errors import InputError
+from cpm_bee.distributed.rank import is_reporting_rank, record, report_error
+from cpm_bee.errors import CpmBeeError, InputError, describe
 
 # Threads that wait for each other sleep, so that a busy neighbour does not stop them. OpenMP reads
 # this when torch is loaded; every entry script imports this module before that.
@@ -145,3 +146,58 @@ def real_number(minimum: float, *, exclusive: bool = False) -> Callable[[str], f
 
 def comma_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Run an entry script's `main` and exit: errors of people become a message, not a traceback.
+
+    Exit status: what `main` returns (None is 0), 2 for wrong usage or bad input, 1 for a failed
+    run, 130 after Ctrl-C. `--debug` on the command line shows the traceback of any of them. Under
+    torchrun an error is printed once (see `distributed.rank`).
+    """
+    debug = "--debug" in sys.argv
+
+    def message_of(error: BaseException) -> str | None:
+        return None if debug else _message_of(error)
+
+    def reporting_main() -> int | None:
+        try:
+            return main()
+        except Exception as error:
+            if (message := message_of(error)) is not None:
+                report_error(message)
+            raise
+
+    status: int | None
+    try:
+        status = record(reporting_main, lambda error: message_of(error) is not None)()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        if is_reporting_rank():
+            print("interrupted", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:
+        # The reader of our output went away (`... | head`): end quietly. Without this the
+        # interpreter would complain once more while flushing stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except Exception as error:
+        if message_of(error) is None:
+            raise
+        status = error.exit_status if isinstance(error, CpmBeeError) else 1
+    sys.exit(status or 0)
+
+
+def _message_of(error: BaseException) -> str | None:
+    """The message of an error that a person can cause; None for any other."""
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"the package {error.name!r} is not installed for {sys.executable}; "
+            "in the project's folder: pip install -e . -c constraints.txt, or, after "
+            "bash scripts/quickstart.sh: source .venv/bin/activate"
+        )
+    if isinstance(error, (CpmBeeError, OSError)) and not isinstance(error, BrokenPipeError):
+        return describe(error)
+    return None

@@ -19,9 +19,9 @@ import torch
 import train_support
 from train_support import Run, Workspace, distance
 
-from cpm_bee.cli import not_negative, positive, whole_number
+from cpm_bee.cli import not_negative, positive, run_command, whole_number
 from cpm_bee.data.batch import Batch
-from cpm_bee.errors import InputError, run_command
+from cpm_bee.errors import InputError
 from cpm_bee.model import compiled
 from cpm_bee.model.attention import PaddedAttention
 from cpm_bee.model.network import BlockStack, CPMBee
@@ -110,6 +110,15 @@ def _debug(lab: Lab) -> None:
     lab.patch.setattr(sys, "argv", ["finetune_cpm_bee.py", *arguments, "--debug"])
     with pytest.raises(InputError):  # which the interpreter shows with its traceback
         run_command(main)
+
+
+@case
+def _dry_run(lab: Lab) -> None:
+    arguments = lab.workspace.flags(lab.folder / "none", dry_run=True)
+    finetune(Options.parse(arguments))
+    assert "dry run: 1 process(es) can start" in lab._capsys.readouterr().out
+    assert not (lab.folder / "none").exists()
+    assert "missing" in lab.refusal(dry_run=True, load=lab.folder / "missing")
 
 
 @case

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from cpm_bee.distributed import rank
 from cpm_bee.engine import Engine, StepResult
 from cpm_bee.errors import RunError
 from cpm_bee.model.network import CPMBee
@@ -252,6 +253,7 @@ class Trainer:
         """Let a running step end before Ctrl-C or SIGTERM takes effect."""
 
         def note(number: int, frame: object) -> None:
+            rank.is_terminating |= number == signal.SIGTERM
             # torchrun passes Ctrl-C on as SIGTERM, so only a second Ctrl-C means "at once".
             self._signals += number == signal.SIGINT or not self._signals
             if self._signals > 1:
