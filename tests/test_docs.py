@@ -146,7 +146,15 @@ def flags_of(script: str) -> set[str]:
 
 def variables_of(*scripts: str) -> set[str]:
     text = "".join(text_of(ROOT / "scripts" / script) for script in scripts)
-    return set(re.findall(r"\$\{([A-Z_]+):-", text)) - {"VIRTUAL_ENV"}
+    found = set(re.findall(r"\$\{([A-Z_]+):-", text)) - {"VIRTUAL_ENV"}
+    return found | (set(settings_of("defaults=(")) if "finetune_cpm_bee.sh" in scripts else set())
+
+
+def settings_of(begin: str) -> dict[str, str]:
+    """The variables of finetune_cpm_bee.sh that are flags, with their defaults."""
+    block = FINETUNE_SH.partition(begin)[2].partition("\n)\n" if "+" not in begin else ")\n")[0]
+    found = re.findall(r"(?:^|\s)([a-z-]+)=(\S+)", re.sub(r"\s#.*", "", block))
+    return {flag.replace("-", "_").upper(): value for flag, value in found}
 
 
 @documents
@@ -196,11 +204,10 @@ def test_table_of_variables(page: Path) -> None:
     """Each variable of finetune_cpm_bee.sh, with its defaults: the usual and the tiny model's."""
     rows = table_with(page, "GPUS_PER_NODE")
     assert set(rows) == variables_of("finetune_cpm_bee.sh")
-    block = FINETUNE_SH[FINETUNE_SH.index("= cpm-bee-tiny ]") :].partition("\nfi\n")[0]
-    tiny = dict(re.findall(r"\b([A-Z_]+)=\"\$\{[A-Z_]+:-([^}]*)\}\"", block))
-    tiny["LOAD"] = "ckpts/cpm-bee-tiny"
+    tiny = {"LOAD": "ckpts/cpm-bee-tiny", **settings_of("defaults+=(")}
     assert {name: cells[1].strip("`") for name, cells in rows.items() if cells[1]} == tiny
-    usual = dict(re.findall(r"\$\{([A-Z_]+):-([^}$]+)\}", FINETUNE_SH.replace(block, "")))
+    usual = dict(re.findall(r"\$\{([A-Z_]+):-([^}$]+)\}", FINETUNE_SH))
+    usual |= settings_of("defaults=(")
     for name in usual.keys() - {"MASTER_PORT"}:  # computed; said in words
         assert rows[name][0] == f"`{usual[name]}`", name
     own = variables_of("quickstart.sh", "venv.sh") - set(rows) - FOREIGN_VARIABLES

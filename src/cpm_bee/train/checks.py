@@ -19,6 +19,7 @@ from cpm_bee.checkpoint.reader import Checkpoint
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.delta import DeltaConfig
 from cpm_bee.delta import insert as insert_delta
+from cpm_bee.distributed.rank import RankInfo
 from cpm_bee.engine.device import choose_device, choose_dtype
 from cpm_bee.engine.select import choose_engine
 from cpm_bee.errors import Problems
@@ -34,7 +35,6 @@ from cpm_bee.train.flag_checks import (
     MAX_SEED,
     check_flags,
     check_paths,
-    count_processes,
     data_folders,
     torch_only_flags,
 )
@@ -78,9 +78,8 @@ def check(options: Options) -> Inputs:
         InputError: with everything that is wrong.
     """
     problems = Problems()
-    num_processes, device, dtype, engine, delta_config = 1, None, torch.float32, "", None
-    with problems.collecting():
-        num_processes = count_processes(options)
+    num_processes = RankInfo.of_this_process().world_size
+    device, dtype, engine, delta_config = None, torch.float32, "", None
     check_flags(options, num_processes, problems)
     missing = check_paths(options, problems)
     with problems.collecting():

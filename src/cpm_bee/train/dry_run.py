@@ -1,7 +1,7 @@
 """What a dry run prints: the run that its flags ask for, after `checks` has found no mistake.
 
-It is one process without torch.distributed, which writes nothing. `CPM_BEE_PROCESSES` says for how
-many processes it plans (1 where unset), as torchrun is not there to say so.
+It is one process without torch.distributed, which writes nothing. It plans for as many processes
+as WORLD_SIZE says: scripts/finetune_cpm_bee.sh sets it as torchrun would for rank 0.
 """
 
 from __future__ import annotations

@@ -7,29 +7,10 @@ import os
 from pathlib import Path
 
 from cpm_bee import quantize
-from cpm_bee.distributed.rank import RankInfo
-from cpm_bee.errors import InputError, Problems
+from cpm_bee.errors import Problems
 from cpm_bee.train.options import AUTO, FSDP, Options
 
-# The number of processes that a dry run, which is a single process, plans for; 1 where unset.
-PROCESSES_VARIABLE = "CPM_BEE_PROCESSES"
-
 MAX_SEED = 2**48
-
-
-def count_processes(options: Options) -> int:
-    """The processes of the run: those of torchrun or, for a dry run, those that it plans for.
-
-    Raises:
-        InputError: `CPM_BEE_PROCESSES` is not a number of processes.
-    """
-    world_size = RankInfo.of_this_process().world_size
-    text = os.environ.get(PROCESSES_VARIABLE, "")
-    if not options.dry_run or world_size > 1 or not text:
-        return world_size
-    if not text.isdecimal() or int(text) < 1:
-        raise InputError(f"{PROCESSES_VARIABLE}={text}: expected a number of processes")
-    return int(text)
 
 
 def check_flags(options: Options, num_processes: int, problems: Problems) -> None:
