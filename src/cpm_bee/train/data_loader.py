@@ -11,7 +11,7 @@ from itertools import islice
 import numpy as np
 
 from cpm_bee.data.batch import Batch, Pair, make_batch
-from cpm_bee.data.packing import PackedRow, Plan, micro_batches
+from cpm_bee.data.packing import PLAN_VERSION, PackedRow, Plan, micro_batches
 from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.engine import Engine
 from cpm_bee.errors import InputError
@@ -81,6 +81,7 @@ class DataLoader:
             "--max-length": max_length,
             "--drop-last": drop_last,
             "--seed": shuffle_seed,
+            "version of the plan of steps": PLAN_VERSION,
         }
         self.tokens_per_step = rows * max_length
         self.num_records = self._plan.num_records
