@@ -21,11 +21,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import torch
-from memory import peak_memory
+from process_memory import peak_memory
 from tqdm import tqdm
 
 from cpm_bee import delta
@@ -34,7 +35,7 @@ from cpm_bee.engine import OptimizerSettings
 from cpm_bee.engine.torch_engine import TorchEngine
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.frozen import buffers
-from cpm_bee.model.initialization import initialize
+from cpm_bee.model.initialization import initial_values
 from cpm_bee.model.network import CPMBee
 from cpm_bee.quantize.formats import FORMATS
 from cpm_bee.quantize.linear import QuantizedLinear, quantize_
@@ -67,7 +68,7 @@ WAYS = {
 
 
 def released_sizes() -> dict[str, ModelConfig]:
-    """SPEC §6. Which blocks the pruned releases lack is assumed; for memory their number counts."""
+    """docs/format.md §6. Which blocks the pruned releases lack is assumed; their number counts."""
     whole = ModelConfig.load(ROOT / "config" / "cpm-bee-10b.json")
 
     def kept(layer: int, number: int) -> bool:
@@ -154,7 +155,7 @@ def measured_environment() -> dict[str, str]:
     return {**os.environ, "MALLOC_TRIM_THRESHOLD_": "1000000"}
 
 
-def checked_config(sizes: dict[str, int]) -> ModelConfig:
+def checked_config(sizes: dict[str, Any]) -> ModelConfig:
     return ModelConfig(vocab_size=86_583, **sizes)
 
 
@@ -174,7 +175,7 @@ def measure(size: str, way: str) -> float:
 
 def train(config: ModelConfig, training: TrainingSetup, batch: Batch, steps: int = 3) -> None:
     model = CPMBee(config)
-    initialize(model, 0)
+    model.load_state_dict(dict(initial_values(model, 0)))
     if training.quantize != "none":
         quantize_(model, FORMATS[training.quantize])
     if training.delta is not None:

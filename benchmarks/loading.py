@@ -27,9 +27,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-from memory import peak_memory
+from process_memory import peak_memory
 
-SIZES = {"vocab_size": 30000, "dim_model": 2048, "num_heads": 16, "dim_head": 128, "dim_ff": 5120}
+SIZES: dict[str, Any] = {
+    "vocab_size": 30000,
+    "dim_model": 2048,
+    "num_heads": 16,
+    "dim_head": 128,
+    "dim_ff": 5120,
+}
 
 
 def make(path: Path, gigabytes: float) -> int:

@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-from memory import peak_memory
+from process_memory import peak_memory
 
 from cpm_bee.errors import InputError, run_command
 from cpm_bee.files import atomic_file
@@ -127,7 +127,8 @@ def fixed_batch(work: Work, tokenizer: Any, num_tokens: int) -> Any:
     from cpm_bee.encoding import Encoder
 
     encoder = Encoder(tokenizer)
-    records, total = [], 0
+    records: list[Any] = []
+    total = 0
     with open(work.records, encoding="utf-8") as file:
         for line in file:
             encoded = encoder.encode(json.loads(line))

@@ -17,7 +17,7 @@ make_venv() {
         exit 2
     fi
     stamp="$project/.venv/.installed-${extra:-base}"
-    fingerprint="$(cat "$project/setup.py" "$project/constraints.txt" | cksum)"
+    fingerprint="$(cat "$project/pyproject.toml" "$project/constraints.txt" | cksum)"
     if [ ! -x "$project/.venv/bin/pip" ]; then
         echo "making $project/.venv"
         "$python" -m venv --clear "$project/.venv"

@@ -139,12 +139,13 @@ def _is_cuda(tensor: Any) -> bool:
 
 
 def _patch_tensors() -> None:
-    torch.Tensor.is_cuda = property(_is_cuda)  # type: ignore[method-assign, assignment]
+    torch.Tensor.is_cuda = property(_is_cuda)  # type: ignore[assignment]
     torch.storage.TypedStorage.is_cuda = property(_is_cuda)  # type: ignore[assignment]
     same = lambda tensor, *args, **kwargs: tensor  # noqa: E731
-    torch.Tensor.cuda = same  # type: ignore[method-assign]
-    torch.Tensor.pin_memory = same  # type: ignore[method-assign]
-    torch.Tensor.record_stream = lambda tensor, stream: None  # type: ignore[method-assign]
+    torch.Tensor.cuda = same  # type: ignore[method-assign, assignment]
+    torch.Tensor.pin_memory = same  # type: ignore[method-assign, assignment]
+    ignore = lambda tensor, stream: None  # noqa: E731
+    torch.Tensor.record_stream = ignore  # type: ignore[method-assign]
 
 
 def _at(pointer: int, count: int, kind: int) -> torch.Tensor:
@@ -254,10 +255,10 @@ def run_ranks(script: str, world_size: int, *arguments: object, seconds: float =
     variables |= {"LOCAL_WORLD_SIZE": 1000, "OMP_NUM_THREADS": 1}
     variables["MALLOC_MMAP_THRESHOLD_"] = 1 << 16  # what is freed leaves the process, for measuring
     variables["PYTHONPATH"] = os.pathsep.join([str(_ROOT / "src"), str(_ROOT / "tests")])
-    processes = []
+    processes: list[subprocess.Popen[str]] = []
     for rank in range(world_size):
         names = {**variables, "RANK": rank, "LOCAL_RANK": rank}
-        process_group.append(
+        processes.append(
             subprocess.Popen(
                 [sys.executable, str(_ROOT / "tests" / script), *map(str, arguments)],
                 env={**os.environ, **{name: str(value) for name, value in names.items()}},

@@ -7,8 +7,8 @@ leaves in the folder what each scene found in this process (see `bmtrain_cpu.run
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,7 @@ from torch import nn
 from cpm_bee import delta
 from cpm_bee.data.batch import collate
 from cpm_bee.engine import OptimizerSettings
-from cpm_bee.engine.bmtrain_sharding import _gather_once_a_pass
-from cpm_bee.model.network import CPMBee
+from cpm_bee.engine.bmtrain_sharding import _gathered_once
 
 SETTINGS = OptimizerSettings(
     weight_decay=0.0, clip_grad=1e9, loss_scale=8.0, loss_scale_factor=2.0, loss_scale_steps=100
@@ -65,7 +64,7 @@ def true_gradients(*layers: Layer) -> list[torch.Tensor | None]:
     return [layer.weight.grad for layer in layers]
 
 
-def whole(bmt: Any, part: Any, values: torch.Tensor) -> torch.Tensor:
+def whole(bmt: Any, part: Any, values: Any) -> torch.Tensor:
     """A tensor from the ranks' parts."""
     result = torch.zeros(part._original_shape.numel())
     if part.numel():
@@ -86,12 +85,15 @@ def list_with_a_frozen_begin(bmt: Any, make: Any) -> Any:
     for kind in ("ModuleList", "TransformerBlockList"):
         layers = [Layer(requires_grad=False), Layer(), Layer()]
         if kind == "ModuleList":
-            run: Callable[[torch.Tensor], torch.Tensor] = bmt.BMTrainModelWrapper(Stack(*layers))
+            run = bmt.BMTrainModelWrapper(Stack(*layers))
         else:
             blocks = bmt.TransformerBlockList(
                 [bmt.Block(bmt.BMTrainModelWrapper(layer)) for layer in layers]
             )
-            run = lambda h, blocks=blocks: blocks(h).sum()  # noqa: E731
+
+            def run(h: torch.Tensor, blocks: Any = blocks) -> torch.Tensor:
+                return blocks(h).sum()
+
         run(inputs(bmt.rank())).backward()
         found[kind] = [x.weight.grad for x in layers[1:]]  # all of it is on the first rank
     return found
@@ -197,17 +199,15 @@ class Joined(nn.Module):
         before = torch.zeros(3, requires_grad=True)
         return (torch.cat([before, self.weight]) * (torch.arange(9.0) + 1)).sum()
 
-    loss = score = forward
-
 
 def view_as_gradient(bmt: Any, make: Any) -> Any:
     found = []
     for once_a_pass in (False, True):
         joined = Joined()
         model = bmt.BMTrainModelWrapper(joined)
-        if once_a_pass:
-            _gather_once_a_pass(model)
-        model.loss().backward()
+        with _gathered_once(model)() if once_a_pass else contextlib.nullcontext():
+            loss = model()
+        loss.backward()
         part = joined._parameters["weight"]
         assert part is not None
         found.append(whole(bmt, part, part.grad))
@@ -276,7 +276,7 @@ def batch_of(rank: int) -> Any:
     return collate(tiny.encode([{"input": "春 a" * (rank + 1), "<ans>": "b"}]), tiny.TOKENIZER)
 
 
-def prepared(engine: Any, delta_on: tuple[str, ...] | None = None) -> tuple[CPMBee, Any]:
+def prepared(engine: Any, delta_on: tuple[str, ...] | None = None) -> tuple[Any, Any]:
     model = tiny.make_model(3, num_layers=2)
     if delta_on is not None:
         delta.insert(model, delta.DeltaConfig(rank=2, targets=delta_on), seed=0)

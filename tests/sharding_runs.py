@@ -57,7 +57,7 @@ def reading(engine: TorchEngine, folder: Path) -> None:
         return found
 
     entries = dict(base.tensors())
-    LazyTensor.rows = counted  # type: ignore[method-assign]
+    LazyTensor.rows = counted  # type: ignore[method-assign, assignment]
     engine.shard(lambda: iter(entries.items()), offload=False)
     whole = sum(4 * math.prod(entry.shape) for entry in entries.values())
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew

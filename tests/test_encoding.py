@@ -17,7 +17,7 @@ from cpm_bee.records import Record, Tree, validate
 
 
 def assert_is(encoded: EncodedRecord, record: Record, *, answers: bool = True) -> None:
-    """The encoding is that of SPEC §3 written plainly."""
+    """The encoding is that of docs/format.md §3 written plainly."""
     tokens = dense_reference.tokens_of(record, tiny.TOKENIZER, answers=answers)
     assert encoded.ids.tolist() == [t.id for t in tokens]
     assert encoded.subs.tolist() == [t.sub for t in tokens]

@@ -38,7 +38,7 @@ def checkout(tmp_path: Path) -> Path:
     ignored = shutil.ignore_patterns("__pycache__", "results", "*.egg-info")
     for name in ("src", "scripts", "config", "tutorials", "raw_data"):
         shutil.copytree(ROOT / name, place / name, symlinks=True, ignore=ignored)
-    for name in ("setup.py", "constraints.txt", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "constraints.txt", "README.md"):
         shutil.copy(ROOT / name, place / name)
     for name in ("bee_data", "bin_data"):
         (place / name).mkdir()
@@ -176,7 +176,7 @@ def test_quickstart_on_own_data_and_again(checkout: Path, tmp_path: Path) -> Non
     for name in ("python", "pip", "torchrun"):
         (bin_folder / name).write_text(f'#!/bin/sh\nexec "{VENV_BIN}/{name}" "$@"\n')
         (bin_folder / name).chmod(0o755)
-    inputs = (checkout / "setup.py").read_bytes() + (checkout / "constraints.txt").read_bytes()
+    inputs = b"".join((checkout / n).read_bytes() for n in ("pyproject.toml", "constraints.txt"))
     stamp = subprocess.run(["cksum"], input=inputs, capture_output=True).stdout.decode().strip()
     (checkout / ".venv" / ".installed-base").write_text(stamp)
     own = tmp_path / "own"

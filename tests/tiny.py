@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 
+from cpm_bee.data.batch import Batch
 from cpm_bee.encoding import EncodedRecord, Encoder
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.network import CPMBee
 from cpm_bee.records import Record
 from cpm_bee.tokenizer import Tokenizer
 
-SPECIALS = ["<pad>", "<unk>", "<mask>", "<sep>", "</n>", "</_>", "<s>", "</s>"]
-SPECIALS += ["<root>", "<ans>", "<option>"]
+RESERVED_TOKENS = ["<pad>", "<unk>", "<mask>", "<sep>", "</n>", "</_>", "<s>", "</s>"]
+RESERVED_TOKENS += ["<root>", "<ans>", "<option>"]
 PLAIN = ["<", ">", "input", "question", "a", "b", "ab", "x", "春", "天", "春天", "风"]
-TOKENIZER = Tokenizer([*SPECIALS, *PLAIN], source="tiny vocabulary")
+TOKENIZER = Tokenizer([*RESERVED_TOKENS, *PLAIN], source="tiny vocabulary")
 
 
 def make_config(**changes: Any) -> ModelConfig:
@@ -47,7 +49,14 @@ def make_model(seed: int = 0, **changes: Any) -> CPMBee:
     return model.eval()
 
 
-def encode(records: list[Record]) -> list[EncodedRecord]:
+def hidden_states(model: CPMBee, batch: Batch) -> torch.Tensor:
+    """The states of all tokens after the last norm, [T, dim_model]."""
+    h = model.input_embedding(batch.ids, batch.subs)
+    h = model.encoder(h, model.attention_over(batch, h))
+    return model.encoder.output_layernorm(h)
+
+
+def encode(records: Sequence[Any]) -> list[EncodedRecord]:
     encoder = Encoder(TOKENIZER)
     return [encoder.encode(record) for record in records]
 

@@ -1,4 +1,4 @@
-"""Record -> tokens, segments and the relations between segments (SPEC §3)."""
+"""Record -> tokens, segments and the relations between segments (docs/format.md §3)."""
 
 from __future__ import annotations
 

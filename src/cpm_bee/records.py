@@ -67,8 +67,8 @@ def validate(record: Any) -> list[str]:
     """Everything that keeps a value from being a record; empty if it is one.
 
     Checks the shape (dictionary of dictionaries and strings), that `<ans>` is there, and that
-    special tokens are well formed (SPEC §1, §2). Whether their names exist is the vocabulary's
-    business.
+    special tokens are well formed (docs/format.md §1, §2). Whether the vocabulary has their names
+    is not checked here.
     """
     if _is_valid(record):
         return []

@@ -225,7 +225,7 @@ def test_other_memory_is_left_alone() -> None:
 
 MEASURE = """
 import sys, torch
-from memory import peak_memory
+from process_memory import peak_memory
 from cpm_bee.checkpoint.reader import Checkpoint
 from cpm_bee.checkpoint.loading import on_device
 path, how = sys.argv[1:]

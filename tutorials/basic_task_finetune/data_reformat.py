@@ -216,7 +216,7 @@ def refuse(sources: list[Path], results: list[tuple[int, list[str]]], skip_bad: 
     if bad and not skip_bad:
         raise BadInput(
             "\n".join(bad) + f"\n{len(bad)} bad lines, nothing was written "
-            "(mend them, or leave them out with --skip-bad)"
+            "(fix them, or leave them out with --skip-bad)"
         )
     for source, (good, lines) in zip(sources, results, strict=True):
         if not good:

@@ -91,7 +91,7 @@ class TokenIndex:
         return len(self.lengths)
 
     def record(self, number: int, rng: random.Random | None = None) -> EncodedRecord:
-        """A record's tokens; with `rng`, the dictionaries of its answer are shuffled (SPEC §3)."""
+        """A record's tokens; `rng` shuffles the dictionaries of its answer (docs/format.md §3)."""
         a = self._arrays
         if rng is not None and a["shuffled"][number]:
             return self._encoder.encode(self.source(number), rng=rng)
@@ -152,8 +152,8 @@ class TokenIndex:
     def extension_pairs(self, largest_subs: Sequence[int]) -> list[Pair]:
         """The distinct (id, sub > 0) pairs, sorted, of records with these largest subs.
 
-        A record that has a sub has all smaller ones of that id too (SPEC §3), so the largest of
-        each id says which pairs occur.
+        A record that has a sub has all smaller ones of that id too (docs/format.md §3), so the
+        largest of each id says which pairs occur.
         """
         ids = self.extension_vocabulary.tolist()
         return [(i, s) for i, n in zip(ids, largest_subs, strict=True) for s in range(1, n + 1)]
