@@ -18,13 +18,13 @@ import tiny
 import torch
 
 from cpm_bee import delta
+from cpm_bee.checkpoint.loading import load_into
 from cpm_bee.checkpoint.reader import Checkpoint, load_tensors, save_tensors
 from cpm_bee.data.batch import Batch, collate, extension_pairs
 from cpm_bee.engine import Engine, OptimizerSettings
 from cpm_bee.errors import RunError
 from cpm_bee.model.initialization import initial_values
 from cpm_bee.model.network import CPMBee
-from cpm_bee.pretrained import load_weights
 from cpm_bee.records import Record
 
 CPU = torch.device("cpu")
@@ -253,7 +253,8 @@ def _memory(make: Any, bmt: Any, folder: Path) -> dict[str, int]:
     """Bytes of a process's parts of a mapped model, and the most that it needed to get them."""
     with torch.device("meta"):
         model = CPMBee(tiny.make_config(**BIG))
-    load_weights(model, Checkpoint(folder / "big.bin"), torch.float16, CPU)  # stays mapped
+    model.half()
+    load_into(model, Checkpoint(folder / "big.bin").entries.items(), CPU)  # stays mapped
     delta.insert(model, delta.DeltaConfig(rank=1), seed=0)
     engine = make(torch.float32)
     plain, used = bmt.C.ncclAllGather, [tiny.anonymous_memory()]

@@ -306,13 +306,13 @@ def test_several_ranks(tmp_path: Path) -> None:
         ('{"alpha": "16"}', "alpha '16' is not a number above 0"),
         ('{"alpha": 0}', "alpha 0 is not"),
         ('{"alpha": true}', "alpha True is not"),
-        ('{"alpha": NaN}', "alpha nan is not"),
+        ('{"alpha": NaN}', "not a JSON file: NaN is not a finite number"),
     ],
 )
 def test_malformed_notes(tmp_path: Path, note: str, reason: str) -> None:
     path = saved(tmp_path / "d.pt", tuned())
     path.with_suffix(".json").write_text(note)
-    (line,) = refusal(path)
+    line, *_ = refusal(path)
     assert line.startswith(f"{path.with_suffix('.json')}: {reason}")
 
 

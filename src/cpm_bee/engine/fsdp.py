@@ -23,7 +23,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from cpm_bee.checkpoint.mapped_pages import drop_pages
+from cpm_bee.checkpoint.loading import copy_values
 from cpm_bee.checkpoint.reader import LazyTensor
 from cpm_bee.distributed.process_group import exchange
 from cpm_bee.engine.parallel_strategy import ParallelStrategy
@@ -97,10 +97,7 @@ class FSDPStrategy(ParallelStrategy):
         """Read this process's rows; returns their bytes."""
         local = self.local(parameter)
         begin = _first_row(parameter)
-        rows = entry.rows(begin, begin + len(local)).copy_to(local.device, local.dtype)
-        with torch.no_grad():
-            local.copy_(rows)
-        drop_pages(rows)
+        copy_values(local, entry.rows(begin, begin + len(local)).read())
         return local.nbytes
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -10,15 +9,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cpm_bee import __version__
 from cpm_bee.checkpoint.reader import load_tensors, save_tensors
+from cpm_bee.checkpoint.sidecar import write_sidecar
 from cpm_bee.delta import DeltaConfig
 from cpm_bee.delta import save as save_delta
 from cpm_bee.errors import InputError, Problems
-from cpm_bee.files import atomic_file
 from cpm_bee.model.config import ModelConfig
 
 _KEPT = ("best", "last")  # weights of a run
+_NOT_RECORDED = (
+    "not recorded by the earlier version of cpm_bee that saved the state; go on with that version, "
+    "or start again without --resume"
+)
 
 
 class RunProvenance(NamedTuple):
@@ -77,10 +79,8 @@ class RunFiles:
             "config": config.to_dict(),
             "vocab": self._provenance.vocabulary,
             "base_fingerprint": self._provenance.base_fingerprint,
-            "written_by": f"cpm_bee {__version__}",
         }
-        with atomic_file(path.with_suffix(".json")) as file:
-            file.write(json.dumps(sidecar, indent=2) + "\n")
+        write_sidecar(path, sidecar)
 
     def save_state(
         self, engine: dict[str, Any], progress: dict[str, Any], settings: dict[str, Any]
@@ -118,7 +118,8 @@ class RunFiles:
             before = state["delta"] or "full fine-tuning"
             problems.add("delta", f"{self._delta() or 'full fine-tuning'}, it was {before}")
         for name, value in (settings or {}).items():
-            if state["settings"][name] != value:
-                problems.add(name, f"{value}, it was {state['settings'][name]}")
+            before = state["settings"].get(name, _NOT_RECORDED)
+            if before != value:
+                problems.add(name, f"{value}, it was {before}")
         problems.raise_if_any(f"{self.state}: --resume needs the same as before:")
         return state["engine"], state["progress"]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpm_bee.data.bin_dataset import BinaryDataset
+from cpm_bee.data.packing import PLAN_VERSION
 from cpm_bee.data.record_pickle import decode
 from cpm_bee.data.token_index.arrays import TokenChunk
 from cpm_bee.data.token_index.reader import TokenIndex
@@ -47,6 +48,7 @@ class StepShape:
             "--max-length": self.max_length,
             "--drop-last": self.drop_last,
             "--seed": self.shuffle_seed,
+            "version of the plan of steps": PLAN_VERSION,
         }
 
 

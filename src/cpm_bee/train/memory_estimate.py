@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpm_bee import quantize as quantization
+from cpm_bee.checkpoint.loading import set_parameter
 from cpm_bee.data.batch import Batch
 from cpm_bee.delta import DeltaConfig
 from cpm_bee.delta import insert as insert_delta
@@ -129,11 +129,8 @@ def set_parameters(
     """Put what `make` makes in the place of a model's parameters, in the types of training."""
     held = training.held or (torch.float32 if training.delta is None else training.dtype)
     for name, p in list(model.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
-        keeps_type = leaf in ("codes", "absmax", "lora_A", "lora_B")
-        value = make(p.shape, p.dtype if keeps_type else held)
-        parameter = nn.Parameter(value, requires_grad=p.requires_grad)
-        setattr(model.get_submodule(owner), leaf, parameter)
+        keeps_type = name.endswith((".codes", ".absmax", ".lora_A", ".lora_B"))
+        set_parameter(model, name, make(p.shape, p.dtype if keeps_type else held))
 
 
 def _opaque(format: Format) -> Format:
