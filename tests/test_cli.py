@@ -170,7 +170,7 @@ def test_a_reader_that_goes_away_is_no_traceback(root: Path, tmp_path: Path, lin
         stdout=writer,
         stderr=subprocess.PIPE,
         env={**environment, "PYTHONPATH": str(root / "src")},
-        timeout=60,
+        timeout=200,
     )
     os.close(writer)
     assert result.stderr == b""

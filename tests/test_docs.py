@@ -53,11 +53,12 @@ NOT_PATHS = {
 # Flags of torchrun, nvidia-smi, sbatch and pip; a name that another tool has for a flag of ours.
 FOREIGN_FLAGS = {
     "--nproc_per_node", "--query-gpu", "--format", "--nodes", "--gpus-per-node", "--no-deps",
-    "--learning_rate",
+    "--learning_rate", "--hypothesis-seed",
 }  # fmt: skip
 # Of other software; what the scripts do with OMP_WAIT_POLICY has a section of its own.
 FOREIGN_VARIABLES = {
     "CUDA_VISIBLE_DEVICES", "TORCH_LOGS", "ATEN_CPU_CAPABILITY", "OMP_WAIT_POLICY",
+    "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "HYPOTHESIS_PROFILE",
 }  # fmt: skip
 
 FINETUNE_SH = (ROOT / "scripts" / "finetune_cpm_bee.sh").read_text(encoding="utf-8")

@@ -30,7 +30,7 @@ def run(flags: list[str], cwd: Path, **values: str) -> tuple[int, str, str]:
 def wait_for_step(process: subprocess.Popen[str], save: Path, step: int) -> None:
     """Wait until a run has logged a step."""
     log = save / f"{NAME}-log.jsonl"
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 200
     while not (log.exists() and f'"train", "step": {step},' in log.read_text(encoding="utf-8")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -66,6 +66,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     assert all("partial" in name for name in left)  # at most what the killed write left
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_with_1(workspace: Workspace, tmp_path: Path) -> None:
     process = start(command(*long_run(workspace, tmp_path / "run", use_delta=True)), tmp_path)
     wait_for_step(process, tmp_path / "run", 2)
@@ -85,6 +86,7 @@ def test_sigterm_saves_and_exits_with_1(workspace: Workspace, tmp_path: Path) ->
     assert resumed.column("step") == list(range(1, step + 2))
 
 
+@pytest.mark.slow
 def test_wrong_input_is_one_message_and_debug_shows_the_traceback(
     workspace: Workspace, tmp_path: Path
 ) -> None:
@@ -130,7 +132,7 @@ def check_torchrun_ended(
     assert process.returncode == 1
     assert errors.count("error: ") == 1 and expected in errors
     assert str(ROOT / "src" / "cpm_bee") not in errors  # as in a traceback of ours
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while living(str(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert living(str(tmp_path)) == []

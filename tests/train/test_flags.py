@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rounding
 import torch
 import train_support
 from train_support import Run, Workspace, distance
@@ -91,7 +92,16 @@ def flags() -> list[argparse.Action]:
     return [action for action in parser()._actions if action.dest != "help"]
 
 
-@pytest.mark.parametrize("name", [action.dest for action in flags()])
+SLOW = ("compile", "checkpointing")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(action.dest, marks=pytest.mark.slow if action.dest in SLOW else ())
+        for action in flags()
+    ],
+)
 def test_flag(lab: Lab, name: str) -> None:
     assert name in CASES, "write a case for this flag below"
     CASES[name](lab)
@@ -237,7 +247,9 @@ def _delta_targets(lab: Lab) -> None:
 @case
 def _delta_dropout(lab: Lab) -> None:
     run, usual = lab.run(delta_dropout=0.5), lab.run()
-    assert run.losses[0] == usual.losses[0] and run.losses[1] != usual.losses[1]
+    # At first B is zero; but blocks with dropout are computed otherwise.
+    assert run.losses[0] == pytest.approx(usual.losses[0], rel=rounding.FLOOR)
+    assert run.losses[1] != pytest.approx(usual.losses[1], rel=1e-3)
     assert "less than 1" in lab.refusal(delta_dropout=1)
 
 

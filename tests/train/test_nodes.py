@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import train_support
 from support import ROOT
-from train_support import Run, Workspace, distance, free_port, train
+from train_support import Run, Samples, Workspace, free_port, train
 
 from cpm_bee.distributed import rendezvous
 from cpm_bee.distributed.rendezvous import rendezvous_flags
@@ -94,17 +94,16 @@ def test_two_nodes_train_as_one_process_does(
 ) -> None:
     flags: dict[str, Any] = {"eval_dataset": workspace.eval, "eval_interval": 5, "seed": 7}
     flags |= {"max_length": 48, "epoch": 9, "max_steps": 8, "use_delta": True}
-    one = train(workspace, tmp_path / "one", batch_size=4, checkpointing="none", **flags)
+    flags |= {"batch_size": 4, "checkpointing": "none"}
+    one = train(workspace, tmp_path / "one", **flags)
     started = nodes.start(workspace, tmp_path / "two", "--parallel", "fsdp", "--max-steps", "8")
     for process in started:
         status, _, errors = train_support.finish(process)
         assert status == 0, errors
     two = Run(tmp_path / "two")
     assert two.of("start")[0]["world_size"] == 4
-    assert two.losses == pytest.approx(one.losses, rel=1e-5)
     assert two.column("tokens") == one.column("tokens")
-    assert two.column("loss", "eval") == pytest.approx(one.column("loss", "eval"), rel=1e-5)
-    assert distance(one.weights(), two.weights()) < 1e-4
+    Samples.of(one, workspace, **flags).check(two)
 
 
 def workers(of: subprocess.Popen[str]) -> dict[int, int]:
@@ -123,7 +122,7 @@ def workers(of: subprocess.Popen[str]) -> dict[int, int]:
     return found
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
