@@ -7,18 +7,14 @@ made in the same pass (the token index beside the data), so that training can be
 from __future__ import annotations
 
 import argparse
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpm_bee.cli import ArgumentParser, positive, whole_number
 from cpm_bee.data.bin_dataset import BLOCK_SIZE
 from cpm_bee.data.preprocess.pipeline import preprocess
 from cpm_bee.data.preprocess.workers import available_cores
 from cpm_bee.errors import run_command
-
-if TYPE_CHECKING:
-    from cpm_bee.tokenizer import Tokenizer
+from cpm_bee.tokenizer import Tokenizer
 
 CHECKPOINTS = Path(__file__).resolve().parent / "ckpts"
 VOCABULARIES = CHECKPOINTS / "vocab.txt", CHECKPOINTS / "cpm-bee-tiny" / "vocab.txt"
@@ -55,11 +51,8 @@ def parse_arguments() -> argparse.Namespace:
 def load_vocabulary(given: str | None) -> Tokenizer | None:
     """The tokenizer of `--vocab`; by default of the model that finetune_cpm_bee.sh would load."""
     usual = [path for path in VOCABULARIES if path.is_file()]
-    # This stage also runs before anything is installed; the index then waits for the training.
-    if (given is None and (not usual or find_spec("numpy") is None)) or given == NONE:
+    if given == NONE or (given is None and not usual):
         return None
-    from cpm_bee.tokenizer import Tokenizer
-
     return Tokenizer.load(given or usual[0])
 
 
