@@ -5,9 +5,9 @@ and the buckets are written one after the other: together that is a random order
 though no more than one bucket a process is ever in memory.
 
 The main process shuffles: it reads only the sizes of a bucket's records, and computes where each
-record begins in the data file and how much of the token index lies before the bucket. With that, worker
-processes write the buckets independently, each to its own place in the same files. The bytes are
-the same for any number of workers.
+record begins in the data file and how much of the token index lies before the bucket. With that,
+worker processes write the buckets independently, each to its own place in the same files. The bytes
+are the same for any number of workers.
 """
 
 from __future__ import annotations
