@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpm_bee.cli import run_command
 from cpm_bee.data.preprocess.options import NO_VOCABULARY, PreprocessOptions
-
-if TYPE_CHECKING:
-    from cpm_bee.tokenizer import Tokenizer
+from cpm_bee.tokenizer import Tokenizer
 
 CHECKPOINTS = Path(__file__).resolve().parent / "ckpts"
 VOCABULARIES = CHECKPOINTS / "vocab.txt", CHECKPOINTS / "cpm-bee-tiny" / "vocab.txt"
@@ -19,11 +15,8 @@ VOCABULARIES = CHECKPOINTS / "vocab.txt", CHECKPOINTS / "cpm-bee-tiny" / "vocab.
 def load_vocabulary(given: str | None) -> Tokenizer | None:
     """The tokenizer of `--vocab`; by default of the model that finetune_cpm_bee.sh would load."""
     usual = [path for path in VOCABULARIES if path.is_file()]
-    # This stage also runs before anything is installed; the index then waits for the training.
-    if (given is None and (not usual or find_spec("numpy") is None)) or given == NO_VOCABULARY:
+    if given == NO_VOCABULARY or (given is None and not usual):
         return None
-    from cpm_bee.tokenizer import Tokenizer
-
     return Tokenizer.load(given or usual[0])
 
 

@@ -12,20 +12,17 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpm_bee.data.bin_dataset import BinaryDataset, payload_limit
 from cpm_bee.data.bin_meta import META
 from cpm_bee.data.preprocess.gather import gather
 from cpm_bee.data.preprocess.scatter import Buckets, Chunk, ScatterResult, scatter
 from cpm_bee.data.preprocess.workers import Workers
+from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.files import atomic_folder
 from cpm_bee.progress import progress_bar
-
-if TYPE_CHECKING:  # numpy, which it needs, may not be installed
-    from cpm_bee.encoding import Encoder
-    from cpm_bee.tokenizer import Tokenizer
+from cpm_bee.tokenizer import Tokenizer
 
 # Bytes of input. A process needs some ten times as much memory; small pieces of small files keep
 # all processes busy, few pieces of large files keep the files' number down.
@@ -112,8 +109,6 @@ def _piece(file: Path, count: int) -> int:
 def _encoder(tokenizer: Tokenizer | None) -> Encoder | None:
     if tokenizer is None:
         return None
-    from cpm_bee.encoding import Encoder
-
     tokenizer.match("")  # makes its tables, which the processes then share
     return Encoder(tokenizer)
 

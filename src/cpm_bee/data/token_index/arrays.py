@@ -1,7 +1,10 @@
 """The tokens of many records as arrays, as a token index holds them.
 
 Records are encoded in chunks, and everything about a chunk is made, moved and written as whole
-arrays: single numpy calls for each record would take longer than its tokens.
+arrays: single numpy calls for each record would take longer than its tokens. Each array counts one
+of three things (`COUNTED`): records, tokens, or extensions, the largest sub of each id in each
+record that has any. So three numbers say where a run of records begins in all arrays, and records
+are put in another order (`take`), cut (`split`) and joined without looking at a single one.
 """
 
 from __future__ import annotations
@@ -31,8 +34,9 @@ ARRAYS: dict[str, tuple[type, str]] = {
     "extension_ids": (np.int32, "extensions"),
     "extension_subs": (np.uint16, "extensions"),
 }
-LOCATION_ARRAYS = ("files", "offsets")  # where a record lies: known once it is in its dataset
-_CHUNK_ARRAYS = [name for name in ARRAYS if name not in LOCATION_ARRAYS]
+# The address of a record, known once it is in its dataset: number of the data file, byte offset.
+ADDRESS_ARRAYS = ("files", "offsets")
+_CHUNK_ARRAYS = [name for name in ARRAYS if name not in ADDRESS_ARRAYS]
 COUNTED = ("records", "tokens", "extensions")
 
 # Arrays by name, of consecutive records.
@@ -45,7 +49,7 @@ def counts_of(arrays: Arrays) -> np.ndarray:
 
 
 class TokenChunk:
-    """Encodes records one by one and gives all arrays but `LOCATION_ARRAYS` of them at once.
+    """Encodes records one by one and gives all arrays but `ADDRESS_ARRAYS` of them at once.
 
     Attributes:
         trees: the distinct trees; array `trees` holds numbers in this list.
