@@ -90,10 +90,10 @@ def tensors(model: CPMBee) -> dict[str, torch.Tensor]:
 
 
 def save(
-    path: Path, tensors: dict[str, torch.Tensor], config: DeltaConfig, base_fingerprint: str
+    path: Path, values: dict[str, torch.Tensor], config: DeltaConfig, base_fingerprint: str
 ) -> None:
     """Write a delta file, and beside it `.json` with what it was made with."""
-    save_tensors(path, tensors)
+    save_tensors(path, values)
     sidecar = {
         "rank": config.rank,
         "alpha": config.alpha,

@@ -76,7 +76,8 @@ def test_it_tells_what_the_run_then_tells(
     train(bench.workspace, bench.save, use_delta=True, **values)
     printed = capsys.readouterr().out.splitlines()
     steps = len([line for line in printed if line.startswith("| Epoch")])
-    common = [line for line in told if line in printed]
+    # The line of checkpointing tells the free memory, which may differ.
+    common = [line for line in told if line in printed and not line.startswith("checkpointing")]
     beginnings = ["engine", "model", "training:", "warning:", "evaluation:", "warning:", "one"]
     assert [line.split()[0] for line in common] == beginnings
     (named,) = [line for line in told if line.startswith("steps: about")]
