@@ -22,6 +22,7 @@ from cpm_bee.data.preprocess.workers import Workers
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.files import atomic_folder
 from cpm_bee.progress import progress_bar
+from cpm_bee.records import check_is_lines
 
 if TYPE_CHECKING:  # numpy, which it needs, may not be installed
     from cpm_bee.encoding import Encoder
@@ -77,6 +78,8 @@ def preprocess(
     files = _input_files(inputs)
     folders = [output_path / file.stem for file in files]
     _check_destinations(output_path, folders, overwrite)
+    for file in files:
+        check_is_lines(file)
     problems = Problems()
     with contextlib.ExitStack() as datasets:
         spreads = [

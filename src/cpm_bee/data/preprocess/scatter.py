@@ -167,7 +167,9 @@ def _lines(chunk: Chunk, result: ScatterResult) -> list[tuple[int, str]]:
     lines: list[tuple[int, str]] = []
     for number, raw in enumerate(_raw_lines(chunk)):
         result.num_lines = number + 1
-        line, reason = records.decode_line(raw, is_first=number == 0 and chunk.begin == 0)
+        line, reason = records.decode_line(
+            raw, chunk.file, is_first=number == 0 and chunk.begin == 0
+        )
         if reason:
             result.add(number, [reason])
             result.is_text = False
