@@ -68,7 +68,7 @@ WAYS = {
 
 
 def released_sizes() -> dict[str, ModelConfig]:
-    """SPEC §6. Which blocks the pruned releases lack is assumed; for memory their number counts."""
+    """docs/format.md §6. Which blocks the pruned releases lack is assumed; their number counts."""
     whole = ModelConfig.load(ROOT / "config" / "cpm-bee-10b.json")
 
     def kept(layer: int, number: int) -> bool:

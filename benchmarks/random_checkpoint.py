@@ -2,8 +2,8 @@
 
     python benchmarks/random_checkpoint.py --config config/cpm-bee-10b.json --output FOLDER
 
-Weights are N(0, 1), norms 1 (SPEC §5; the embedding too, so that logits have a spread). The folder
-gets pytorch_model.bin and config.json.
+Weights are N(0, 1), norms 1 (docs/format.md §5; the embedding too, so that logits have a spread).
+The folder gets pytorch_model.bin and config.json.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""SPEC §3-5 transcribed plainly, pair by pair and in double precision: slow and independent.
+"""docs/format.md §3-5 in plain Python, pair by pair and in double precision: slow, independent.
 
 Shares only the splitting of texts into pieces with the library.
 """

@@ -106,7 +106,7 @@ def test_initial_values() -> None:
 
 
 def test_the_low_rank_path_is_not_divided(batch: Batch) -> None:
-    """SPEC §7: merging into W needs W + sqrt(dim_in) * (alpha/r) * B A."""
+    """docs/format.md §7: merging into W needs W + sqrt(dim_in) * (alpha/r) * B A."""
     config = DeltaConfig(rank=4, alpha=10, targets=TARGETS)
     model = tuned(config)
     merged = tiny.make_model(1)

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from cpm_bee.encoding import EncodedRecord, Encoder
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.network import CPMBee
-from cpm_bee.records import Record
+from cpm_bee.records import Record, validate
 from cpm_bee.tokenizer import Tokenizer
 
-SPECIALS = ["<pad>", "<unk>", "<mask>", "<sep>", "</n>", "</_>", "<s>", "</s>"]
-SPECIALS += ["<root>", "<ans>", "<option>"]
+RESERVED_TOKENS = ["<pad>", "<unk>", "<mask>", "<sep>", "</n>", "</_>", "<s>", "</s>"]
+RESERVED_TOKENS += ["<root>", "<ans>", "<option>"]
 PLAIN = ["<", ">", "input", "question", "a", "b", "ab", "x", "春", "天", "春天", "风"]
-TOKENIZER = Tokenizer([*SPECIALS, *PLAIN], source="tiny vocabulary")
+TOKENIZER = Tokenizer([*RESERVED_TOKENS, *PLAIN], source="tiny vocabulary")
 
 
 def make_config(**changes: Any) -> ModelConfig:
@@ -86,7 +86,15 @@ def _has_leaf(tree: Any) -> bool:
 
 
 @st.composite
-def records(draw: st.DrawFn) -> Record:
-    """Records with the answer anywhere; trees of more than 8 levels, nested and empty answers."""
+def encodable_records(draw: st.DrawFn) -> Record:
+    """Records with the answer anywhere; trees of more than 8 levels, nested and empty answers.
+
+    They are encoded as the reference does; some hold what `records.validate` refuses.
+    """
     context = draw(st.dictionaries(texts.filter(lambda key: key != "<ans>"), trees, max_size=3))
     return dict(draw(st.permutations([*context.items(), ("<ans>", draw(trees.filter(_has_leaf)))])))
+
+
+def records() -> st.SearchStrategy[Record]:
+    """Such records that are valid."""
+    return encodable_records().filter(lambda record: validate(record) == [])

@@ -1,4 +1,4 @@
-"""Build the vocabulary of the tiny base model (SPEC §2: one token a line, id = line number).
+"""Build the vocabulary of the tiny base model, one token a line (docs/format.md §2).
 
 It holds, in this order: the special tokens that the released vocabulary begins with and `<eod>`;
 printable ASCII; punctuation; the usual field names of a record; the 6,763 characters of GB2312;
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from output import ArgumentParser, InputError, positive, run_command, write_lines
 
-SPECIALS = [
+RESERVED_TOKENS = [
     *("<pad>", "<unk>", "<mask>", "<sep>", "</n>", "</_>", "<s>", "</s>", "<root>"),
     *("<ans>", "<option>", "<eod>"),
 ]
@@ -52,7 +52,7 @@ def build(word_count: int) -> list[str]:
     ascii_characters = [chr(code) for code in range(0x21, 0x7F)]
     chinese = gb2312_characters()
     words = frequent_words(set(chinese), word_count)
-    return [*SPECIALS, *ascii_characters, *PUNCTUATION, *FIELD_NAMES, *chinese, *words]
+    return [*RESERVED_TOKENS, *ascii_characters, *PUNCTUATION, *FIELD_NAMES, *chinese, *words]
 
 
 def main() -> None:

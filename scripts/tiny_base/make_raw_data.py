@@ -1,7 +1,8 @@
 """Make the sample of the tutorial's task: a plain sentence and four lines of verse, one renders it.
 
-Writes raw_data/train.jsonl and raw_data/eval.jsonl in the tutorial's raw format (SPEC §1). The
-same seed gives the same bytes. The two sets share no scene, not even among the wrong options.
+Writes raw_data/train.jsonl and raw_data/eval.jsonl in the tutorial's raw format (docs/format.md
+§1). The same seed gives the same bytes. The two sets share no scene, not even among the wrong
+options.
 """
 
 from __future__ import annotations

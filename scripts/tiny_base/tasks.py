@@ -1,4 +1,4 @@
-"""The tasks that the tiny base model is trained on, each a maker of records (SPEC §1).
+"""The tasks that the tiny base model is trained on, each a maker of records (docs/format.md §1).
 
 They teach how records are read: which option holds a given word, and which words a given option
 holds. The tutorial's own task, choosing the verse that renders a sentence, is not among them, and

@@ -1,4 +1,4 @@
-"""Delta tuning: LoRA inserted into, trained on, saved from and loaded into a model (SPEC §7)."""
+"""Delta tuning: LoRA inserted into, saved from and loaded into a model (docs/format.md §7)."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def insert(model: CPMBee, config: DeltaConfig, seed: int) -> None:
 
 
 def tensors(model: CPMBee) -> dict[str, torch.Tensor]:
-    """The delta's tensors by their names in a delta file (SPEC §7)."""
+    """The delta's tensors by their names in a delta file (docs/format.md §7)."""
     return {name: p.detach().cpu() for name, p in model.named_parameters() if _INFIX in name}
 
 

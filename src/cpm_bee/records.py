@@ -174,7 +174,8 @@ def validate(record: Any) -> list[str]:
 
     Checks the shape (dictionary of dictionaries and strings), that `<ans>` is there, that special
     tokens are well formed and none of the model's own, and that an answer names none that its
-    record lacks (docs/format.md §1, §2). Whether their names exist is the vocabulary's business.
+    record lacks (docs/format.md §1, §2). Whether the vocabulary has their names is not checked
+    here.
     """
     if _is_valid(record):
         return []
@@ -212,17 +213,17 @@ def _answer_problems(record: Record) -> list[str]:
 
 def _specials(node: Tree, *, leaves_only: bool = False, keys_only: bool = False) -> set[str]:
     if isinstance(node, str):
-        return set() if keys_only else set(_special_tokens(node))
+        return set() if keys_only else set(special_tokens(node))
     found: set[str] = set()
     for key, value in node.items():
         if not leaves_only:
-            found.update(_special_tokens(key))
+            found.update(special_tokens(key))
         found |= _specials(value, leaves_only=leaves_only, keys_only=keys_only)
     return found
 
 
 @lru_cache(maxsize=4096)
-def _special_tokens(text: str) -> tuple[str, ...]:
+def special_tokens(text: str) -> tuple[str, ...]:
     """The special tokens of a well-formed text."""
     if "<" not in text:
         return ()

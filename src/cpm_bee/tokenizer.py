@@ -91,7 +91,7 @@ class ExtensionTable:
 
 
 class Tokenizer:
-    """The tokenizer of SPEC §2.
+    """The tokenizer of docs/format.md §2.
 
     Args:
         tokens: the vocabulary in id order.

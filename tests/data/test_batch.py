@@ -90,7 +90,7 @@ def test_the_table_of_the_step_numbers_the_targets_of_its_parts() -> None:
 
 
 def test_a_bos_inside_an_answer_ends_it() -> None:
-    """The rule of SPEC §4 knows ids alone: also an `<s>` of the text, and one with a sub."""
+    """docs/format.md §4 goes by ids alone: also by an `<s>` of the text, and one with a sub."""
     encoded = tiny.encode([{"<ans>": "a<s>b<s_0>x<s_1>x"}])
     assert encoded[0].subs.max() == 1
     ids = [tiny.TOKENIZER.ids[t] for t in ("a", "</s>", "b", "</s>", "x", "</s>", "x", "</s>")]

@@ -10,14 +10,14 @@ from cpm_bee.model.initialization import initialize
 from cpm_bee.model.network import CPMBee
 from cpm_bee.tokenizer import Tokenizer
 
-SPECIALS = ["<pad>", "<unk>", "<mask>", "<sep>", "</n>", "</_>", "<s>", "</s>"]
-SPECIALS += ["<root>", "<ans>", "<option>"]
+RESERVED_TOKENS = ["<pad>", "<unk>", "<mask>", "<sep>", "</n>", "</_>", "<s>", "</s>"]
+RESERVED_TOKENS += ["<root>", "<ans>", "<option>"]
 PLAIN = ["<", ">", "input", "question", "x", "y", "ab", "甲", "乙", "丙", "甲乙"]
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Tokenizer:
-    return Tokenizer(SPECIALS + PLAIN)
+    return Tokenizer(RESERVED_TOKENS + PLAIN)
 
 
 def make_model(tokenizer: Tokenizer, seed: int, masks: tuple = ()) -> CPMBee:

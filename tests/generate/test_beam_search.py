@@ -50,7 +50,7 @@ def bee_tokenizer():
 
 
 def model_by_recipe(config, seed):
-    """Weights as the last paragraph of SPEC makes them."""
+    """Weights as the recipe of the golden files makes them."""
     model = CPMBee(config)
     for name, parameter in model.named_parameters():
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()

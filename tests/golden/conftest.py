@@ -26,7 +26,7 @@ class GoldenStep(NamedTuple):
 
 
 def best_fit(lengths: list[int], batch_size: int, max_length: int) -> list[GoldenStep]:
-    """The packing that made the golden files, the usual rule of SPEC §4 word for word."""
+    """The packing that made the golden files, the usual rule of docs/format.md §4 word for word."""
     open_rows: list[list[int]] = []  # oldest first
     steps = []
     for number, length in enumerate(lengths):

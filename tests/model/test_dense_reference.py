@@ -1,4 +1,4 @@
-"""The model against SPEC §5 written out pair by pair (dense_reference.py)."""
+"""The model against docs/format.md §5 written out pair by pair (dense_reference.py)."""
 
 from __future__ import annotations
 

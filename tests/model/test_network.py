@@ -189,7 +189,7 @@ def test_bf16_is_near(how: str) -> None:
 
 
 def test_names() -> None:
-    """Exactly the native checkpoint names of SPEC §6."""
+    """Exactly the native checkpoint names of docs/format.md §6."""
     attention_names = ["layernorm_before_attention"] + [
         f"self_attention.{part}"
         for part in ("project_q", "project_k", "project_v", "attention_out")

@@ -19,9 +19,9 @@ _BUCKETS = ("buckets", "segment_buckets")
 def derive_config(checkpoint: Checkpoint, sidecar: dict[str, Any] | None = None) -> ModelConfig:
     """The config of a checkpoint from its tensors; what they do not tell, from `config.json`.
 
-    The tensors decide on sizes and pruned blocks (SPEC §6); split of the buckets, max_distance,
-    eps, dropout, distance_scale and half come from the config beside the checkpoint, else are
-    usual; half then tells whether all tensors are fp16.
+    The tensors decide on sizes and pruned blocks (docs/format.md §6); split of the buckets,
+    max_distance, eps, dropout, distance_scale and half come from the config beside the
+    checkpoint, else are usual; half then tells whether all tensors are fp16.
     """
     shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
     blocks = layers_present(shapes)

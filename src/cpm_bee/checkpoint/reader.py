@@ -1,4 +1,4 @@
-"""Checkpoints: native and Hugging Face names, `.bin`, sharded and safetensors (SPEC §6)."""
+"""Checkpoints: native and Hugging Face names, `.bin`, shards, safetensors (docs/format.md §6)."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ Pair = tuple[int, int]
 class Batch:
     """R records of T tokens in all, laid one after the other, with N targets.
 
-    Records never see each other (SPEC §4), so this has the loss of any packed layout, without
-    its padding.
+    Records never see each other (docs/format.md §4), so this has the loss of any packed layout,
+    without its padding.
     """
 
     ids: torch.Tensor  # (T,) int64, vocabulary ids

@@ -1,4 +1,4 @@
-"""The binary dataset: a folder of data files, each a run of blocks, and `meta.bin` (SPEC §9)."""
+"""The binary dataset: data files, each a run of blocks, and `meta.bin` (docs/format.md §9)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def payload_limit(block_size: int) -> int:
 
 
 class BlockLayout:
-    """Where the records of a data file lie: in order, none across the end of a block (SPEC §9)."""
+    """Where a data file's records lie: in order, none across a block's end (docs/format.md §9)."""
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size

@@ -1,4 +1,4 @@
-"""`meta.bin`: what a binary dataset consists of, one JSON object a line (SPEC §9)."""
+"""`meta.bin`: what a binary dataset consists of, one JSON object a line (docs/format.md §9)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A record as the payload of a binary dataset: a pickle (SPEC §9), read without running code."""
+"""A record as a pickle (docs/format.md §9), which is read without running code."""
 
 from __future__ import annotations
 

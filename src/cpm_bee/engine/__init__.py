@@ -15,7 +15,7 @@ from cpm_bee.model.network import CPMBee
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW with decoupled decay, clipping by global norm, dynamic loss scale (SPEC §8)."""
+    """AdamW, clipping by global norm, dynamic loss scale (docs/format.md §8)."""
 
     weight_decay: float
     clip_grad: float

@@ -1,4 +1,4 @@
-"""Beam search as the reference does it (SPEC §10)."""
+"""Beam search as the reference does it (docs/format.md §10)."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ _GROUP_SHARE = 0.8
 
 
 class PositionBias(nn.Module):
-    """The bias table of all layers and its row for each (query, key) pair (SPEC §5)."""
+    """The bias table of all layers and its row for each (query, key) pair (docs/format.md §5)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

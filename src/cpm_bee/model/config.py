@@ -17,13 +17,13 @@ _HUGGING_FACE = {
     "num_attention_heads": "num_heads",
 }
 _REQUIRED = ("vocab_size", "dim_model", "num_heads", "dim_head", "dim_ff", "num_layers")
-# A quarter of them is for exact distances: SPEC §5 divides by their number.
+# A quarter of them is for exact distances: docs/format.md §5 divides by their number.
 _LEAST = {"position_bias_num_buckets": 4}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The fields of a CPM-Bee config file (SPEC §5).
+    """The fields of a CPM-Bee config file (docs/format.md §5).
 
     `mask_modules` holds a pair (no attention, no FFN) a layer, or is empty for a whole model.
     `distance_scale` is the factor of a token's sub in its rotary turn.

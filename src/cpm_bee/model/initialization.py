@@ -27,7 +27,7 @@ _OTHER_QUERY_SCALE = 0.3
 def initialize(model: CPMBee, seed: int) -> None:
     """Fill a model with random weights; the same on every machine and rank.
 
-    All start from N(0, 1), norms from 1, as SPEC §5 has it. Then, following the idea of mimetic
+    All start from N(0, 1), norms from 1, as docs/format.md §5 has it. Then, following mimetic
     initialisation (Trockman and Kolter, 2023): one half of the heads compares contents
     (project_k = project_q), the other half starts with little regard to content and strong
     preferences of position and relation; attention hands on what it reads (attention_out is a

@@ -1,4 +1,4 @@
-"""The layers of SPEC §5. Module names make up the native checkpoint names."""
+"""The layers of docs/format.md §5. Module names make up the native checkpoint names."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class Scores(NamedTuple):
 
 
 class OutputHead(NamedTuple):
-    """What turns states into logits: V vocabulary and E extension entries (SPEC §5)."""
+    """What turns states into logits: V vocabulary and E extension entries (docs/format.md §5)."""
 
     weight: torch.Tensor  # (V, dim_model)
     scale: float  # of the products with `weight`

@@ -50,7 +50,7 @@ class BlockStack(nn.Module):
 
 
 class CPMBee(nn.Module):
-    """The language model. Its state dict has the native checkpoint names (SPEC §6).
+    """The language model. Its state dict has the native checkpoint names (docs/format.md §6).
 
     Made without values: `base.load_pretrained` gives it some.
     """

@@ -1,4 +1,4 @@
-"""Learning-rate schedules (SPEC §8), one for all engines."""
+"""Learning-rate schedules (docs/format.md §8), one for all engines."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def preprocess(
         output_path: folder of the datasets, made if missing.
         output_name: name of the data file in each dataset.
         overwrite: replace datasets that exist.
-        block_size: bytes of a block (SPEC §9).
+        block_size: bytes of a block (docs/format.md §9).
         tokenizer: makes the token index of each dataset; None makes none.
         tokens_needed: a record that the tokenizer cannot encode is an error; otherwise the
             datasets are written without index, with a warning.

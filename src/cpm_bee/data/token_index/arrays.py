@@ -22,6 +22,7 @@ ARRAYS: dict[str, tuple[type, str]] = {
     "num_targets": (np.int32, "records"),
     "trees": (np.int32, "records"),
     "shuffled": (np.bool_, "records"),
+    "answers": (np.uint8, "records"),
     "extension_counts": (np.int32, "records"),
     "files": (np.int32, "records"),
     "offsets": (np.int64, "records"),
@@ -58,6 +59,7 @@ class TokenChunk:
         self._num_segments = array("i")
         self._record_ends = array("q")  # in tokens
         self._shuffled: list[bool] = []
+        self._answers = bytearray()  # an `AnswerState` of each record
         self._tree_numbers = array("i")
         self._numbers: dict[int, int] = {}  # identity of a tree -> its number
         self.trees: list[SegmentTree] = []
@@ -72,7 +74,8 @@ class TokenChunk:
     def add(self, record: Record) -> None:
         """Encode a valid record. Raises `InputError` as `Encoder.encode`; it is then left out."""
         texts, tree = segments = outline(record)
-        self._encoder.append(segments, self._tokens)
+        extension = self._encoder.append(segments, self._tokens)
+        self._answers.append(self._encoder.answer_state(segments, extension))
         self._predicted += tree.predicted
         self._num_segments.append(len(texts))
         self._record_ends.append(len(self._tokens.ids))
@@ -103,6 +106,7 @@ class TokenChunk:
             "num_targets": target_ends[first_segments + num_segments] - target_ends[first_segments],
             "trees": self._tree_numbers,
             "shuffled": self._shuffled,
+            "answers": np.frombuffer(self._answers, dtype=np.uint8),
             "extension_counts": np.bincount(record, minlength=len(self)),
             "ids": ids,
             "subs": all_subs,

@@ -22,7 +22,7 @@ from cpm_bee.data.batch import Pair, Stream
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.token_index.arrays import ARRAYS
 from cpm_bee.data.token_index.writer import INFO, build, folder_name
-from cpm_bee.encoding import EncodedRecord, Encoder, SegmentTree
+from cpm_bee.encoding import AnswerState, EncodedRecord, Encoder, SegmentTree
 from cpm_bee.files import BusyError, atomic_folder
 from cpm_bee.records import Record
 from cpm_bee.tokenizer import Tokenizer
@@ -37,6 +37,7 @@ class TokenIndex:
     Attributes:
         lengths: tokens of each record, int32 [R].
         num_targets: targets of each record, int32 [R].
+        answers: an `encoding.AnswerState` of each record, uint8 [R].
         extension_vocabulary: the ids, sorted, that have a sub > 0 in some record, int64 [V].
     """
 
@@ -51,6 +52,7 @@ class TokenIndex:
         self.dataset = dataset
         self.lengths = arrays["lengths"]
         self.num_targets = arrays["num_targets"]
+        self.answers = arrays["answers"]
         self.extension_vocabulary = np.array(info["extension_vocabulary"], dtype=np.int64)
         self._arrays = arrays
         self._starts = _starts(self.lengths)
@@ -91,7 +93,7 @@ class TokenIndex:
         return len(self.lengths)
 
     def record(self, number: int, rng: random.Random | None = None) -> EncodedRecord:
-        """A record's tokens; with `rng`, the dictionaries of its answer are shuffled (SPEC §3)."""
+        """A record's tokens; `rng` shuffles the dictionaries of its answer (docs/format.md §3)."""
         a = self._arrays
         if rng is not None and a["shuffled"][number]:
             return self._encoder.encode(self.source(number), rng=rng)
@@ -112,11 +114,18 @@ class TokenIndex:
         return int(self._arrays["files"][number]), int(self._arrays["offsets"][number])
 
     def stream(
-        self, numbers: Sequence[int], rng_of: Callable[[int], random.Random] | None = None
+        self,
+        numbers: Sequence[int],
+        rng_of: Callable[[int], random.Random] | None = None,
+        *,
+        as_generated: bool = False,
     ) -> Stream:
         """The tokens of some records; with `rng_of` a record, answers are shuffled as in `record`.
 
         The same as a stream of what `record` gives, without going through single records.
+
+        Args:
+            as_generated: number each record's extension entries as generation does.
         """
         a = self._arrays
         chosen = np.asarray(numbers, dtype=np.int64)
@@ -137,6 +146,10 @@ class TokenIndex:
         if rng_of is not None:
             for place in np.flatnonzero(a["shuffled"][chosen]).tolist():
                 stream.replace(place, self.record(numbers[place], rng_of(numbers[place])))
+        if as_generated:
+            for place in np.flatnonzero(self.answers[chosen] & AnswerState.RENUMBERED).tolist():
+                record = self.source(numbers[place])
+                stream.replace(place, self._encoder.encode_as_generated(record))
         return stream
 
     def largest_subs(self, numbers: Sequence[int]) -> list[int]:
@@ -152,8 +165,8 @@ class TokenIndex:
     def extension_pairs(self, largest_subs: Sequence[int]) -> list[Pair]:
         """The distinct (id, sub > 0) pairs, sorted, of records with these largest subs.
 
-        A record that has a sub has all smaller ones of that id too (SPEC §3), so the largest of
-        each id says which pairs occur.
+        A record that has a sub has all smaller ones of that id too (docs/format.md §3), so the
+        largest of each id says which pairs occur.
         """
         ids = self.extension_vocabulary.tolist()
         return [(i, s) for i, n in zip(ids, largest_subs, strict=True) for s in range(1, n + 1)]

@@ -28,7 +28,7 @@ class FrozenLinear(NamedTuple):
 
     @property
     def _factor(self) -> float:
-        # W is divided by sqrt(dim_in) later, B A is not to be (SPEC §7).
+        # W is divided by sqrt(dim_in) later, B A is not to be (docs/format.md §7).
         assert self.linear.lora is not None
         return self.linear.lora.scale / self.linear.scale
 
