@@ -35,7 +35,7 @@ from cpm_bee.engine import OptimizerSettings
 from cpm_bee.engine.torch_engine import TorchEngine
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.frozen import buffers
-from cpm_bee.model.initialization import initialize
+from cpm_bee.model.initialization import initial_values
 from cpm_bee.model.network import CPMBee
 from cpm_bee.quantize.formats import FORMATS
 from cpm_bee.quantize.linear import QuantizedLinear, quantize_
@@ -175,7 +175,7 @@ def measure(size: str, way: str) -> float:
 
 def train(config: ModelConfig, training: TrainingSetup, batch: Batch, steps: int = 3) -> None:
     model = CPMBee(config)
-    initialize(model, 0)
+    model.load_state_dict(dict(initial_values(model, 0)))
     if training.quantize != "none":
         quantize_(model, FORMATS[training.quantize])
     if training.delta is not None:

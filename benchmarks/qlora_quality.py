@@ -24,7 +24,7 @@ from cpm_bee.engine import OptimizerSettings
 from cpm_bee.engine.torch_engine import TorchEngine
 from cpm_bee.errors import run_command
 from cpm_bee.model.config import ModelConfig
-from cpm_bee.model.initialization import initialize
+from cpm_bee.model.initialization import initial_values
 from cpm_bee.model.network import CPMBee
 from cpm_bee.progress import progress_bar
 from cpm_bee.quantize import NONE
@@ -36,7 +36,7 @@ from cpm_bee.tokenizer import Tokenizer
 def loss_curve(config: ModelConfig, batches: list[Batch], kind: str, lr: float) -> list[float]:
     """The loss of each step of a LoRA training, one batch a step."""
     model = CPMBee(config)
-    initialize(model, seed=0)
+    model.load_state_dict(dict(initial_values(model, seed=0)))
     if kind != NONE:
         quantize_(model, FORMATS[kind])
     delta.insert(model, delta.DeltaConfig(), seed=0)

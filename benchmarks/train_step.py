@@ -5,7 +5,7 @@
 The roofline is the multiply-adds that the mathematics needs, at the speed that plain matmuls of
 the same shapes reach in the same run. Needed are: forward and input gradient of every Linear above
 the lowest delta, no weight gradient of frozen weights, logits at targets alone, and in the last
-block queries, attention output and loader-forward at targets alone.
+block queries, attention output and feed-forward at targets alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from cpm_bee.engine import OptimizerSettings
 from cpm_bee.engine.torch_engine import TorchEngine
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.frozen.buffers import return_freed_memory
-from cpm_bee.model.initialization import initialize
+from cpm_bee.model.initialization import initial_values
 from cpm_bee.model.network import CPMBee
 from cpm_bee.tokenizer import Tokenizer
 
@@ -107,7 +107,7 @@ def main() -> None:
     tokenizer = Tokenizer.load(arguments.vocab)
     config = ModelConfig(vocab_size=len(tokenizer), **SIZES[arguments.model])
     model = CPMBee(config)
-    initialize(model, 0)
+    model.load_state_dict(dict(initial_values(model, 0)))
     delta.insert(model, delta.DeltaConfig(), 0)
     return_freed_memory()
     engine = TorchEngine(torch.device("cpu"), torch.float32)

@@ -23,7 +23,7 @@ from cpm_bee.data.batch import Batch, collate, extension_pairs
 from cpm_bee.engine import Engine, OptimizerSettings
 from cpm_bee.engine.torch_engine import TorchEngine
 from cpm_bee.errors import RunError
-from cpm_bee.model.initialization import initialize
+from cpm_bee.model.initialization import initial_values
 from cpm_bee.model.network import CPMBee
 from cpm_bee.pretrained import load_weights
 from cpm_bee.records import Record
@@ -78,7 +78,7 @@ def make_model(case: Case, dtype: torch.dtype) -> CPMBee:
     masks = ((True, False), (False, False), (False, False)) if case.pruned else ()
     # Of sizes with which the border between two processes lies within a tensor of each layer.
     model = CPMBee(tiny.make_config(num_layers=3, dim_ff=30, mask_modules=masks))
-    initialize(model, seed=4)
+    model.load_state_dict(dict(initial_values(model, seed=4)))
     with torch.no_grad():  # a table of zeros would hide much
         table = model.position_bias.relative_attention_bias
         table.normal_(generator=torch.Generator().manual_seed(5))

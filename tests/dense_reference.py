@@ -1,6 +1,6 @@
 """docs/format.md §3-5 in plain Python, pair by pair and in double precision: slow, independent.
 
-Shares only the splitting of texts into pieces with the library.
+Shares only the matching of vocabulary entries with the library.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
+from pieces import split_pieces
 
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.records import Record, Tree
@@ -63,7 +64,7 @@ def tokens_of(record: Record, tokenizer: Tokenizer, *, answers: bool = True) -> 
         if not node.is_context and not answers:
             continue
         pairs = [(tokenizer.ids["<s>"], 0)]
-        for piece in tokenizer.pieces(node.text):
+        for piece in split_pieces(tokenizer, node.text):
             if piece.is_unknown or (piece.is_special and piece.text not in tokenizer.specials):
                 name = f"<{piece.text[1:-1].split('_')[0]}>" if piece.is_special else "<unk>"
                 own = entries.setdefault(tokenizer.ids[name], [])

@@ -80,7 +80,7 @@ def run(engine: TorchEngine, folder: Path, way: str) -> dict[str, Any]:
     base = open_model(str(path), config, engine.dtype)
     delta.insert(base.model, delta.DeltaConfig(rank=3, targets=("project_q", "w_out")), 0)
     if way == "ddp":
-        base.fill(CPU)
+        base.materialize(CPU)
     else:
         engine.shard(base.tensors, offload=way == "offload")
     engine.prepare(base.model, SETTINGS)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from pieces import split_pieces
 
 from cpm_bee.errors import InputError
 from cpm_bee.tokenizer import (
@@ -41,7 +42,7 @@ def test_golden_texts(golden: Path, vocabulary: Tokenizer) -> None:
     for case in good:
         extension = ExtensionTable(len(vocabulary))
         assert vocabulary.encode(case["text"], extension) == case["ids"], case["text"]
-        pieces = vocabulary.pieces(case["text"])
+        pieces = split_pieces(vocabulary, case["text"])
         assert [list(piece) for piece in pieces] == case["pieces"], case["text"]
         table = {str(len(vocabulary) + i): p.text for i, p in enumerate(extension.pieces)}
         assert table == case["ext"], case["text"]
@@ -117,7 +118,7 @@ def test_round_trip_real(vocabulary: Tokenizer, text: str) -> None:
 def test_ids_and_pieces_agree(small_vocabulary: Tokenizer, text: str) -> None:
     extension = ExtensionTable(len(small_vocabulary))
     ids = small_vocabulary.encode(text, extension)
-    pieces = small_vocabulary.pieces(text)
+    pieces = split_pieces(small_vocabulary, text)
     assert len(ids) == len(pieces)
     for token_id, piece in zip(ids, pieces, strict=True):
         assert (token_id >= len(small_vocabulary)) == (
@@ -143,7 +144,7 @@ def test_matching_is_greedy_from_the_left(small_vocabulary: Tokenizer, text: str
             run = expected.pop().text if expected and expected[-1].is_unknown else ""
             expected.append(Piece(run + text[position], True, False))
             position += 1
-    assert small_vocabulary.pieces(escape(text)) == expected
+    assert split_pieces(small_vocabulary, escape(text)) == expected
 
 
 def test_extension_ids_are_shared_by_the_texts_of_a_record(small_vocabulary: Tokenizer) -> None:
@@ -226,7 +227,7 @@ def test_entries_that_share_beginnings(order: tuple[str, ...], text: str) -> Non
         else:
             expected.append(found)
         text = text[len(found) :]
-    assert [piece.text for piece in tokenizer.pieces("".join(expected))] == expected
+    assert [piece.text for piece in split_pieces(tokenizer, "".join(expected))] == expected
 
 
 def test_fingerprint_depends_on_the_order(small_vocabulary: Tokenizer) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
+from cpm_bee.data.batch import Batch
 from cpm_bee.encoding import EncodedRecord, Encoder
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.network import CPMBee
@@ -46,6 +47,13 @@ def make_model(seed: int = 0, **changes: Any) -> CPMBee:
             w = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.1 * w if "layernorm" in name else w)
     return model.eval()
+
+
+def hidden_states(model: CPMBee, batch: Batch) -> torch.Tensor:
+    """The states of all tokens after the last norm, [T, dim_model]."""
+    h = model.input_embedding(batch.ids, batch.subs)
+    h = model.encoder(h, model.attention_over(batch, h))
+    return model.encoder.output_layernorm(h)
 
 
 def encode(records: Sequence[Any]) -> list[EncodedRecord]:

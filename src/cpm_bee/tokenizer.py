@@ -195,20 +195,6 @@ class Tokenizer:
             start = end
         return ids, [text[begin:end] for begin, end in runs]
 
-    def pieces(self, text: str) -> list[Piece]:
-        """Split a text into pieces. Raises `MarkupError`."""
-        result = []
-        for part, is_special in split_markup(text):
-            if is_special:
-                result.append(Piece(part, False, True))
-                continue
-            ids, unknown = self.match(part)
-            runs = iter(unknown)
-            for i in ids:
-                text = next(runs) if i < 0 else _SPELLED.get(self.tokens[i], self.tokens[i])
-                result.append(Piece(text, i < 0, False))
-        return result
-
     def encode(self, text: str, extension: ExtensionTable | None = None) -> list[int]:
         """The ids of a text; unknown runs and unlisted specials take ids from `extension`.
 

@@ -17,7 +17,7 @@ from cpm_bee.data.packing import pack
 from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.encoding import Encoder
 from cpm_bee.model.config import ModelConfig
-from cpm_bee.model.initialization import initialize
+from cpm_bee.model.initialization import initial_values
 from cpm_bee.model.layers import Embedding
 from cpm_bee.model.network import CPMBee
 from cpm_bee.quantize.formats import FORMATS, NF4_VALUES
@@ -93,7 +93,7 @@ def no_placeholder(page: Json) -> Rows:
 def initial_deviations(page: Json) -> Rows:
     sizes = ModelConfig.load(TINY / "config.json")
     model = CPMBee(sizes)
-    initialize(model, seed=0)
+    model.load_state_dict(dict(initial_values(model, seed=0)))
     tensors = dict(model.named_parameters())
     layer, half = "encoder.layers.0", sizes.num_heads // 2
     attention = f"{layer}.self_att.self_attention"

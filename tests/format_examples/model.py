@@ -8,7 +8,7 @@ import json
 import torch
 
 from cpm_bee.data.batch import Batch
-from cpm_bee.model.attention import GroupLayout, PositionBias
+from cpm_bee.model.attention import PaddedGroups, PositionBias
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.layers import Embedding, FeedForwardBlock, Linear, RMSNorm
 from cpm_bee.model.network import target_loss
@@ -76,14 +76,14 @@ def position_rows(page: Json) -> Rows:
 def attention_rows(page: Json) -> Rows:
     batch = batch_of([page("seen")])
     bias = PositionBias(config())
-    rows = GroupLayout.of(batch, bias).groups[0].rows[0]  # (queries, keys)
+    rows = PaddedGroups.of(batch, bias).rows[0][0]  # (queries, keys)
     queries = [6, 13]
     return [
         [
             str(k),
             VOCABULARY.tokens[int(batch.ids[k])],
             str(int(batch.segments[k])),
-            *("hidden" if rows[q, k] == bias.hidden_row else str(int(rows[q, k])) for q in queries),
+            *("hidden" if rows[q, k] == bias.masked_row else str(int(rows[q, k])) for q in queries),
         ]
         for k in range(batch.num_tokens)
     ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from golden.conftest import best_fit
+from pieces import split_pieces
 from support import ROOT
 
 from cpm_bee.encoding import Encoder, outline
@@ -47,7 +48,9 @@ def tokenizer_texts(page: Json) -> Rows:
     rows = []
     table = ExtensionTable(len(VOCABULARY))
     for text in page("texts"):
-        pieces = " ".join(json.dumps(p.text, ensure_ascii=False) for p in VOCABULARY.pieces(text))
+        pieces = " ".join(
+            json.dumps(p.text, ensure_ascii=False) for p in split_pieces(VOCABULARY, text)
+        )
         ids = VOCABULARY.encode(text, table)
         decoded = VOCABULARY.decode(ids, table)
         shown = [text, decoded]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cpm_bee.model.config import ModelConfig
-from cpm_bee.model.initialization import initialize
+from cpm_bee.model.initialization import initial_values
 from cpm_bee.model.network import CPMBee
 from cpm_bee.tokenizer import Tokenizer
 
@@ -33,7 +33,7 @@ def make_model(tokenizer: Tokenizer, seed: int, masks: tuple = ()) -> CPMBee:
         dropout_p=0.5,  # must not act
     )
     model = CPMBee(config)
-    initialize(model, seed)
+    model.load_state_dict(dict(initial_values(model, seed)))
     return model.double()
 
 

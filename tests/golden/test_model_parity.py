@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from golden.conftest import Pack, Packed, best_fit
 from golden.recipe import assert_equal, fill_weights, read_lines
@@ -54,7 +55,7 @@ def test_states_and_logits(
     arrays, _, steps, batches = packed["packing"]
     batch = batches[b]
     with torch.no_grad():
-        hidden, logits = model.hidden_states(batch), model(batch)
+        hidden, logits = tiny.hidden_states(model, batch), model(batch)
     assert logits.shape == (batch.num_targets, expected[f"b{b}.n_logits"])
     place = 0
     for y in range(len(steps[b].rows)):

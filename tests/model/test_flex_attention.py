@@ -1,4 +1,4 @@
-"""FlexAttention gives what grouped SDPA gives; on a CPU in its plain form."""
+"""FlexAttention gives what SDPA over padded groups gives; on a CPU in its plain form."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch.nn.attention import flex_attention as torch_flex
 from cpm_bee.data.batch import Batch, collate
 from cpm_bee.errors import InputError
 from cpm_bee.model import flex_attention
-from cpm_bee.model.attention import GroupedAttention, GroupLayout, PositionBias, aligned
+from cpm_bee.model.attention import PaddedAttention, PaddedGroups, PositionBias, align_bias
+from cpm_bee.model.layers import AttentionFunction
 from cpm_bee.model.network import CPMBee
 from cpm_bee.records import Record
 
@@ -33,9 +34,15 @@ def make(at_targets: bool) -> tuple[CPMBee, Batch, list[torch.Tensor]]:
     return model, batch, [torch.randn(s, *heads, generator=generator) for s in sizes]
 
 
-def grouped(batch: Batch, bias: PositionBias, at_targets: bool) -> GroupedAttention:
-    layout = GroupLayout.of(batch, bias, at_targets=at_targets)
-    return GroupedAttention(layout, bias, torch.float32, 0.0)
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's plain form, which lays out all scores."""
+    monkeypatch.setattr(flex_attention, "_compiled", lambda function: function)
+
+
+def padded(batch: Batch, bias: PositionBias, at_targets: bool) -> PaddedAttention:
+    groups = PaddedGroups.of(batch, bias, at_targets=at_targets)
+    return PaddedAttention(groups, bias, torch.float32, 0.0)
 
 
 @pytest.mark.parametrize("at_targets", [False, True])
@@ -43,10 +50,8 @@ def test_forward(at_targets: bool) -> None:
     model, batch, qkv = make(at_targets)
     bias = model.position_bias
     with torch.no_grad():
-        actual = flex_attention.FlexAttention(batch, bias, at_targets=at_targets, compile=False)(
-            0, *qkv
-        )
-        expected = grouped(batch, bias, at_targets)(0, *qkv)
+        actual = flex_attention.FlexAttention(batch, bias, at_targets=at_targets)(0, *qkv)
+        expected = padded(batch, bias, at_targets)(0, *qkv)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -58,17 +63,13 @@ def test_gradients(at_targets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     bias = model.position_bias
     inputs = [bias.relative_attention_bias, *(x.requires_grad_() for x in qkv)]
 
-    def gradients(
-        attend: flex_attention.FlexAttention | GroupedAttention,
-    ) -> tuple[torch.Tensor, ...]:
+    def gradients(attend: AttentionFunction) -> tuple[torch.Tensor, ...]:
         o = attend(0, *qkv)
         weights = torch.arange(o.numel(), dtype=torch.float32).view_as(o).sin()
         return torch.autograd.grad((o * weights).sum(), inputs)
 
-    actual = gradients(
-        flex_attention.FlexAttention(batch, bias, at_targets=at_targets, compile=False)
-    )
-    for mine, theirs in zip(actual, gradients(grouped(batch, bias, at_targets)), strict=True):
+    actual = gradients(flex_attention.FlexAttention(batch, bias, at_targets=at_targets))
+    for mine, theirs in zip(actual, gradients(padded(batch, bias, at_targets)), strict=True):
         assert theirs.abs().max() > 0.1
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
@@ -79,12 +80,12 @@ def test_the_model_by_either(monkeypatch: pytest.MonkeyPatch) -> None:
         expected = model.loss(batch)
     made = []
 
-    class Plain(flex_attention.FlexAttention):
+    class Counted(flex_attention.FlexAttention):
         def __init__(self, *args: object, **kwargs: object) -> None:
-            super().__init__(*args, **kwargs, compile=False)  # type: ignore[arg-type]
+            super().__init__(*args, **kwargs)  # type: ignore[arg-type]
             made.append(self)
 
-    monkeypatch.setattr(flex_attention, "FlexAttention", Plain)
+    monkeypatch.setattr(flex_attention, "FlexAttention", Counted)
     monkeypatch.setattr(flex_attention, "unavailable_reason", lambda *_: None)
     with torch.no_grad():
         torch.testing.assert_close(model.loss(batch), expected, rtol=1e-5, atol=1e-5)
@@ -106,6 +107,6 @@ def test_what_is_in_the_way() -> None:
 @pytest.mark.parametrize("length", [1, 8, 13])
 def test_a_mask_laid_out_for_the_kernel(length: int) -> None:
     values = torch.randn(2, 5, length, 3).permute(0, 3, 1, 2)  # as an embedding gives them
-    result = aligned(values)
+    result = align_bias(values)
     assert torch.equal(result, values)
     assert result.stride(-1) == 1 and all(s % 8 == 0 for s in result.stride()[:-1])

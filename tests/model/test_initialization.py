@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from cpm_bee.data.batch import collate
-from cpm_bee.model.initialization import initialize
+from cpm_bee.model.initialization import initial_values
 from cpm_bee.model.network import CPMBee, target_loss
 
 MASKS = ((False, True), (True, True), (True, False))
@@ -16,7 +16,7 @@ def make(seed: int, **changes: object) -> CPMBee:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))  # as memory may be that nobody filled
-    initialize(model, seed)
+    model.load_state_dict(dict(initial_values(model, seed)))
     return model
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cpm_bee.data.batch import Batch, collate, extension_pairs
 from cpm_bee.encoding import EncodedRecord
 from cpm_bee.model import attention
-from cpm_bee.model.attention import GroupLayout
+from cpm_bee.model.attention import PaddedGroups
 from cpm_bee.model.network import CPMBee, target_loss
 from cpm_bee.records import Record
 
@@ -85,21 +85,20 @@ def test_padding_has_no_effect(monkeypatch: pytest.MonkeyPatch, share: float) ->
     model, encoded = tiny.make_model(3), tiny.encode(RECORDS)
     batch = part(encoded, encoded)
     whole = gradients(model, [batch])
-    sizes = [len(GroupLayout.of(batch, model.position_bias).groups)]
+    sizes = [len(PaddedGroups.of(batch, model.position_bias).rows)]
     monkeypatch.setattr(attention, "_GROUP_SHARE", share)
-    sizes.append(len(GroupLayout.of(batch, model.position_bias).groups))
+    sizes.append(len(PaddedGroups.of(batch, model.position_bias).rows))
     assert share == 0.5 or sizes[0] != sizes[1]
     assert (sizes[1] == 1) == (share == 0.0)
     assert_same(gradients(model, [batch]), whole)
 
 
 @pytest.mark.parametrize("at_targets", [False, True])
-def test_layout_holds_each_query_once(at_targets: bool) -> None:
+def test_the_groups_hold_each_query_once(at_targets: bool) -> None:
     batch = part(tiny.encode(RECORDS), tiny.encode(RECORDS))
-    layout = GroupLayout.of(batch, tiny.make_model().position_bias, at_targets=at_targets)
-    queries = layout.queries.items
+    groups = PaddedGroups.of(batch, tiny.make_model().position_bias, at_targets=at_targets)
     count = batch.num_targets if at_targets else batch.num_tokens
-    assert queries[layout.queries.own].tolist() == list(range(count))
+    assert groups.queries.pad[groups.queries.unpad].tolist() == list(range(count))
 
 
 @pytest.mark.parametrize("last_attention", [True, False])
@@ -109,7 +108,7 @@ def test_last_layer_at_targets_alone_is_exact(last_attention: bool) -> None:
     model = tiny.make_model(5, num_layers=3, mask_modules=masks)
     batch = part(tiny.encode(RECORDS), tiny.encode(RECORDS))
     with torch.no_grad():
-        h = model.hidden_states(batch)[batch.target_positions]
+        h = tiny.hidden_states(model, batch)[batch.target_positions]
         expected = model.input_embedding.logits(h, batch.extension_ids, batch.extension_subs)
         torch.testing.assert_close(model(batch), expected, rtol=1e-5, atol=1e-5)
 
@@ -118,8 +117,8 @@ def test_a_record_does_not_see_another() -> None:
     model, encoded = tiny.make_model(4), tiny.encode(RECORDS)
     other = tiny.encode([{"input": "天天<mask>" * 9, "<ans>": "x"}])
     with torch.no_grad():
-        first = model.hidden_states(collate(encoded[:1] + encoded[1:], tiny.TOKENIZER))
-        second = model.hidden_states(collate(encoded[:1] + other, tiny.TOKENIZER))
+        first = tiny.hidden_states(model, collate(encoded[:1] + encoded[1:], tiny.TOKENIZER))
+        second = tiny.hidden_states(model, collate(encoded[:1] + other, tiny.TOKENIZER))
     length = len(encoded[0])
     torch.testing.assert_close(first[:length], second[:length], rtol=0, atol=1e-5)
 
@@ -128,7 +127,7 @@ def test_logits_are_those_of_the_states() -> None:
     model, encoded = tiny.make_model(4), tiny.encode(RECORDS)
     batch = collate(encoded, tiny.TOKENIZER)
     with torch.no_grad():
-        h = model.hidden_states(batch)[batch.target_positions]
+        h = tiny.hidden_states(model, batch)[batch.target_positions]
         logits = model.input_embedding.logits(h, batch.extension_ids, batch.extension_subs)
         torch.testing.assert_close(model(batch), logits)
 

@@ -23,7 +23,7 @@ from cpm_bee.cli import not_negative, positive, whole_number
 from cpm_bee.data.batch import Batch
 from cpm_bee.errors import InputError, run_command
 from cpm_bee.model import compiled
-from cpm_bee.model.attention import GroupedAttention
+from cpm_bee.model.attention import PaddedAttention
 from cpm_bee.model.network import BlockStack, CPMBee
 from cpm_bee.train import memory_estimate
 from cpm_bee.train.checkpoints import RunFiles
@@ -525,13 +525,13 @@ def _dtype(lab: Lab) -> None:
 @case
 def _checkpointing(lab: Lab) -> None:
     calls = []
-    original = GroupedAttention.__call__
+    original = PaddedAttention.__call__
 
-    def attend(self: GroupedAttention, *args: Any) -> torch.Tensor:
+    def attend(self: PaddedAttention, *args: Any) -> torch.Tensor:
         calls.append(args)
         return original(self, *args)
 
-    lab.patch.setattr(GroupedAttention, "__call__", attend)
+    lab.patch.setattr(PaddedAttention, "__call__", attend)
     values = {"use_delta": None, "max_steps": 3}
     for dropout in (0.0, 0.2):  # blocks with a backward pass of their own, and plain ones
         calls.clear()

@@ -14,7 +14,7 @@ from cpm_bee import delta
 from cpm_bee.data.batch import Batch, collate
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.frozen import buffers
-from cpm_bee.model.initialization import initialize
+from cpm_bee.model.initialization import initial_values
 from cpm_bee.model.network import CPMBee
 from cpm_bee.train import memory_estimate
 from cpm_bee.train.memory_estimate import (
@@ -37,7 +37,7 @@ def real_rest(config: ModelConfig, training: TrainingSetup, batch: Batch) -> int
     """Bytes of tensors alive beside the weights at the worst moment of a real backward pass."""
     with LiveStorages() as live:
         model = CPMBee(config)
-        initialize(model, 0)
+        model.load_state_dict(dict(initial_values(model, 0)))
         if training.delta is not None:
             delta.insert(model, training.delta, 0)
         model.encoder.set_checkpointing(training.checkpointing)
@@ -104,7 +104,7 @@ def test_a_typical_batch_is_one_that_records_could_make() -> None:
     assert batch.target_records.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
     assert (batch.num_tokens, batch.num_targets) == (9, 8)
     model = CPMBee(replace(CONFIG, vocab_size=50))
-    initialize(model, 0)
+    model.load_state_dict(dict(initial_values(model, 0)))
     assert torch.isfinite(model.loss(batch))
     lengths, targets = np.array([10, 30, 5000, 20]), np.array([3, 1, 900, 2])
     data = memory_estimate.batch_of_data(lengths, targets, max_length=40, tokens=100, vocab_size=50)

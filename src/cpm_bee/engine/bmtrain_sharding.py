@@ -12,11 +12,8 @@ from torch import nn
 
 from cpm_bee.checkpoint.mapped_pages import drop_pages
 from cpm_bee.delta import LoRA
-from cpm_bee.model.layers import Attend
+from cpm_bee.model.block import TransformerBlock
 from cpm_bee.model.network import CPMBee
-
-# The methods of the model that a pass begins with.
-_PASSES = ("forward", "loss", "score")
 
 
 def shard_model(
@@ -36,11 +33,12 @@ def shard_model(
     """
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     for i, layer in enumerate(model.encoder.layers):
+        assert isinstance(layer, TransformerBlock)
         _split(bmt, layer, dtype)
         model.encoder.layers[i] = _block(bmt, layer, autocast)
     _split(bmt, model, dtype)
     bmt.BMTrainModelWrapper(model)
-    _gather_once_a_pass(model)
+    model.context = _gathered_once(model)
     parts = dict(model.named_parameters())
     return {name: parts[name] for name in names}
 
@@ -68,7 +66,7 @@ def _convert(part: Any, dtype: torch.dtype) -> None:
 
 
 def _block(
-    bmt: Any, layer: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]
+    bmt: Any, layer: TransformerBlock, autocast: Callable[[], AbstractContextManager[Any]]
 ) -> nn.Module:
     """A layer that has its whole tensors only while it computes, forward or backward.
 
@@ -76,22 +74,14 @@ def _block(
     the arguments, and the gradient of a tensor that reaches a layer in another way, as the trained
     bias table does, would be an error.
     """
-    plain = layer.forward
-
-    def forward(
-        h: torch.Tensor, attend: Attend, queries: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        # Where only a layer's parameters need gradients, bmtrain computes it again in the
-        # backward pass, outside of the forward pass's autocast.
-        with autocast():
-            return plain(h, attend, queries)
-
-    layer.forward = forward
+    # Where only a layer's parameters need gradients, bmtrain computes it again in the backward
+    # pass, outside of the forward pass's autocast.
+    layer.context = autocast
     return bmt.Block(bmt.BMTrainModelWrapper(layer), use_checkpoint=False)
 
 
-def _gather_once_a_pass(model: CPMBee) -> None:
-    """Gather what is outside of layers at the begin of a pass, each tensor once.
+def _gathered_once(model: CPMBee) -> Callable[[], AbstractContextManager[None]]:
+    """The context of a pass: it gathers what is outside of layers, each tensor once.
 
     By itself bmtrain gathers at each access. Their number depends on the records, so that
     processes would wait for each other for ever; and the embedding is accessed three times.
@@ -117,24 +107,7 @@ def _gather_once_a_pass(model: CPMBee) -> None:
             for module, leaf in outside:
                 del vars(module)[leaf]
 
-    running = False
-
-    def a_pass(method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            nonlocal running
-            if running:  # a part of a pass
-                return method(*args)
-            running = True
-            try:
-                with gathered():
-                    return method(*args)
-            finally:
-                running = False
-
-        return call
-
-    for name in _PASSES:
-        setattr(model, name, a_pass(getattr(model, name)))
+    return gathered
 
 
 def _own_storage(gradient: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,22 @@
-"""Who sees whom, with which bias; and attention over the flat stream."""
+"""The position bias, and attention over the flat stream by PyTorch's SDPA.
+
+A batch is a flat stream [T, ...] of records that never see each other. Attention needs rectangles,
+so for it alone the records are sorted by length and divided into groups of similar length; within
+a group queries and keys are padded to its longest record and go through one call of
+`scaled_dot_product_attention`. `_GROUP_SHARE` bounds what the padding of keys costs. Everything
+else in the model runs on the flat stream and has no padding at all.
+
+`PaddedGroups` is worked out once a batch: for each group the row of the bias table for each
+(query, key) pair, with a row of -inf for what is not visible, and the gather indices that pad and
+unpad. Padded queries see every key, because a softmax over nothing is NaN; their outputs are never
+read. `PaddedAttention` looks the biases up once and serves all layers.
+
+Padding and unpadding are autograd functions of their own: each token has exactly one slot that is
+read back, so forward and backward of both are gathers. PyTorch's gradient of an indexing adds into
+places instead, which is slower. Hazard: `_Pad` drops the gradients of padding. They are zero only
+because `_Unpad` gives padded queries an output gradient of zero and no other query sees a padded
+key; whoever lets padding through must sum the gradients of all slots of a token.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +33,9 @@ from cpm_bee.data.batch import Batch
 from cpm_bee.encoding import NUM_DEPTHS
 from cpm_bee.errors import InputError
 from cpm_bee.model.config import ModelConfig
-from cpm_bee.model.frozen.buffers import buffers
+from cpm_bee.model.frozen.buffers import buffer_pool
 
-# Records of one attention call are padded to the longest; a group takes records down to this
-# share of it. Padding costs only in attention, a small part of the work.
+# A group takes records down to this share of its longest one's length.
 _GROUP_SHARE = 0.8
 
 
@@ -44,7 +61,7 @@ class PositionBias(nn.Module):
         far = torch.clamp(exact + far.to(torch.int64), max=half - 1)
         return (relative > 0).long() * half + torch.where(distance < exact, distance, far)
 
-    def check(self, relation: torch.Tensor) -> None:
+    def check_relations(self, relation: torch.Tensor) -> None:
         """Raises `InputError` for a segment relation that the table has no row for.
 
         Only a table of fewer segment buckets than there are relations can lack one.
@@ -61,111 +78,104 @@ class PositionBias(nn.Module):
         """Rows from positions k - q and segment relations of the same shape.
 
         Raises:
-            InputError: as `check`.
+            InputError: as `check_relations`.
         """
-        self.check(relation)
+        self.check_relations(relation)
         same = relation == 0
         return torch.where(same, self.position_rows(position), self.num_buckets - 1 + relation)
 
     @property
-    def hidden_row(self) -> int:
-        """The row that stands for "not visible": one past the table, see `values`."""
+    def masked_row(self) -> int:
+        """The row of pairs that are not visible: one past the table, see `values`."""
         return self.num_rows
 
     def values(self, rows: torch.Tensor) -> torch.Tensor:
-        """The additive mask of rows [G, Q, K] -> [G, heads, Q, K]; -inf where not visible."""
+        """The biases of rows [G, Q, K] -> [G, heads, Q, K]; -inf where not visible."""
         table = self.relative_attention_bias
-        hidden = table.new_full((1, table.shape[1]), float("-inf"))
-        return F.embedding(rows, torch.cat([table, hidden])).permute(0, 3, 1, 2)
+        masked = table.new_full((1, table.shape[1]), float("-inf"))
+        return F.embedding(rows, torch.cat([table, masked])).permute(0, 3, 1, 2)
 
 
-class Group(NamedTuple):
-    """G records of similar length: Q queries each that look at L keys, both padded."""
+class _PaddedGroup(NamedTuple):
+    """For each of G records consecutive tokens of the stream, padded to the longest, W."""
 
-    rows: torch.Tensor  # (G, Q, L) rows of the bias table
-
-
-class _Ragged(NamedTuple):
-    """Consecutive items of each of G records, padded to the most that any of them has."""
-
-    items: torch.Tensor  # (G, W) the last one again for padding
+    tokens: torch.Tensor  # (G, W) indices; the record's last one again for padding
     valid: torch.Tensor  # (G, W) bool
 
     @classmethod
-    def of(cls, starts: list[int], counts: list[int], device: torch.device) -> _Ragged:
+    def of(cls, starts: list[int], counts: list[int], device: torch.device) -> _PaddedGroup:
         start, count = (torch.tensor(v, device=device)[:, None] for v in (starts, counts))
         offset = torch.arange(max(counts), device=device)  # (W,)
         return cls(start + torch.minimum(offset, count - 1), offset < count)
 
 
-class Slots(NamedTuple):
-    """Items of the stream laid out in padded groups, end to end: P slots for N items.
+class PaddedIndices(NamedTuple):
+    """Gather indices between N tokens of the stream and the P slots of all groups, end to end."""
 
-    Each item has one slot of its own; padding repeats some item.
-    """
-
-    items: torch.Tensor  # (P,) the item in each slot
-    own: torch.Tensor  # (N,) the slot of each item
-    padding: torch.Tensor  # (P - N,) the other slots
+    pad: torch.Tensor  # (P,) the token in each slot; padding repeats some token
+    unpad: torch.Tensor  # (N,) the slot of each token
+    padding: torch.Tensor  # (P - N,) the slots that are padding
     sizes: list[int]  # slots of each group
 
     @classmethod
-    def of(cls, parts: list[_Ragged]) -> Slots:
-        items = torch.cat([part.items.flatten() for part in parts])
-        valid = torch.cat([part.valid.flatten() for part in parts])
-        own = torch.empty_like(items[: int(valid.sum())])
-        own[items[valid]] = torch.nonzero(valid).squeeze(1)
-        sizes = [part.items.numel() for part in parts]
-        return cls(items, own, torch.nonzero(~valid).squeeze(1), sizes)
+    def of(cls, groups: list[_PaddedGroup]) -> PaddedIndices:
+        pad = torch.cat([group.tokens.flatten() for group in groups])
+        valid = torch.cat([group.valid.flatten() for group in groups])
+        unpad = torch.empty_like(pad[: int(valid.sum())])
+        unpad[pad[valid]] = torch.nonzero(valid).squeeze(1)
+        sizes = [group.tokens.numel() for group in groups]
+        return cls(pad, unpad, torch.nonzero(~valid).squeeze(1), sizes)
 
 
-def _select(x: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
-    return torch.index_select(x, 0, items, out=buffers.empty(x, len(items), *x.shape[1:]))
+def _gather(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    out = buffer_pool.empty(x, len(indices), *x.shape[1:])
+    return torch.index_select(x, 0, indices, out=out)
 
 
-def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def _concatenate(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     rows = sum(len(part) for part in parts)
-    return torch.cat(list(parts), out=buffers.empty(parts[0], rows, *parts[0].shape[1:]))
+    return torch.cat(list(parts), out=buffer_pool.empty(parts[0], rows, *parts[0].shape[1:]))
 
 
-class _ToGroups(torch.autograd.Function):
-    """x [N, ...] -> the slots of each group. Gradients of padding are not looked at."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, slots: Slots) -> tuple[torch.Tensor, ...]:
-        ctx.slots = slots
-        return _select(x, slots.items).split(slots.sizes)
+class _Pad(torch.autograd.Function):
+    """x [N, ...] -> the slots of each group. The gradients of padding are dropped."""
 
     @staticmethod
-    def backward(ctx: Any, *g: torch.Tensor) -> Any:
-        return _select(_join(g), ctx.slots.own), None
-
-
-class _FromGroups(torch.autograd.Function):
-    """The slots of each group -> [N, ...] without the padding."""
-
-    @staticmethod
-    def forward(ctx: Any, slots: Slots, *parts: torch.Tensor) -> torch.Tensor:
-        ctx.slots = slots
-        return _select(_join(parts), slots.own)
+    def forward(ctx: Any, x: torch.Tensor, indices: PaddedIndices) -> tuple[torch.Tensor, ...]:
+        ctx.indices = indices
+        return _gather(x, indices.pad).split(indices.sizes)
 
     @staticmethod
     def backward(ctx: Any, *g: torch.Tensor) -> Any:
-        grouped = _select(g[0], ctx.slots.items).index_fill_(0, ctx.slots.padding, 0)
-        return None, *grouped.split(ctx.slots.sizes)
+        return _gather(_concatenate(g), ctx.indices.unpad), None
+
+
+class _Unpad(torch.autograd.Function):
+    """The slots of each group -> [N, ...] without the padding, whose gradient is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, indices: PaddedIndices, *parts: torch.Tensor) -> torch.Tensor:
+        ctx.indices = indices
+        return _gather(_concatenate(parts), indices.unpad)
+
+    @staticmethod
+    def backward(ctx: Any, *g: torch.Tensor) -> Any:
+        indices = ctx.indices
+        padded = _gather(g[0], indices.pad).index_fill_(0, indices.padding, 0)
+        return None, *padded.split(indices.sizes)
 
 
 @dataclass(frozen=True)
-class GroupLayout:
-    """How the stream's records are grouped for attention. Depends on the batch alone."""
+class PaddedGroups:
+    """How the stream's records are grouped and padded for attention; for one batch."""
 
-    groups: tuple[Group, ...]
-    queries: Slots
-    keys: Slots
+    rows: tuple[torch.Tensor, ...]  # of each group (G, Q, K), rows of the bias table
+    queries: PaddedIndices
+    keys: PaddedIndices
 
     @classmethod
-    def of(cls, batch: Batch, bias: PositionBias, *, at_targets: bool = False) -> GroupLayout:
-        """The layout with every token as a query, or only the positions that have a target."""
+    def of(cls, batch: Batch, bias: PositionBias, *, at_targets: bool = False) -> PaddedGroups:
+        """With every token as a query, or only the positions that have a target."""
         device = batch.ids.device
         starts = _starts(batch.lengths)
         counts = list(batch.lengths)
@@ -177,27 +187,27 @@ class GroupLayout:
         relation_starts = _starts([s * s for s in batch.num_segments])
         order = [r for r in range(len(batch.lengths)) if counts[r]]
         order.sort(key=lambda r: -batch.lengths[r])
-        groups: list[Group] = []
-        group_queries: list[_Ragged] = []
-        group_keys: list[_Ragged] = []
+        rows: list[torch.Tensor] = []
+        query_groups: list[_PaddedGroup] = []
+        key_groups: list[_PaddedGroup] = []
         while order:
             longest = batch.lengths[order[0]]
             size = sum(batch.lengths[r] >= _GROUP_SHARE * longest for r in order)
             members, order = order[:size], order[size:]
-            queries = _Ragged.of(
+            queries = _PaddedGroup.of(
                 [query_starts[r] for r in members], [counts[r] for r in members], device
             )
-            keys = _Ragged.of(
+            keys = _PaddedGroup.of(
                 [starts[r] for r in members], [batch.lengths[r] for r in members], device
             )
             relations = torch.tensor(
                 [(relation_starts[r], batch.num_segments[r]) for r in members], device=device
             )
-            rows = _rows(batch, bias, positions[queries.items], queries.valid, keys, relations)
-            groups.append(Group(rows))
-            group_queries.append(queries)
-            group_keys.append(keys)
-        return cls(tuple(groups), Slots.of(group_queries), Slots.of(group_keys))
+            query_positions = positions[queries.tokens]  # (G, Q)
+            rows.append(_rows(batch, bias, query_positions, queries.valid, keys, relations))
+            query_groups.append(queries)
+            key_groups.append(keys)
+        return cls(tuple(rows), PaddedIndices.of(query_groups), PaddedIndices.of(key_groups))
 
 
 def _starts(lengths: list[int] | tuple[int, ...]) -> list[int]:
@@ -212,58 +222,58 @@ def _rows(
     bias: PositionBias,
     queries: torch.Tensor,
     query_valid: torch.Tensor,
-    keys: _Ragged,
+    keys: _PaddedGroup,
     relations: torch.Tensor,
 ) -> torch.Tensor:
-    """Bias rows [G, Q, L] of queries at positions of the stream, [G, Q]."""
+    """Bias rows [G, Q, K] of queries at positions of the stream, [G, Q]."""
     start, num_segments = relations[:, :1, None], relations[:, 1:, None]  # (G, 1, 1)
     index = start + (
-        batch.segments[queries][:, :, None] * num_segments + batch.segments[keys.items][:, None, :]
+        batch.segments[queries][:, :, None] * num_segments + batch.segments[keys.tokens][:, None, :]
     )
-    relation = batch.relations[index].long()  # (G, Q, L)
-    relative = keys.items[:, None, :] - queries[:, :, None]  # (G, Q, L), k - q
+    relation = batch.relations[index].long()  # (G, Q, K)
+    relative = keys.tokens[:, None, :] - queries[:, :, None]  # (G, Q, K), k - q
     rows = bias.rows(relative, relation)
     context = batch.context
-    visible = context[keys.items][:, None, :] | (~context[queries][:, :, None] & (relative <= 0))
-    # Padding queries see everything, so that no row is empty (an empty softmax is NaN).
+    visible = context[keys.tokens][:, None, :] | (~context[queries][:, :, None] & (relative <= 0))
+    # Padded queries see every key: an empty softmax is NaN.
     visible = (visible & keys.valid[:, None, :]) | ~query_valid[:, :, None]
-    return torch.where(visible, rows, bias.hidden_row)
+    return torch.where(visible, rows, bias.masked_row)
 
 
-def aligned(bias: torch.Tensor) -> torch.Tensor:
-    """The same values [G, H, Q, L] as CUDA's memory-efficient kernel wants them to lie.
+def align_bias(bias: torch.Tensor) -> torch.Tensor:
+    """The same values [G, H, Q, K] in the layout that CUDA's memory-efficient kernel needs.
 
-    It takes a mask whose rows are contiguous and begin at multiples of 8 values, and copies any
-    other: once for every layer, and keeps the copies for the backward pass.
+    Its rows are contiguous and begin at multiples of 8 values. The kernel copies a mask of any
+    other layout, once for every layer, and keeps the copies for the backward pass.
     """
     length = bias.shape[-1]
     return F.pad(bias, (0, -length % 8)).contiguous()[..., :length]
 
 
-class GroupedAttention:
-    """Attention of each record with itself, for all layers of one forward pass."""
+class PaddedAttention:
+    """The attention function of each record with itself, for all layers of one forward pass."""
 
     def __init__(
-        self, layout: GroupLayout, bias: PositionBias, dtype: torch.dtype, dropout_p: float
+        self, groups: PaddedGroups, bias: PositionBias, dtype: torch.dtype, dropout_p: float
     ) -> None:
-        self._layout = layout
-        # (G, H, Q, L). Contiguous: a CPU's kernel reads a strided mask one value at a time.
-        self._biases = [bias.values(g.rows).to(dtype).contiguous() for g in layout.groups]
+        self._groups = groups
+        # (G, H, Q, K). Contiguous: a CPU's kernel reads a strided mask one value at a time.
+        self._biases = [bias.values(rows).to(dtype).contiguous() for rows in groups.rows]
         if bias.relative_attention_bias.device.type == "cuda":
-            self._biases = [aligned(b) for b in self._biases]
+            self._biases = [align_bias(b) for b in self._biases]
         self._dropout_p = dropout_p
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
-        """q [N, H, D] of the layout's queries, k and v [T, H, D] -> [N, H, D]."""
-        layout = self._layout
-        qs = _ToGroups.apply(q, layout.queries)
-        ks, vs = (_ToGroups.apply(x, layout.keys) for x in (k, v))
+        """q [N, H, D] of the queries, k and v [T, H, D] -> [N, H, D]."""
+        queries, keys = self._groups.queries, self._groups.keys
+        qs = _Pad.apply(q, queries)
+        ks, vs = (_Pad.apply(x, keys) for x in (k, v))
         outputs = []
-        for group, bias, *qkv in zip(layout.groups, self._biases, qs, ks, vs, strict=True):
-            # (G, H, Q, D), and twice (G, H, L, D)
-            gq, gk, gv = (x.unflatten(0, (len(group.rows), -1)).transpose(1, 2) for x in qkv)
+        for bias, *qkv in zip(self._biases, qs, ks, vs, strict=True):
+            # (G*Q, H, D) -> (G, H, Q, D), and the same of G*K keys and values
+            gq, gk, gv = (x.unflatten(0, (len(bias), -1)).transpose(1, 2) for x in qkv)
             o = F.scaled_dot_product_attention(gq, gk, gv, bias, self._dropout_p)
-            outputs.append(o.transpose(1, 2).flatten(0, 1))  # (G*Q, H, D)
-        return _FromGroups.apply(layout.queries, *outputs)
+            outputs.append(o.transpose(1, 2).flatten(0, 1))  # (G, H, Q, D) -> (G*Q, H, D)
+        return _Unpad.apply(queries, *outputs)

@@ -1,6 +1,25 @@
-"""One layer of the model, in the way that suits what is trained."""
+"""One layer of the model, and the one place that chooses how a layer is computed.
+
+`TransformerBlock.forward` computes a layer in one of three ways, all with the same result:
+
+- by `frozen.block`, whose own backward pass keeps less, where nothing but LoRA is trained;
+- by PyTorch's autograd, where weights are trained or there is dropout;
+- by a compiled form of the latter, where `compiled.compile_blocks` has set one.
+
+Activation checkpointing applies to each of them. Whoever changes how layers run does it through an
+attribute of the block: `compiled_layer` (torch.compile) or `context` (bmtrain's autocast). Nothing
+replaces `forward`: wrappers such as FSDP's and bmtrain's hook into it.
+
+Pruned layers need no case of their own here: `network.BlockStack` passes `queries` only to a layer
+that has an attention.
+"""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,14 +27,17 @@ from torch.utils.checkpoint import checkpoint
 
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.frozen import block as frozen_block
-from cpm_bee.model.layers import Attend, AttentionBlock, FeedForwardBlock
+from cpm_bee.model.layers import AttentionBlock, AttentionFunction, FeedForwardBlock
 
 
 class TransformerBlock(nn.Module):
-    """One layer; pruned releases lack its attention, its FFN or both.
+    """One layer; pruned releases lack its attention, its feed-forward or both.
 
     Attributes:
-        checkpointing: compute activations again in the backward pass instead of keeping them.
+        checkpointing: whether to recompute activations in the backward pass instead of keeping
+            them.
+        compiled_layer: a compiled form of `layer_output`, which then computes the layer.
+        context: makes the context that `forward` runs in, whoever calls it.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -24,28 +46,38 @@ class TransformerBlock(nn.Module):
         self.self_att = AttentionBlock(config) if config.has_attention(layer) else None
         self.ffn = FeedForwardBlock(config) if config.has_ffn(layer) else None
         self.checkpointing = False
+        self.compiled_layer: Callable[..., torch.Tensor] | None = None
+        self.context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
+    # Positional arguments only: bmtrain's blocks pass no others on.
     def forward(
-        self, h: torch.Tensor, attend: Attend, queries: torch.Tensor | None = None
+        self, h: torch.Tensor, attend: AttentionFunction, queries: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """h [T, dim_model] -> the same; with N `queries`, positions, [N, dim_model] of these."""
-        if self.self_att is None and queries is not None:
-            h, queries = h[queries], None
-        if not torch.is_grad_enabled():
-            return self.plain(h, attend, queries)
-        if frozen_block.is_frozen(self):
-            halves = (self.self_att, self.ffn)
-            return frozen_block.block(
-                *halves, self.layer, h, attend, queries, recompute=self.checkpointing
-            )
-        if self.checkpointing:
-            return checkpoint(self.plain, h, attend, queries, use_reentrant=False)
-        return self.plain(h, attend, queries)
+        """h [T, dim_model] -> [T, dim_model], or [N, dim_model] at `queries`, N positions."""
+        needs_graph = torch.is_grad_enabled()
+        compute = self.compiled_layer or self.layer_output
+        with self.context():
+            if needs_graph and self.compiled_layer is None and frozen_block.is_frozen(self):
+                return frozen_block.frozen_block(
+                    self.self_att,
+                    self.ffn,
+                    self.layer,
+                    h,
+                    attend,
+                    queries,
+                    recompute=self.checkpointing,
+                )
+            if needs_graph and self.checkpointing:
+                recomputed: torch.Tensor = checkpoint(
+                    compute, h, attend, queries, use_reentrant=False
+                )
+                return recomputed
+            return compute(h, attend, queries)
 
-    def plain(
-        self, h: torch.Tensor, attend: Attend, queries: torch.Tensor | None = None
+    def layer_output(
+        self, h: torch.Tensor, attend: AttentionFunction, queries: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The same by PyTorch's own gradients."""
+        """The result of `forward` by PyTorch's autograd alone."""
         if self.self_att is not None:
             h = self.self_att(h, self.layer, attend, queries)
         return h if self.ffn is None else self.ffn(h)

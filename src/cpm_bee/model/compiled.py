@@ -1,28 +1,33 @@
-"""Blocks compiled by torch.compile. Imported only where wanted: it loads the compiler."""
+"""Layers compiled by torch.compile. Imported only where wanted: it loads the compiler.
+
+`compile_blocks` compiles `TransformerBlock.layer_output` of each layer and hands the result to
+the layer, whose `forward` uses it from then on. The attention itself is left out of the graph: it
+is a kernel of its own already, and its shapes differ in every batch. Parameters and names stay.
+
+The compiled form has PyTorch's own gradients, for which the compiler decides what to keep: the
+backward pass of `model/frozen` is not used.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from cpm_bee.model.block import TransformerBlock
-from cpm_bee.model.layers import Attend
+from cpm_bee.model.layers import AttentionFunction
 from cpm_bee.model.network import BlockStack
 
 BACKEND = "inductor"
 # Compiled forms of one function before PyTorch gives up: layers differ (pruned ones, the last one,
 # those below the lowest delta), and so do passes with and without gradients.
-_FORMS = 64
+_RECOMPILE_LIMIT = 64
 
 
-class _Uncompiled:
-    """An attention that the compiler does not look into: it is a kernel of its own already."""
+class _OutsideGraph:
+    """An attention function that the compiler calls and does not look into."""
 
-    def __init__(self, attend: Attend) -> None:
+    def __init__(self, attend: AttentionFunction) -> None:
         self._attend = attend
 
     @torch.compiler.disable
@@ -32,34 +37,24 @@ class _Uncompiled:
         return self._attend(layer, q, k, v)
 
 
-def compile_blocks(encoder: BlockStack) -> None:
-    """Compile what lies around the attention of each block, in place; the results are the same.
+class _CompiledLayer:
+    def __init__(self, layer: TransformerBlock) -> None:
+        self._compiled: Any = torch.compile(layer.layer_output, backend=BACKEND, dynamic=True)
 
-    The compiled form has PyTorch's own gradients, for which the compiler decides what to keep: the
-    hand-written backward pass of frozen blocks is not used. Call after `set_checkpointing`.
-    """
+    def __call__(
+        self, h: torch.Tensor, attend: AttentionFunction, queries: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        result: torch.Tensor = self._compiled(h, _OutsideGraph(attend), queries)
+        return result
+
+
+def compile_blocks(encoder: BlockStack) -> None:
+    """Compile what lies around the attention of each layer, in place; the results are the same."""
     import torch._dynamo
 
-    torch._dynamo.config.recompile_limit = max(_FORMS, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.recompile_limit = max(
+        _RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit
+    )
     for layer in encoder.layers:
         assert isinstance(layer, TransformerBlock)
-        compiled = torch.compile(layer.plain, backend=BACKEND, dynamic=True)
-        # Beside the class's own: names and parameters stay as they are.
-        setattr(layer, "forward", partial(_forward, layer, compiled))  # noqa: B010
-
-
-def _forward(
-    layer: TransformerBlock,
-    compiled: Callable[..., Any],
-    h: torch.Tensor,
-    attend: Attend,
-    queries: torch.Tensor | None = None,
-) -> torch.Tensor:
-    if layer.self_att is None and queries is not None:
-        h, queries = h[queries], None
-    arguments = (h, _Uncompiled(attend), queries)
-    if layer.checkpointing and torch.is_grad_enabled():
-        recomputed: torch.Tensor = checkpoint(compiled, *arguments, use_reentrant=False)
-        return recomputed
-    result: torch.Tensor = compiled(*arguments)
-    return result
+        layer.compiled_layer = _CompiledLayer(layer)

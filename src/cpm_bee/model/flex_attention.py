@@ -1,8 +1,17 @@
-"""Attention over the flat stream by FlexAttention: no bias or mask is ever laid out in memory.
+"""Attention over the flat stream by PyTorch's FlexAttention: no bias or mask in memory.
 
-PyTorch's FlexAttention (torch.nn.attention.flex_attention) takes a block mask, by which blocks of
-keys that no query of a block sees are passed over, and a function that changes each score. It is
-for GPUs: on a CPU it has no backward pass.
+FlexAttention (torch.nn.attention.flex_attention) runs over the whole stream [T] at once, without
+padding. It is given two functions of a (query, key) pair, which are compiled into its kernel:
+
+- `mask_mod`: whether the query sees the key, which is so within one record and to what is context
+  or comes earlier. From it a block mask is made once a batch; blocks of 128 x 128 pairs of which
+  none is visible are skipped, so the work grows with the records' lengths, not with T².
+- `score_mod`: the score plus the entry of the bias table, looked up from the distance within a
+  segment, or from the relation of two segments. Gradients of the table come from the same kernel.
+
+The result equals `PaddedAttention`'s up to rounding. Hazards: it has no backward pass on a CPU and
+no dropout (`unavailable_reason`); `score_mod` is evaluated for pairs that the mask hides, so all
+its indices must exist for any pair; it has not been measured yet on a GPU.
 """
 
 from __future__ import annotations
@@ -37,7 +46,7 @@ def unavailable_reason(device: torch.device, dropout_p: float) -> str | None:
 
 
 def is_chosen(choice: str, device: torch.device, dropout_p: float) -> bool:
-    """Whether "auto", "sdpa" or "flex" stands for FlexAttention here.
+    """Whether "auto", "sdpa" or "flex" means FlexAttention here.
 
     Raises:
         InputError: "flex" was asked for and cannot be.
@@ -52,35 +61,27 @@ def is_chosen(choice: str, device: torch.device, dropout_p: float) -> bool:
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Dynamic: every batch has another number of tokens.
+    # Dynamic, because every batch has another number of tokens.
     return torch.compile(function, dynamic=True)
 
 
-def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
-
-
 class FlexAttention:
-    """Attention of each record with itself, for all layers of one forward pass.
+    """The attention function of each record with itself, for all layers of one forward pass.
 
     Args:
         at_targets: only positions that have a target are queries.
-        compile: False runs PyTorch's plain form, which does lay out all scores: for tests.
     """
 
-    def __init__(
-        self, batch: Batch, bias: PositionBias, *, at_targets: bool = False, compile: bool = True
-    ) -> None:
-        # Here, for it loads the compiler: 70 MiB that a CPU has better use for.
+    def __init__(self, batch: Batch, bias: PositionBias, *, at_targets: bool = False) -> None:
+        # Imported here because it loads the compiler, which takes 70 MiB.
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        bias.check(batch.relations)
+        bias.check_relations(batch.relations)
         device = batch.ids.device
         positions = torch.arange(batch.num_tokens, device=device)
         queries = batch.target_positions if at_targets else positions
         self._score = _score_mod(batch, bias, queries)
-        as_wanted = _compiled if compile else _plain
-        make_mask, self._attend = as_wanted(create_block_mask), as_wanted(flex_attention)
+        make_mask, self._attend = _compiled(create_block_mask), _compiled(flex_attention)
         self._mask = make_mask(
             _mask_mod(batch, queries), None, None, len(queries), batch.num_tokens, device=device
         )
@@ -91,7 +92,7 @@ class FlexAttention:
         """q [N, H, D] of the queries, k and v [T, H, D] -> [N, H, D]."""
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, N or T, D)
         o = self._attend(q, k, v, score_mod=self._score, block_mask=self._mask)
-        return o[0].transpose(0, 1)
+        return o[0].transpose(0, 1)  # (1, H, N, D) -> (N, H, D)
 
 
 def _records(batch: Batch) -> torch.Tensor:
@@ -120,9 +121,9 @@ def _score_mod(
     squares = num_segments.square()
     starts = squares.cumsum(0) - squares
     record = _records(batch)
-    # Of each token: where the relations of its segment with those of its record begin.
+    # For each token the index of its segment's relation with segment 0 of its record.
     begin = starts[record] + batch.segments * num_segments[record]
-    # A hidden key may be of a record with more segments; what is read for it must exist.
+    # A key that is not visible may be of a record with more segments: its index must exist.
     relations = F.pad(batch.relations.int(), (0, max(batch.num_segments)))
     distances = torch.arange(1 - tokens, tokens, device=device)
     by_distance = bias.position_rows(distances).int()

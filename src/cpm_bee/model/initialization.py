@@ -24,26 +24,17 @@ _OTHER_QUERY_SCALE = 0.3
 
 
 @torch.no_grad()
-def initialize(model: CPMBee, seed: int) -> None:
-    """Fill a model with random weights; the same on every machine and rank.
+def initial_values(model: CPMBee, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Random weights by name, the same on every machine and rank; one layer in memory at a time.
+
+    The model is only read, and may be on the meta device.
 
     All start from N(0, 1), norms from 1, as docs/format.md §5 has it. Then, following mimetic
     initialisation (Trockman and Kolter, 2023): one half of the heads compares contents
     (project_k = project_q), the other half starts with little regard to content and strong
     preferences of position and relation; attention hands on what it reads (attention_out is a
-    multiple of project_v transposed); loader-forward blocks begin with a small voice. Embeddings
-    are large enough to be heard among the blocks' outputs, and the last norm makes up for it.
-    """
-    parameters = dict(model.named_parameters())
-    for name, values in initial_values(model, seed):
-        parameters[name].copy_(values)
-
-
-@torch.no_grad()
-def initial_values(model: CPMBee, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """What `initialize` fills a model with, by name; the model may be on the meta device.
-
-    One layer is in memory at a time.
+    multiple of project_v transposed); feed-forward blocks start with small outputs. Embeddings
+    are scaled up so that they count beside the blocks' outputs; the last norm scales back.
     """
     generator = torch.Generator().manual_seed(seed)
     for prefix, module in _parts(model):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,20 @@ from torch import nn
 
 from cpm_bee.model.config import ModelConfig
 
-# Computes attention of one layer: (layer, q, k, v) -> output; q and output [N, heads, dim_head],
-# k and v [T, heads, dim_head].
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+class AttentionFunction(Protocol):
+    """softmax(q kᵀ / sqrt(dim_head) + bias) v of one layer, for N queries and T keys.
+
+    The layers project q, k and v and leave to this what differs between training and generation:
+    which keys a query sees, with which bias, by which kernel, and from where keys are taken.
+    """
+
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, /
+    ) -> torch.Tensor:
+        """q [N, heads, dim_head], k and v [T, heads, dim_head] -> [N, heads, dim_head]."""
+        ...
+
 
 RESIDUAL_SCALE = 1 / 1.05
 
@@ -111,7 +122,7 @@ class Embedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """The projections around an attention that the caller computes."""
+    """The projections around an attention function, which the caller passes."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -123,13 +134,13 @@ class Attention(nn.Module):
         self.heads = (config.num_heads, config.dim_head)
 
     def forward(
-        self, x: torch.Tensor, layer: int, attend: Attend, queries: torch.Tensor | None
+        self, x: torch.Tensor, layer: int, attend: AttentionFunction, queries: torch.Tensor | None
     ) -> torch.Tensor:
         query_inputs = x if queries is None else x[queries]
-        q = self.project_q(query_inputs).unflatten(-1, self.heads)  # (T, H, D)
-        k = self.project_k(x).unflatten(-1, self.heads)
+        q = self.project_q(query_inputs).unflatten(-1, self.heads)  # (N, H*D) -> (N, H, D)
+        k = self.project_k(x).unflatten(-1, self.heads)  # (T, H*D) -> (T, H, D)
         v = self.project_v(x).unflatten(-1, self.heads)
-        return self.attention_out(attend(layer, q, k, v).flatten(-2))
+        return self.attention_out(attend(layer, q, k, v).flatten(-2))  # (N, H*D) -> (N, dim_model)
 
 
 class AttentionBlock(nn.Module):
@@ -140,7 +151,7 @@ class AttentionBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout_p)
 
     def forward(
-        self, h: torch.Tensor, layer: int, attend: Attend, queries: torch.Tensor | None
+        self, h: torch.Tensor, layer: int, attend: AttentionFunction, queries: torch.Tensor | None
     ) -> torch.Tensor:
         x = self.self_attention(self.layernorm_before_attention(h), layer, attend, queries)
         h = h if queries is None else h[queries]

@@ -1,4 +1,21 @@
-"""Cross entropy at the targets, with its gradient, in the memory of one piece of the logits."""
+"""Cross entropy at the targets, with its gradient, in the memory of one piece of the logits.
+
+Logits of N targets over a vocabulary V of 86,583 tokens would be the largest tensor of a step, and
+autograd would keep their softmax for the backward pass. Where the output head is frozen, the
+gradient of the states h is all that is needed, and it is known as soon as the logits are: with
+logits h Eᵀ and probabilities p it is p E - E[target]. So `TargetLoss` computes loss and gradient in
+its forward pass, piece by piece, keeps the gradient [N, dim_model] alone, and multiplies it by the
+incoming gradient in its backward pass. No logits are kept.
+
+`_Piece` holds the logits transposed, [V, n], because E hᵀ is the faster product on a CPU, and turns
+them in place into exp(logit - max). The extension entries, a second table of E rows, join through a
+common maximum and sum. Nothing is divided by that sum before the product with E: the n results are.
+
+The result equals autograd's of `cross_entropy` up to rounding. Hazards: `losses` overwrites the
+logits, so `correct` is called before it and `gradient` after it; a trained embedding needs the
+ordinary way (`CPMBee.loss` chooses); the gradient is kept in fp32, because fp16 would underflow
+before it is multiplied by the loss scale.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from cpm_bee.model.frozen.buffers import buffers
+from cpm_bee.model.frozen.buffers import buffer_pool
 
 # Targets whose logits are held at once: of 86,583 tokens in fp32, 0.33 MiB a target.
 _PIECE = 256
@@ -16,10 +33,10 @@ _MULTIPLE = 16
 
 
 class Scores(NamedTuple):
-    """Of N targets."""
+    """Losses of N targets, and whether each is predicted."""
 
     losses: torch.Tensor  # (N,) fp32, cross entropy
-    correct: torch.Tensor  # (N,) bool, whether the target is the most probable; of equals the first
+    correct: torch.Tensor  # (N,) bool, the target is the argmax; the first one of equal logits
 
 
 class OutputHead(NamedTuple):
@@ -33,14 +50,14 @@ class OutputHead(NamedTuple):
 class _Piece:
     """The logits [V + E, n] of n targets, and what follows from them."""
 
-    def __init__(self, h: torch.Tensor, projection: OutputHead, targets: torch.Tensor) -> None:
-        weight, scale, table = projection
-        padded = F.pad(h, (0, 0, 0, -len(h) % _MULTIPLE))
-        logits = buffers.empty(weight, len(weight), len(padded))
+    def __init__(self, h: torch.Tensor, head: OutputHead, targets: torch.Tensor) -> None:
+        weight, scale, table = head
+        padded = F.pad(h, (0, 0, 0, -len(h) % _MULTIPLE))  # (n, D), n a multiple from here on
+        logits = buffer_pool.empty(weight, len(weight), len(padded))
         torch.mm(weight, (padded * scale).mT, out=logits)
         self._vocabulary = logits.float()  # (V, n)
         self._extension = (table @ padded.mT).float()  # (E, n)
-        self._output_head, self._targets = projection, targets
+        self._head, self._targets = head, targets
 
     def correct(self) -> torch.Tensor:
         """Whether each target is the argmax of its logits, bool [n]; before `losses`."""
@@ -53,7 +70,7 @@ class _Piece:
         return best[: len(self._targets)] == self._targets
 
     def losses(self) -> torch.Tensor:
-        """Of each target, fp32 [n]; turns the logits into probabilities but for a factor."""
+        """The loss of each target, fp32 [n]; overwrites each logit with exp(logit - max)."""
         parts = [part for part in (self._vocabulary, self._extension) if len(part)]
         top = torch.stack([part.amax(dim=0) for part in parts]).amax(dim=0)  # (n,)
         chosen = self._at_targets(self._vocabulary, self._extension)
@@ -73,11 +90,11 @@ class _Piece:
         )
 
     def gradient(self) -> torch.Tensor:
-        """Of the sum of the losses by h, [n, dim_model]; after `losses`."""
-        weight, scale, table = self._output_head
-        expected = (self._vocabulary.mT.to(weight.dtype) @ weight) * scale
+        """The gradient of h from the sum of the losses, [n, dim_model]; after `losses`."""
+        weight, scale, table = self._head
+        expected = (self._vocabulary.mT.to(weight.dtype) @ weight) * scale  # (n, D)
         last = len(weight) - 1
-        target = weight[self._targets.clamp(max=last)] * scale
+        target = weight[self._targets.clamp(max=last)] * scale  # (n, D)
         if len(table):
             expected += self._extension.mT.to(table.dtype) @ table
             own = table[(self._targets - last - 1).clamp(0)]
@@ -86,21 +103,19 @@ class _Piece:
 
 
 class TargetLoss(torch.autograd.Function):
-    """The summed cross entropy of states [N, dim_model]; the projection is frozen."""
+    """The summed cross entropy of states [N, dim_model]; the output head is frozen."""
 
     @staticmethod
-    def forward(
-        ctx: Any, h: torch.Tensor, projection: OutputHead, targets: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, h: torch.Tensor, head: OutputHead, targets: torch.Tensor) -> torch.Tensor:
         total = h.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(h, dtype=torch.float32)  # fp16 may need the loss scale first
         for i in range(0, len(h), _PIECE):
             part = slice(i, i + _PIECE)
-            piece = _Piece(h[part], projection, targets[part])
+            piece = _Piece(h[part], head, targets[part])
             total += piece.losses().sum()
             if ctx.needs_input_grad[0]:
                 gradient[part] = piece.gradient()
-            del piece  # its memory serves the next one
+            del piece  # so that the next one can use its memory
         ctx.save_for_backward(gradient)
         ctx.dtype = h.dtype
         return total
@@ -112,11 +127,11 @@ class TargetLoss(torch.autograd.Function):
 
 
 @torch.no_grad()
-def score(h: torch.Tensor, projection: OutputHead, targets: torch.Tensor) -> Scores:
+def score(h: torch.Tensor, head: OutputHead, targets: torch.Tensor) -> Scores:
     """The scores of states [N, dim_model]."""
     scores = []
     for i in range(0, len(h), _PIECE):
-        piece = _Piece(h[i : i + _PIECE], projection, targets[i : i + _PIECE])
+        piece = _Piece(h[i : i + _PIECE], head, targets[i : i + _PIECE])
         correct = piece.correct()
         scores.append(Scores(piece.losses(), correct))
         del piece

@@ -1,6 +1,16 @@
-"""CPM-Bee: embedding, blocks, and logits at the targets."""
+"""CPM-Bee: embedding, layers, and logits at the targets or at the next token of an answer.
+
+Training and evaluation (`loss`, `score`) run a `Batch`, a flat stream of records, in one pass.
+Generation (`prefill`, then `decode` once a token) runs a prompt once and keeps its keys and values
+in a cache that the caller hands in; see `model/cached_attention.py`.
+"""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,10 +18,11 @@ from torch import nn
 
 from cpm_bee.data.batch import Batch
 from cpm_bee.model import flex_attention
-from cpm_bee.model.attention import GroupedAttention, GroupLayout, PositionBias
+from cpm_bee.model.attention import PaddedAttention, PaddedGroups, PositionBias
 from cpm_bee.model.block import TransformerBlock
+from cpm_bee.model.cached_attention import AnswerTokens, CachedAttention, KeyValueCache, Prefill
 from cpm_bee.model.config import ModelConfig
-from cpm_bee.model.layers import Attend, Embedding, RMSNorm
+from cpm_bee.model.layers import AttentionFunction, Embedding, RMSNorm
 from cpm_bee.model.loss import OutputHead, Scores, TargetLoss, score
 
 
@@ -20,13 +31,11 @@ class BlockStack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.num_layers))
         self.output_layernorm = RMSNorm(config.dim_model, config.eps)
-        # The last layer with attention: after it, no position matters to another.
-        self._last = max(
-            (i for i in range(config.num_layers) if config.has_attention(i)), default=0
-        )
+        with_attention = [i for i in range(config.num_layers) if config.has_attention(i)]
+        self._last_attention = with_attention[-1] if with_attention else None
 
     def set_checkpointing(self, wanted: bool) -> None:
-        """Whether layers compute their activations again in the backward pass."""
+        """Whether layers recompute their activations in the backward pass."""
         for layer in self.layers:
             assert isinstance(layer, TransformerBlock)
             layer.checkpointing = wanted
@@ -34,78 +43,122 @@ class BlockStack(nn.Module):
     def forward(
         self,
         h: torch.Tensor,
-        attend: Attend,
-        attend_last: Attend | None = None,
+        attend: AttentionFunction,
+        attend_last: AttentionFunction | None = None,
         queries: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """h [T, dim_model] -> [T, dim_model], before the last norm.
 
-        With `queries`, positions [N], the last attention and what follows it compute these alone,
-        with `attend_last`, and the result is [N, dim_model].
+        With `queries`, positions [N], the result is [N, dim_model]: the last attention, which
+        `attend_last` computes, has only these as queries. In a pruned model the last attention
+        need not be in the last layer: layers after it have no attention, so each position is
+        computed by itself and they go on with [N, dim_model].
         """
+        if queries is not None and self._last_attention is None:
+            h = h[queries]  # (N, dim_model)
         for i, layer in enumerate(self.layers):
-            attention = (attend_last or attend, queries) if i == self._last else (attend, None)
-            h = layer(h, *attention)
+            if queries is not None and i == self._last_attention:
+                h = layer(h, attend_last or attend, queries)  # (N, dim_model)
+            else:
+                h = layer(h, attend)
         return h
 
 
 class CPMBee(nn.Module):
     """The language model. Its state dict has the native checkpoint names (docs/format.md §6).
 
-    Made without values: `base.load_pretrained` gives it some.
+    Made without values: `pretrained.load_pretrained` gives it some.
+
+    Attributes:
+        attention: "auto", "sdpa" or "flex", see `flex_attention.is_chosen`.
+        context: makes the context that each pass of `forward`, `loss` and `score` runs in.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.attention = "auto"  # auto, sdpa or flex
+        self.attention = "auto"
+        self.context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
         self.input_embedding = Embedding(config)
         self.position_bias = PositionBias(config)
         self.encoder = BlockStack(config)
 
-    def hidden_states(self, batch: Batch) -> torch.Tensor:
-        """The states after the last norm, [T, dim_model]."""
-        h = self.input_embedding(batch.ids, batch.subs)  # (T, dim_model)
-        h = self.encoder(h, self._attention(batch, h))
-        return self.encoder.output_layernorm(h)
-
-    def target_states(self, batch: Batch) -> torch.Tensor:
-        """The states after the last norm at the targets alone, [N, dim_model]."""
-        h = self.input_embedding(batch.ids, batch.subs)  # (T, dim_model)
-        at_targets = self._attention(batch, h, at_targets=True)
-        h = self.encoder(h, self._attention(batch, h), at_targets, batch.target_positions)
-        return self.encoder.output_layernorm(h)
-
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits at the targets alone, [N, vocab_size + E]."""
-        h = self.target_states(batch)
-        return self.input_embedding.logits(h, batch.extension_ids, batch.extension_subs)
+        with self.context():
+            return self._logits(batch)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Cross entropy summed over the targets, in fp32; a scalar."""
-        if self.input_embedding.weight.requires_grad:
-            return target_loss(self(batch), batch)
-        return TargetLoss.apply(self.target_states(batch), self._output_head(batch), batch.targets)
+        with self.context():
+            if self.input_embedding.weight.requires_grad:
+                return target_loss(self._logits(batch), batch)
+            states, head = self._target_states(batch), self._output_head(batch)
+            return TargetLoss.apply(states, head, batch.targets)
 
     def score(self, batch: Batch) -> Scores:
         """The loss of each target and whether it is the most probable token; no gradients."""
-        with torch.no_grad():
-            return score(self.target_states(batch), self._output_head(batch), batch.targets)
+        with torch.no_grad(), self.context():
+            return score(self._target_states(batch), self._output_head(batch), batch.targets)
+
+    def prefill(self, prompt: Batch, answers: Sequence[int], cache: KeyValueCache) -> Prefill:
+        """Run a prompt and put its keys and values into `cache`; what `decode` needs besides.
+
+        Args:
+            prompt: one record whose answers have segments but no tokens.
+            answers: the segment of each answer.
+        """
+        h = self.input_embedding(prompt.ids, prompt.subs)  # (P, dim_model)
+        groups = PaddedGroups.of(prompt, self.position_bias)
+        attend = PaddedAttention(groups, self.position_bias, _compute_dtype(h), 0.0)
+        prefill = Prefill(prompt, answers, self.position_bias, cache)
+        self.encoder(h, prefill.caching(attend))
+        return prefill
+
+    def decode(self, tokens: AnswerTokens, prefill: Prefill) -> torch.Tensor:
+        """Logits of each sequence's next token, [B, vocab_size + E].
+
+        Sequences meet in the attention alone: everything else computes each row by itself.
+
+        Args:
+            tokens: all tokens of B answers in the making; the last of each is new to the cache.
+        """
+        h = self.input_embedding(tokens.ids[:, -1], tokens.subs[:, -1])  # (B, dim_model)
+        h = self.encoder(h, CachedAttention(prefill, tokens))
+        h = self.encoder.output_layernorm(h)
+        prompt = prefill.prompt
+        return self.input_embedding.logits(h, prompt.extension_ids, prompt.extension_subs)
+
+    def _target_states(self, batch: Batch) -> torch.Tensor:
+        """The states after the last norm at the targets alone, [N, dim_model]."""
+        h = self.input_embedding(batch.ids, batch.subs)  # (T, dim_model)
+        attend_last = self.attention_over(batch, h, at_targets=True)
+        attend = self.attention_over(batch, h)
+        h = self.encoder(h, attend, attend_last, batch.target_positions)
+        return self.encoder.output_layernorm(h)
+
+    def _logits(self, batch: Batch) -> torch.Tensor:
+        h = self._target_states(batch)
+        return self.input_embedding.logits(h, batch.extension_ids, batch.extension_subs)
 
     def _output_head(self, batch: Batch) -> OutputHead:
         embedding = self.input_embedding
-        table = embedding(batch.extension_ids, batch.extension_subs)
+        table = embedding(batch.extension_ids, batch.extension_subs)  # (E, dim_model)
         return OutputHead(embedding.weight, embedding.scale, table)
 
-    def _attention(self, batch: Batch, h: torch.Tensor, *, at_targets: bool = False) -> Attend:
+    def attention_over(
+        self, batch: Batch, h: torch.Tensor, *, at_targets: bool = False
+    ) -> AttentionFunction:
+        """Attention of each record with itself for states h; at targets, only for these queries."""
         dropout_p = self.config.dropout_p if self.training else 0.0
         if flex_attention.is_chosen(self.attention, h.device, dropout_p):
             return flex_attention.FlexAttention(batch, self.position_bias, at_targets=at_targets)
-        layout = GroupLayout.of(batch, self.position_bias, at_targets=at_targets)
-        return GroupedAttention(layout, self.position_bias, _compute_dtype(h), dropout_p)
+        groups = PaddedGroups.of(batch, self.position_bias, at_targets=at_targets)
+        return PaddedAttention(groups, self.position_bias, _compute_dtype(h), dropout_p)
 
 
 def _compute_dtype(h: torch.Tensor) -> torch.dtype:
+    """The type that q, k and v of states h will have: autocast's where it is on."""
     device = h.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
 

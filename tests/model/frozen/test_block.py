@@ -114,8 +114,13 @@ def test_half_precision_is_as_near_to_fp32_as_plain(dtype: torch.dtype) -> None:
 
 def test_dropout_and_full_tuning_take_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    original = frozen_block.block
-    monkeypatch.setattr(frozen_block, "block", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = frozen_block.frozen_block
+
+    def block(*args: object, **options: bool) -> torch.Tensor:
+        calls.append(1)
+        return original(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(frozen_block, "frozen_block", block)
     batch = collate(tiny.encode(RECORDS), tiny.TOKENIZER)
     model = model_with_delta(("project_q",)).train()
     model.loss(batch)
@@ -139,10 +144,10 @@ def test_nothing_is_kept_after_backward() -> None:
     model = model_with_delta(("project_q", "project_v"))
     batch = collate(tiny.encode(RECORDS), tiny.TOKENIZER)
     alive: list[weakref.ref] = []
-    original = frozen_block.AttentionPass.forward
+    original = frozen_block.AttentionHalf.forward
 
     def forward(
-        self: frozen_block.AttentionPass, *args: torch.Tensor, **options: bool
+        self: frozen_block.AttentionHalf, *args: torch.Tensor, **options: bool
     ) -> torch.Tensor:
         alive.append(weakref.ref(self))
         return original(self, *args, **options)
@@ -151,7 +156,7 @@ def test_nothing_is_kept_after_backward() -> None:
     gc.disable()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(frozen_block.AttentionPass, "forward", forward)
+            patch.setattr(frozen_block.AttentionHalf, "forward", forward)
             loss = model.loss(batch)
         assert alive and all(ref() is not None for ref in alive)
         loss.backward()

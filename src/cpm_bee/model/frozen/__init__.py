@@ -1,1 +1,1 @@
-"""Blocks with a frozen base: their own forward and backward pass."""
+"""Layers whose weights are frozen: their own forward and backward pass."""

@@ -1,9 +1,24 @@
-"""Blocks with a backward pass of their own, for a frozen base with LoRA.
+"""A layer whose weights are frozen (LoRA apart), as one autograd function.
 
-Frozen weights need no gradient, so the inputs of their products need not be kept: an attention
-keeps its input, q, k, v and its output, a loader-forward its input and the two halves of the gate.
-Everything else is computed again, in place where possible; the factors 1/sqrt(dim_in) and 1/1.05
-are folded into norms and sums. The results are those of `layers`, up to rounding.
+Autograd saves the input of every Linear, because the gradient of a weight needs it. A frozen
+weight has no gradient, and the gradient of its input, g W, needs W alone. So `_FrozenBlock` runs
+a layer without a graph and keeps, for the backward pass:
+
+- of an attention its input h, the norm's 1/rms, and the graph of the attention function itself
+  (q, k, v and what the kernel saves); its output only if `attention_out` has a LoRA;
+- of a feed-forward its input h, the norm's 1/rms, and the two products of the gate;
+- with `recompute` (activation checkpointing) nothing but h, from which the rest is recomputed.
+
+Everything else is recomputed, in place where possible: normed inputs from h and 1/rms, GELU from
+its input. 1/sqrt(dim_in) is folded into the norm's weight, 1/1.05 into the residual sums. These are
+the operations of `model/layers.py` in another order, so gradients equal autograd's up to rounding;
+tests/model/frozen compares them. `model/frozen/halves.py` has the mathematics of both halves,
+`model/frozen/linear.py` that of a Linear.
+
+Hazards: gradients of norm and base weights are returned as None, so `is_frozen` must hold; there
+is no dropout; part of what is kept (the attention's graph) is held by the halves, not by
+`save_for_backward`, so in-place changes of h or of a weight between forward and backward are not
+detected, and a second backward pass fails.
 """
 
 from __future__ import annotations
@@ -15,9 +30,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from cpm_bee.model.frozen.halves import AttentionPass, FeedForwardPass, Gradients
+from cpm_bee.model.frozen.halves import AttentionHalf, FeedForwardHalf, Gradients
 from cpm_bee.model.frozen.linear import FrozenLinear
-from cpm_bee.model.layers import Attend, AttentionBlock, FeedForwardBlock, Linear, RMSNorm
+from cpm_bee.model.layers import (
+    AttentionBlock,
+    AttentionFunction,
+    FeedForwardBlock,
+    Linear,
+    RMSNorm,
+)
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -33,12 +54,12 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 class _Call(NamedTuple):
-    """The halves that a block has, and what they are called with."""
+    """The halves that a layer has, and what they are called with."""
 
     attention: AttentionBlock | None
     feed_forward: FeedForwardBlock | None
     layer: int
-    attend: Attend
+    attend: AttentionFunction
     queries: torch.Tensor | None
 
     def parts(self) -> list[tuple[RMSNorm, tuple[Linear, ...]]]:
@@ -64,8 +85,8 @@ class _Call(NamedTuple):
                 found += [*linear.operands(), *FrozenLinear.lora_of(linear)]
         return found
 
-    def passes(self, tensors: Sequence[torch.Tensor]) -> list[AttentionPass | FeedForwardPass]:
-        """Passes over tensors that lie as `tensors` lays them."""
+    def halves(self, tensors: Sequence[torch.Tensor]) -> list[AttentionHalf | FeedForwardHalf]:
+        """The halves over tensors in the order of `tensors`, for one forward and backward."""
         rest = iter(tensors)
         taken = []
         for _, linears in self.parts():
@@ -79,21 +100,20 @@ class _Call(NamedTuple):
                 for linear in linears
             ]
             taken.append((weights, norm))
-        passes: list[AttentionPass | FeedForwardPass] = []
+        halves: list[AttentionHalf | FeedForwardHalf] = []
         if self.attention is not None:
-            passes.append(
-                AttentionPass(self.attention, *taken[0], self.layer, self.attend, self.queries)
+            halves.append(
+                AttentionHalf(self.attention, *taken[0], self.layer, self.attend, self.queries)
             )
         if self.feed_forward is not None:
-            passes.append(FeedForwardPass(self.feed_forward, *taken[-1]))
-        return passes
+            halves.append(FeedForwardHalf(self.feed_forward, *taken[-1]))
+        return halves
 
 
 class _FrozenBlock(torch.autograd.Function):
-    """Inputs: the call, whether to compute activations again, h [T, dim_model], the tensors.
+    """Inputs: the call, whether to recompute, h [T, dim_model], and the tensors of the call.
 
-    What backward needs is kept by the passes themselves, not by `save_for_backward`: part of it
-    is the graph of the attention.
+    The tensors are inputs because autograd returns gradients to inputs alone.
     """
 
     @staticmethod
@@ -101,66 +121,70 @@ class _FrozenBlock(torch.autograd.Function):
         ctx: Any, call: _Call, recompute: bool, h: torch.Tensor, *tensors: torch.Tensor
     ) -> torch.Tensor:
         ctx.call, ctx.recompute, ctx.kept = call, recompute, (h, tensors)
-        ctx.passes = call.passes(tensors)
-        ctx.below = _needed_below(ctx.passes, ctx.needs_input_grad[2])
-        h = _forward(ctx.passes, h, ctx.below, keep=not recompute)
+        ctx.halves = call.halves(tensors)
+        ctx.input_needed = _input_gradients_needed(ctx.halves, ctx.needs_input_grad[2])
+        h = _forward(ctx.halves, h, ctx.input_needed, keep=not recompute)
         if recompute:
-            ctx.passes = None
+            ctx.halves = None
         return h
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         h, tensors = ctx.kept
         if ctx.recompute:
-            ctx.passes = ctx.call.passes(tensors)
-            _forward(ctx.passes, h, ctx.below, keep=True)
+            ctx.halves = ctx.call.halves(tensors)
+            _forward(ctx.halves, h, ctx.input_needed, keep=True)
         del h
         ctx.kept = None
         g: torch.Tensor | None = gradients[0]
         found: Gradients = []
-        while ctx.passes and g is not None:
-            # Popped, so that what a pass kept is freed before the one below it begins.
-            g, mine = ctx.passes.pop().backward(g, input_needed=ctx.below.pop())
-            found = mine + found
+        while ctx.halves and g is not None:
+            # Popped, so that what a half kept is freed before the one below it begins.
+            half, input_needed = ctx.halves.pop(), ctx.input_needed.pop()
+            g, of_half = half.backward(g, input_needed=input_needed)
+            del half
+            found = of_half + found
         return None, None, g, *[None] * (len(tensors) - len(found)), *found
 
 
-def _needed_below(passes: Sequence[AttentionPass | FeedForwardPass], needed: bool) -> list[bool]:
-    """Whether the gradient of each pass's input is needed."""
+def _input_gradients_needed(
+    halves: Sequence[AttentionHalf | FeedForwardHalf], needed: bool
+) -> list[bool]:
+    """Whether the gradient of each half's input is needed: something below it is trained."""
     result = []
-    for run in passes:
+    for half in halves:
         result.append(needed)
-        needed = needed or run.is_trained
+        needed = needed or half.is_trained
     return result
 
 
 def _forward(
-    passes: Sequence[AttentionPass | FeedForwardPass],
+    halves: Sequence[AttentionHalf | FeedForwardHalf],
     h: torch.Tensor,
-    below: Sequence[bool],
+    input_needed: Sequence[bool],
     *,
     keep: bool,
 ) -> torch.Tensor:
     with torch.autocast(h.device.type, enabled=False):
-        for run, needed in zip(passes, below, strict=True):
-            h = run.forward(h, keep=keep and (needed or run.is_trained), input_needed=needed)
+        for half, needed in zip(halves, input_needed, strict=True):
+            h = half.forward(h, keep=keep and (needed or half.is_trained), input_needed=needed)
     return h
 
 
-def block(
+def frozen_block(
     attention: AttentionBlock | None,
     feed_forward: FeedForwardBlock | None,
     layer: int,
     h: torch.Tensor,
-    attend: Attend,
+    attend: AttentionFunction,
     queries: torch.Tensor | None,
     *,
     recompute: bool,
 ) -> torch.Tensor:
-    """h [T, dim_model] -> the same, or [N, dim_model] of `queries`, through a frozen block.
+    """h [T, dim_model] -> [T, dim_model], or [N, dim_model] at `queries`, through a frozen layer.
 
     Args:
-        recompute: keep h alone and compute the rest again in the backward pass.
+        recompute: keep h alone and recompute the rest in the backward pass.
     """
     call = _Call(attention, feed_forward, layer, attend, queries)
     return _FrozenBlock.apply(call, recompute, h, *call.tensors())

@@ -1,4 +1,21 @@
-"""Memory that serves step after step."""
+"""A pool of CPU memory for the large tensors of a training step.
+
+A step makes the same dozen large tensors as the step before, each of a slightly different size, as
+batches differ by some tokens. malloc splits and merges freed blocks for these sizes until a fifth
+of the peak is fragments; returning each freed block to the system instead costs a fifth of the
+time, as its pages must be mapped and zeroed anew. `BufferPool.empty` therefore keeps the storages
+that it has allocated. A request takes the smallest storage that is not in use and at
+most a third larger; otherwise one is allocated with 3 % to spare, in place of an unused one that
+has become too small.
+
+Whether a storage is in use is read from its reference count (`torch._C._storage_Use_Count`): 1
+means that the pool alone holds it, because each tensor, view or saved tensor of autograd holds a
+reference. So nothing is ever handed back by the caller, and memory cannot be reused too early.
+Hazards: without that private function (another version of PyTorch) the pool falls back to ordinary
+allocation; a raw data pointer does not count as a reference; the pool is not thread-safe; and what
+it keeps is never freed. GPUs have an allocator that does the same, so their tensors, like tensor
+subclasses (fake, sharded), are made in the ordinary way.
+"""
 
 from __future__ import annotations
 
@@ -8,47 +25,42 @@ import math
 
 import torch
 
-# Whether a storage is looked at by others than its Buffers: without this, nothing is used again.
+# The number of references to a storage; None where PyTorch does not tell.
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 _M_MMAP_THRESHOLD = -3  # of glibc's mallopt
-# A storage is taken for a tensor that fills at least this share of it.
-_LEAST_SHARE = 0.75
-# Storages are made a little larger than asked for: the next step's tensors may be.
-_ROOM = 1.03
+# A storage is reused for a tensor that fills at least this share of it.
+_MIN_FILL = 0.75
+# Storages are allocated a little larger than requested: the next step's tensors may be larger.
+_HEADROOM = 1.03
 
 
-class Buffers:
-    """Makes large tensors out of the memory of earlier ones that are gone, for the CPU.
-
-    The steps of a run differ a little in size, and malloc, asked for megabytes of ever other
-    sizes, breaks up what was given back: a quarter more memory. Giving it back to the system
-    instead costs a fifth of the time. GPUs have an allocator that does this job already.
-    """
+class BufferPool:
+    """Allocates tensors from storages of earlier tensors that no longer exist; see the module."""
 
     def __init__(self) -> None:
         self._storages: list[torch.UntypedStorage] = []
 
     def empty(self, like: torch.Tensor, *shape: int) -> torch.Tensor:
-        """A tensor of a shape with the type of another, on its device; any values."""
-        plain = type(like) in (torch.Tensor, torch.nn.Parameter)  # not e.g. a fake tensor
+        """An uninitialised tensor of a shape, with the type and device of `like`."""
+        plain = type(like) in (torch.Tensor, torch.nn.Parameter)
         if not plain or like.device.type != "cpu" or _use_count is None:
             return like.new_empty(shape)
         nbytes = math.prod(shape) * like.element_size()
-        storage = self._unused(nbytes) or self._new(nbytes)
+        storage = self._find_unused(nbytes) or self._allocate(nbytes)
         return torch.empty(0, dtype=like.dtype).set_(storage, 0, shape)  # type: ignore[call-overload]
 
-    def _unused(self, nbytes: int) -> torch.UntypedStorage | None:
-        """The smallest that holds so much, of those that are not much larger."""
-        fitting = (s for s in self._storages if _LEAST_SHARE * s.nbytes() <= nbytes <= s.nbytes())
+    def _find_unused(self, nbytes: int) -> torch.UntypedStorage | None:
+        """The smallest unused storage that holds so much and is not much larger."""
+        fitting = (s for s in self._storages if _MIN_FILL * s.nbytes() <= nbytes <= s.nbytes())
         return min(filter(_is_unused, fitting), key=lambda s: s.nbytes(), default=None)
 
-    def _new(self, nbytes: int) -> torch.UntypedStorage:
-        size = int(nbytes * _ROOM)
-        near = (s for s in self._storages if _LEAST_SHARE * size <= s.nbytes() < nbytes)
-        outgrown = max(filter(_is_unused, near), key=lambda s: s.nbytes(), default=None)
-        if outgrown is not None:  # a larger one takes its place, so that their number is bounded
-            self._storages.remove(outgrown)
-            del outgrown
+    def _allocate(self, nbytes: int) -> torch.UntypedStorage:
+        size = int(nbytes * _HEADROOM)
+        near = (s for s in self._storages if _MIN_FILL * size <= s.nbytes() < nbytes)
+        too_small = max(filter(_is_unused, near), key=lambda s: s.nbytes(), default=None)
+        if too_small is not None:  # replaced, so that the number of storages is bounded
+            self._storages.remove(too_small)
+            del too_small
         self._storages.append(torch.UntypedStorage(size))
         return self._storages[-1]
 
@@ -58,13 +70,14 @@ def _is_unused(storage: torch.UntypedStorage) -> bool:
     return _use_count(storage._cdata) == 1
 
 
-buffers = Buffers()
+buffer_pool = BufferPool()
 
 
 def return_freed_memory() -> None:
-    """Let malloc (glibc's) return what is larger than a mebibyte to the system once it is free.
+    """Let glibc's malloc return blocks larger than a mebibyte to the system once they are freed.
 
-    Of its own accord it comes to keep up to 32 MiB. For programs whose large tensors are `buffers`.
+    By default it raises this threshold to up to 32 MiB as a program runs. For programs whose large
+    tensors come from `buffer_pool`; with others it costs time.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)

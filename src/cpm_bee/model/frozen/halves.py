@@ -1,4 +1,25 @@
-"""One forward and backward pass of half a block, for `model.fused`."""
+"""The halves of a frozen layer, attention and feed-forward: forward and backward by hand.
+
+Each object serves one forward and one backward pass. With L(x) = x Wᵀ, s = 1/sqrt(dim_in) and
+c = 1/1.05 (`RESIDUAL_SCALE`), a half computes
+
+    x  = RMSNorm(h) s                    the factor of the Linears after the norm, folded into it
+    h' = c h + c s_out L_out(f(x))       f: attention of L_q x, L_k x, L_v x, or GELU(L_0 x) * L_1 x
+
+Backward, with g the gradient of h': that of f(x) is c s_out g W_out; that of x is the sum of gy W
+over the Linears that read x, gy being the gradient of their output; that of h is the norm's plus
+c g from the residual. The norm's is, with r = 1/rms, gx the gradient of x and u = gx * weight,
+
+    r u - h r³ mean(u h)                 (mean over the features)
+
+Attention is differentiated by autograd: its q, k and v begin a graph (`_Begin`), which is kept and
+run in `backward`. Where `queries` are given, q and the residual have only these N of T positions.
+
+Every step equals autograd's of `model/layers.py` up to rounding. Hazards: tensors are overwritten
+as soon as they have been used for the last time (`out=`, methods that end in `_`), so the order of
+statements matters; names are deleted early so that memory is free for the next product; where the
+input needs no gradient (`input_needed`), only those of q, k or v with a LoRA get one.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +29,12 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from cpm_bee.model.frozen.buffers import buffers
+from cpm_bee.model.frozen.buffers import buffer_pool
 from cpm_bee.model.frozen.linear import FrozenLinear
 from cpm_bee.model.layers import (
     RESIDUAL_SCALE,
-    Attend,
     AttentionBlock,
+    AttentionFunction,
     FeedForwardBlock,
     RMSNorm,
 )
@@ -23,22 +44,22 @@ Gradients = list[torch.Tensor | None]
 
 
 class _Norm:
-    """RMS norm whose weight carries the factor of the Linears after it."""
+    """RMS norm whose weight includes the factor s of the Linears after it."""
 
     def __init__(self, norm: RMSNorm, weight: torch.Tensor, scale: float) -> None:
         self._eps = norm.eps
         self._weight = weight.float() * scale
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        length = torch.linalg.vector_norm(h, dim=-1, keepdim=True, dtype=torch.float32)
-        self._rstd = length.square_().div_(h.shape[-1]).add_(self._eps).rsqrt_()  # (T, 1)
+        norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True, dtype=torch.float32)  # (T, 1)
+        self._rstd = norm.square_().div_(h.shape[-1]).add_(self._eps).rsqrt_()  # (T, 1)
         return self.recompute(h)
 
     def recompute(self, h: torch.Tensor) -> torch.Tensor:
-        """The output of `forward`, which the caller need not keep."""
+        """The output of `forward` again, so that the caller need not keep it."""
         if h.dtype == torch.float32:
-            return torch.mul(h, self._rstd, out=buffers.empty(h, *h.shape)).mul_(self._weight)
-        return buffers.empty(h, *h.shape).copy_((h * self._rstd).mul_(self._weight))
+            return torch.mul(h, self._rstd, out=buffer_pool.empty(h, *h.shape)).mul_(self._weight)
+        return buffer_pool.empty(h, *h.shape).copy_((h * self._rstd).mul_(self._weight))
 
     def backward(
         self,
@@ -47,20 +68,20 @@ class _Norm:
         g: torch.Tensor,
         queries: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The gradient of h, by way of x and past it; overwrites gx."""
+        """The gradient of h through x and through the residual; overwrites gx [T, dim_model]."""
         wide = h.float()
-        by_x = gx.mul_(self._weight) if gx.dtype == torch.float32 else gx.float() * self._weight
-        product = torch.mul(by_x, wide, out=buffers.empty(by_x, *h.shape))
-        along = product.sum(-1, keepdim=True).mul_(self._rstd.pow(3)).div_(h.shape[-1])
+        u = gx.mul_(self._weight) if gx.dtype == torch.float32 else gx.float() * self._weight
+        product = torch.mul(u, wide, out=buffer_pool.empty(u, *h.shape))
+        along = product.sum(-1, keepdim=True).mul_(self._rstd.pow(3)).div_(h.shape[-1])  # (T, 1)
         del product
-        by_x.mul_(self._rstd).addcmul_(wide, along, value=-1)
+        gh = u.mul_(self._rstd).addcmul_(wide, along, value=-1)  # (T, dim_model)
         if queries is None:
-            return by_x.add_(g, alpha=RESIDUAL_SCALE).to(h.dtype)
-        return by_x.to(h.dtype).index_add_(0, queries, g, alpha=RESIDUAL_SCALE)
+            return gh.add_(g, alpha=RESIDUAL_SCALE).to(h.dtype)
+        return gh.to(h.dtype).index_add_(0, queries, g, alpha=RESIDUAL_SCALE)
 
 
 def _gelu(x: torch.Tensor) -> torch.Tensor:
-    return torch.ops.aten.gelu.out(x, out=buffers.empty(x, *x.shape))
+    return torch.ops.aten.gelu.out(x, out=buffer_pool.empty(x, *x.shape))
 
 
 class _Begin(torch.autograd.Function):
@@ -75,8 +96,8 @@ class _Begin(torch.autograd.Function):
         raise AssertionError("the graph ends before this node")
 
 
-class AttentionPass:
-    """One forward and backward pass of `layers.AttentionBlock`."""
+class AttentionHalf:
+    """`layers.AttentionBlock` of a frozen layer, for one forward and backward pass."""
 
     def __init__(
         self,
@@ -84,7 +105,7 @@ class AttentionPass:
         weights: Sequence[FrozenLinear],
         norm: torch.Tensor,
         layer: int,
-        attend: Attend,
+        attend: AttentionFunction,
         queries: torch.Tensor | None,
     ) -> None:
         self._layer, self._attend, self._queries = layer, attend, queries
@@ -95,34 +116,35 @@ class AttentionPass:
 
     def forward(self, h: torch.Tensor, *, keep: bool, input_needed: bool) -> torch.Tensor:
         x = self._norm.forward(h)
-        query_inputs = x if self._queries is None else x[self._queries]
+        query_inputs = x if self._queries is None else x[self._queries]  # (N, dim_model)
         projected = (self._q.forward(query_inputs), self._k.forward(x), self._v.forward(x))
         del x, query_inputs
-        q, k, v = (y.unflatten(-1, self._heads) for y in projected)  # (T, H, D)
+        q, k, v = (y.unflatten(-1, self._heads) for y in projected)  # (N or T, H, D)
         del projected
         if keep:
             attended = self._attend_with_graph(h, q, k, v, input_needed)
         else:
             attended = self._attend(self._layer, q, k, v)
-        flat = attended.flatten(-2)
+        flat = attended.flatten(-2)  # (N, H, D) -> (N, H*D)
         return self._out.residual(h if self._queries is None else h[self._queries], flat)
 
     def _attend_with_graph(
-        self, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, below: bool
+        self, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, input_needed: bool
     ) -> torch.Tensor:
+        """q [N, H, D], k and v [T, H, D] -> [N, H, D]; keeps the graph in between."""
         anchor = torch.zeros((), requires_grad=True)
         self._edges: list[GradientEdge | None] = []
         inputs = []
         with torch.enable_grad():
             for weight, y in ((self._q, q), (self._k, k), (self._v, v)):
-                needed = below or bool(weight.lora)
+                needed = input_needed or bool(weight.lora)
                 inputs.append(_Begin.apply(y, anchor) if needed else y)
                 self._edges.append(get_gradient_edge(inputs[-1]) if needed else None)
             attended = self._attend(self._layer, *inputs)
         self._h = h
         self._result = get_gradient_edge(attended) if attended.requires_grad else None
         attended = attended.detach()
-        self._attended = attended.flatten(-2) if self._out.lora else h  # for a LoRA only
+        self._attended = attended.flatten(-2) if self._out.lora else h  # read for a LoRA only
         return attended
 
     def backward(
@@ -130,7 +152,7 @@ class AttentionPass:
     ) -> tuple[torch.Tensor | None, Gradients]:
         h, scale = self._h, RESIDUAL_SCALE * self._out.linear.scale
         of_out = self._out.gradients(g, self._attended, scale)
-        ga = self._out.input_gradient(g, scale).unflatten(-1, self._heads)
+        ga = self._out.input_gradient(g, scale).unflatten(-1, self._heads)  # (N, H, D)
         gq, gk, gv = self._attention_gradients(ga)
         del ga, self._attended, self._edges, self._result
         x = self._norm.recompute(h) if any(w.lora for w in (self._q, self._k, self._v)) else h
@@ -152,7 +174,7 @@ class AttentionPass:
         return self._norm.backward(gx, h, g, self._queries), gradients
 
     def _attention_gradients(self, ga: torch.Tensor) -> Gradients:
-        """Of q, k and v [T, heads * dim_head], where they are needed."""
+        """The gradients of q [N, H*D], k and v [T, H*D]; None where not needed."""
         edges = [edge for edge in self._edges if edge is not None]
         if not edges:
             return [None] * 3
@@ -161,8 +183,8 @@ class AttentionPass:
         return [None if edge is None else next(found).flatten(1) for edge in self._edges]
 
 
-class FeedForwardPass:
-    """One forward and backward pass of `layers.FeedForwardBlock`."""
+class FeedForwardHalf:
+    """`layers.FeedForwardBlock` of a frozen layer, for one forward and backward pass."""
 
     def __init__(
         self, block: FeedForwardBlock, weights: Sequence[FrozenLinear], norm: torch.Tensor

@@ -1,4 +1,21 @@
-"""A frozen Linear with LoRA, and its gradients, for `model.fused`."""
+"""A frozen Linear with LoRA: products with W' and their gradients.
+
+W' = W + k B A stands for what a Linear and its LoRA multiply by, k = alpha/rank * sqrt(dim_in): the
+layer divides the product with W' by sqrt(dim_in) as a whole, but the LoRA's is not to be divided
+(docs/format.md §7). All methods leave out that 1/sqrt(dim_in); callers fold it into what is there
+already (`model/frozen/halves.py`).
+
+In fp32, B A is added to a piece of W before its product, so that one product does both. In 16 bit
+this would round small updates of B A away, so the two low-rank products are computed beside the one
+with W. W comes in pieces (`Linear.pieces`): a quantised one is dequantised piece by piece, in the
+forward pass and again in the backward pass, and never exists as a whole.
+
+Saved are only W's operands and the LoRA, as they are. With y = x W'ᵀ the gradients are autograd's:
+
+    of x: gy W'        of A: k (gy B)ᵀ x        of B: k gyᵀ (x Aᵀ)        of W: none, it is frozen
+
+Hazard: `x` for the gradients must be the input that `forward` got, so callers recompute it.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +25,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from cpm_bee.model.frozen.buffers import buffers
+from cpm_bee.model.frozen.buffers import buffer_pool
 from cpm_bee.model.layers import RESIDUAL_SCALE, Linear
 
 
 class FrozenLinear(NamedTuple):
-    """A Linear's tensors during one pass: what W is made of, and its LoRA.
-
-    W' stands for W plus what the LoRA adds to it.
-    """
+    """A Linear with its tensors in one pass: the operands of W, and the LoRA."""
 
     linear: Linear
     operands: tuple[torch.Tensor, ...]
@@ -41,20 +55,20 @@ class FrozenLinear(NamedTuple):
             yield rows, weight
 
     def _merges(self, dtype: torch.dtype) -> bool:
-        # A 16-bit W would swallow small updates.
+        # In a 16-bit W small updates would be rounded away.
         return bool(self.lora) and dtype == torch.float32
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, dim_in], divided by sqrt(dim_in) already -> x W'ᵀ [T, dim_out]."""
-        y = buffers.empty(x, len(x), self.linear.dim_out)
+        y = buffer_pool.empty(x, len(x), self.linear.dim_out)
         for rows, weight in self._pieces(x.dtype):
             torch.mm(x, weight.T, out=y[:, rows])
         return self._with_lora(y, x, 1.0)
 
     def residual(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """(h + Linear(x)) * RESIDUAL_SCALE, of x as it is."""
+        """(h + Linear(x)) * RESIDUAL_SCALE for h [T, dim_out] and an undivided x [T, dim_in]."""
         alpha = RESIDUAL_SCALE * self.linear.scale
-        y = buffers.empty(h, *h.shape)
+        y = buffer_pool.empty(h, *h.shape)
         for rows, weight in self._pieces(x.dtype):
             part = h[:, rows]
             torch.addmm(part, x, weight.T, beta=RESIDUAL_SCALE, alpha=alpha, out=y[:, rows])
@@ -68,7 +82,7 @@ class FrozenLinear(NamedTuple):
 
     def input_gradient(self, gy: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         """scale * gy W' [T, dim_in]."""
-        out = buffers.empty(gy, len(gy), self.linear.dim_in)
+        out = buffer_pool.empty(gy, len(gy), self.linear.dim_in)
         return self._add_input_gradient(out, gy, scale, before=0)
 
     def add_input_gradient(self, out: torch.Tensor, gy: torch.Tensor) -> None:
@@ -89,13 +103,18 @@ class FrozenLinear(NamedTuple):
     def gradients(
         self, gy: torch.Tensor | None, x: torch.Tensor, scale: float = 1.0
     ) -> list[torch.Tensor | None]:
-        """Of operands (None) and LoRA, from the output's gradient and what `forward` got."""
+        """The gradients of the operands (None) and of the LoRA from gy [T, dim_out].
+
+        Args:
+            x: the input of `forward`, [T, dim_in].
+            scale: the factor of the product in the output that gy belongs to.
+        """
         frozen: list[torch.Tensor | None] = [None] * len(self.operands)
         if not self.lora or gy is None:
             return frozen
         a, b = (p.to(x.dtype) for p in self.lora)
         factor = scale * self._factor
-        # Written so that the slim sides lie as a CPU's products want them: twice as fast.
-        grad_a = (F.linear(gy, b.T.contiguous()).T @ x).mul_(factor)
-        grad_b = (F.linear(x, a).T @ gy).mul_(factor).T.contiguous()
+        # With the slim matrices contiguous along their long side, a CPU takes half the time.
+        grad_a = (F.linear(gy, b.T.contiguous()).T @ x).mul_(factor)  # (r, dim_in)
+        grad_b = (F.linear(x, a).T @ gy).mul_(factor).T.contiguous()  # (dim_out, r)
         return [*frozen, grad_a.to(self.lora[0].dtype), grad_b.to(self.lora[1].dtype)]
