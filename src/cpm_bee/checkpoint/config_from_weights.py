@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from cpm_bee.checkpoint.reader import Checkpoint, layers_present
+from cpm_bee.checkpoint.sidecar import sidecar_path
 from cpm_bee.distributed.rank import RankInfo
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.model.config import ModelConfig
@@ -62,7 +63,7 @@ def _sidecar_config(path: Path, sidecar: dict[str, Any] | None) -> tuple[str, di
     """What is written down about a checkpoint's config, and where; maybe not all fields."""
     noted = (sidecar or {}).get("config")
     if isinstance(noted, dict):
-        return str(path.with_suffix(".json")), noted
+        return str(sidecar_path(path)), noted
     beside = path.parent / "config.json"
     if beside.is_file():
         return str(beside), ModelConfig.read(beside)

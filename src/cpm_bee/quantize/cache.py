@@ -20,7 +20,7 @@ from typing import IO, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cpm_bee.checkpoint.mapped_pages import drop_pages
+from cpm_bee.checkpoint.loading import drop_pages
 from cpm_bee.checkpoint.reader import Checkpoint, LazyTensor
 from cpm_bee.errors import InputError
 from cpm_bee.files import atomic_file

@@ -47,12 +47,14 @@ class _Bucket(NamedTuple):
     """A bucket's records in their final order.
 
     Attributes:
+        chunks: the chunks that have any of them; no other is opened.
         order: their numbers within the bucket.
         offsets: where they begin in the data file.
         index_at: what of the index lies before them (see `token_arrays.COUNTED`).
     """
 
     number: int
+    chunks: array[int]
     order: array[int]
     offsets: array[int]
     index_at: np.ndarray | None
@@ -83,18 +85,19 @@ def gather(
         files.index = folder / folder_name(tokenizer)
         files.index.mkdir()
         trees = _number_trees(files, buckets)
-    num_buckets = buckets.num_buckets
-    tasks = _tasks(buckets, seed, layout, counts)
+    filled = buckets.with_records()
+    tasks = _tasks(buckets, filled, seed, layout, counts)
     with (
-        Workers(files, min(workers, num_buckets)) as processes,
+        Workers(files, min(workers, len(filled))) as processes,
         progress_bar(
-            total=num_buckets, description=f"writing {folder.name}", unit="buckets"
+            total=len(filled), description=f"writing {folder.name}", unit="buckets"
         ) as bar,
     ):
         for _ in processes.map(_write_bucket, tasks):
             bar.update()
-    for path in buckets.paths:
-        path.unlink()
+    for path, bits in zip(buckets.paths, buckets.filled, strict=True):
+        if bits:
+            path.unlink()
     with open(files.data, "r+b") as file:
         file.truncate(layout.size)  # what was not written reads as zeros
     write_meta(folder, layout.info(output_name))
@@ -118,21 +121,22 @@ def _number_trees(files: _Files, buckets: Buckets) -> list[SegmentTree]:
 
 
 def _tasks(
-    buckets: Buckets, seed: int, layout: BlockLayout, counts: np.ndarray | None
+    buckets: Buckets, filled: list[int], seed: int, layout: BlockLayout, counts: np.ndarray | None
 ) -> Iterator[_Bucket]:
     index_at = None if counts is None else counts.cumsum(axis=0) - counts
-    for number in range(buckets.num_buckets):
-        sizes = array("I")
-        for path in buckets.paths:
-            sizes.extend(read_sizes(path, number))
+    for number in filled:
+        chunks, sizes = buckets.chunks_of(number), array("I")
+        for chunk in chunks:
+            sizes.extend(read_sizes(buckets.paths[chunk], number))
         order = array("I", range(len(sizes)))
         random.Random(f"{seed}/bucket {number}").shuffle(order)
         offsets = layout.append(map(sizes.__getitem__, order))
-        yield _Bucket(number, order, offsets, None if index_at is None else index_at[number])
+        at = None if index_at is None else index_at[number]
+        yield _Bucket(number, chunks, order, offsets, at)
 
 
 def _write_bucket(files: _Files, bucket: _Bucket) -> None:
-    groups = [read_group(path, bucket.number) for path in files.chunks]
+    groups = [read_group(files.chunks[chunk], bucket.number) for chunk in bucket.chunks]
     frames = []
     for group in groups:
         begin = 0
@@ -154,8 +158,8 @@ def _write_bucket(files: _Files, bucket: _Bucket) -> None:
     from cpm_bee.data.token_index.writer import write_arrays
 
     parts = [token_arrays.from_bytes(group.tokens, len(group.sizes)) for group in groups]
-    for part, numbers in zip(parts, files.tree_numbers, strict=True):
-        part["trees"] = numbers[part["trees"]]
+    for part, chunk in zip(parts, bucket.chunks, strict=True):
+        part["trees"] = files.tree_numbers[chunk][part["trees"]]
     joined = token_arrays.join(parts)
     del frames, groups, parts  # memory
     arrays = token_arrays.take(joined, np.array(bucket.order, dtype=np.int64))
