@@ -281,6 +281,20 @@ class Encoder:
             state |= AnswerState.WRITABLE
         return state
 
+    def unwritable_pieces(self, record: Record) -> list[str]:
+        """What of a record's answer generation cannot write: see `AnswerState.WRITABLE`."""
+        texts, tree = segments = outline(record)
+        prompt = self.append(segments, TokenLists(), answers=False)
+        size = len(prompt)
+        taken = {category for category, sub in prompt.pairs if sub == 0}
+        found: dict[str, None] = {}
+        for text, is_predicted in zip(texts, tree.predicted, strict=True):
+            if is_predicted:
+                ids = self.tokenizer.encode(text, prompt)
+                found.update((self.tokenizer.tokens[i], None) for i in ids if i in taken)
+        found.update((piece.text, None) for piece in prompt.pieces[size:])
+        return list(found)
+
     def append(
         self,
         outline: Outline,

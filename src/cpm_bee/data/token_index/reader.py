@@ -116,6 +116,11 @@ class TokenIndex:
         """The record as it stands in the dataset."""
         return self.dataset.read(*self.location(number))
 
+    def unwritable_answer(self, number: int) -> str:
+        """Where a record is, and what of its answer generation cannot write."""
+        pieces = self._encoder.unwritable_pieces(self.source(number))
+        return f"{self.dataset.where(*self.location(number))}: {', '.join(map(repr, pieces))}"
+
     def location(self, number: int) -> tuple[int, int]:
         """A record's data file and the byte it begins at."""
         return int(self._arrays["files"][number]), int(self._arrays["offsets"][number])
