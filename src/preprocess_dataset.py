@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpm_bee.cli import run_command
 from cpm_bee.data.preprocess.options import NO_VOCABULARY, PreprocessOptions
-
-if TYPE_CHECKING:
-    from cpm_bee.tokenizer import Tokenizer
+from cpm_bee.tokenizer import Tokenizer
 
 CHECKPOINTS = Path(__file__).resolve().parent / "ckpts"
 VOCABULARIES = CHECKPOINTS / "vocab.txt", CHECKPOINTS / "cpm-bee-tiny" / "vocab.txt"
@@ -19,11 +16,8 @@ VOCABULARIES = CHECKPOINTS / "vocab.txt", CHECKPOINTS / "cpm-bee-tiny" / "vocab.
 def load_vocabulary(given: str | None) -> Tokenizer | None:
     """The tokenizer of `--vocab`; by default of the model that finetune_cpm_bee.sh would load."""
     usual = [path for path in VOCABULARIES if path.is_file()]
-    # This stage also runs before anything is installed; the index then waits for the training.
-    if (given is None and (not usual or find_spec("numpy") is None)) or given == NO_VOCABULARY:
+    if given == NO_VOCABULARY or (given is None and not usual):
         return None
-    from cpm_bee.tokenizer import Tokenizer
-
     return Tokenizer.load(given or usual[0])
 
 
@@ -42,11 +36,28 @@ def main() -> None:
         tokenizer=load_vocabulary(options.vocab),
         tokens_needed=options.vocab is not None,
         workers=options.workers or available_cores(),
+        escape=options.escape,
     )
     for dataset in datasets:
         nbytes = sum(info.nbytes for info in dataset.files)
         print(f"{dataset.folder}: {len(dataset):,} records, {nbytes:,} bytes")
-    print("next, in src: bash scripts/finetune_cpm_bee.sh")
+    print(next_step([dataset.folder for dataset in datasets]))
+
+
+def next_step(folders: list[Path]) -> str:
+    """The command that trains on the datasets just made, to be run anywhere."""
+    src = Path(__file__).absolute().parent
+    by_name = {folder.name: folder.absolute() for folder in folders}
+    training = by_name.get("train", folders[0].absolute())
+    evaluation = by_name.get("eval", folders[-1].absolute())
+    usual = (src.parent / "bin_data").resolve()
+    if (training.resolve(), evaluation.resolve()) == (usual / "train", usual / "eval"):
+        return "next, in src: bash scripts/finetune_cpm_bee.sh"
+    dataset, eval_dataset = (shlex.quote(str(folder)) for folder in (training, evaluation))
+    return (
+        f"next: cd {shlex.quote(str(src))} && DATASET={dataset} EVAL_DATASET={eval_dataset} "
+        "bash scripts/finetune_cpm_bee.sh"
+    )
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dataset_writer import DatasetWriter
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cpm_bee.data.bin_dataset import (
     BinaryDataset,
-    DatasetWriter,
     decode,
     encode,
     payload_limit,

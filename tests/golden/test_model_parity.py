@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from dataset_writer import DatasetWriter
 from golden.conftest import Pack, Packed, best_fit, sizes_of
 from golden.recipe import assert_equal, fill_weights, read_lines
 
 from cpm_bee import delta
 from cpm_bee.data.batch import Batch, collate, make_batch
-from cpm_bee.data.bin_dataset import BinaryDataset, DatasetWriter
+from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.engine import OptimizerSettings
 from cpm_bee.engine.torch_engine import TorchEngine

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 import train_support
+from dataset_writer import DatasetWriter
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cpm_bee.data.batch import Batch, collate, extension_pairs
-from cpm_bee.data.bin_dataset import BinaryDataset, DatasetWriter
+from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.errors import InputError
 from cpm_bee.records import Record

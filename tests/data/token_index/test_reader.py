@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from dataset_writer import DatasetWriter
 from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
 
 from cpm_bee.data.batch import Stream, collate, extension_pairs, make_batch
-from cpm_bee.data.bin_dataset import BinaryDataset, DatasetWriter
+from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.token_index import reader as index_module
 from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.encoding import EncodedRecord, Encoder

@@ -1,7 +1,13 @@
 """The token index: a dataset's tokens, made once and memory-mapped beside it.
 
-The index can always be rebuilt from the records, so a missing, stale or damaged one is simply
-made again. Its folder is named after the vocabulary; the dataset itself is never touched.
+The index is a folder of flat files, one array each (`arrays.ARRAYS`), and `index.json`. The ids of
+all records stand one after the other; the lengths of the records say where each begins. The segment
+trees, of which a dataset has few, are in `index.json`, and each record has the number of its tree.
+A batch is so made by taking slices out of mapped arrays: no record is parsed or tokenised while
+training, but for those whose answer is a dictionary to be shuffled, which are encoded anew.
+
+The index can always be rebuilt from the records, so a missing, stale or damaged one is simply made
+again. Its folder is named after the vocabulary; the dataset itself is never touched.
 """
 
 from __future__ import annotations
