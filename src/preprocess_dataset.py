@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from cpm_bee.cli import run_command
@@ -35,11 +36,28 @@ def main() -> None:
         tokenizer=load_vocabulary(options.vocab),
         tokens_needed=options.vocab is not None,
         workers=options.workers or available_cores(),
+        escape=options.escape,
     )
     for dataset in datasets:
         nbytes = sum(info.nbytes for info in dataset.files)
         print(f"{dataset.folder}: {len(dataset):,} records, {nbytes:,} bytes")
-    print("next, in src: bash scripts/finetune_cpm_bee.sh")
+    print(next_step([dataset.folder for dataset in datasets]))
+
+
+def next_step(folders: list[Path]) -> str:
+    """The command that trains on the datasets just made, to be run anywhere."""
+    src = Path(__file__).absolute().parent
+    by_name = {folder.name: folder.absolute() for folder in folders}
+    training = by_name.get("train", folders[0].absolute())
+    evaluation = by_name.get("eval", folders[-1].absolute())
+    usual = (src.parent / "bin_data").resolve()
+    if (training.resolve(), evaluation.resolve()) == (usual / "train", usual / "eval"):
+        return "next, in src: bash scripts/finetune_cpm_bee.sh"
+    dataset, eval_dataset = (shlex.quote(str(folder)) for folder in (training, evaluation))
+    return (
+        f"next: cd {shlex.quote(str(src))} && DATASET={dataset} EVAL_DATASET={eval_dataset} "
+        "bash scripts/finetune_cpm_bee.sh"
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -148,6 +150,28 @@ def comma_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+class _MessageHandler(logging.Handler):
+    """Messages of the library, above a progress bar; under torchrun by one rank of a machine."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from cpm_bee.progress import print_above_bar  # tqdm may not be installed
+
+        if is_reporting_rank():
+            level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
+            print_above_bar(level + record.getMessage(), file=sys.stderr)
+
+
+def _prepare_output() -> None:
+    """Let no message fail for its characters, and show the library's messages."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    library = logging.getLogger("cpm_bee")
+    library.setLevel(logging.INFO)
+    if not library.handlers:
+        library.addHandler(_MessageHandler())
+
+
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run an entry script's `main` and exit: errors of people become a message, not a traceback.
 
@@ -155,6 +179,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     run, 130 after Ctrl-C. `--debug` on the command line shows the traceback of any of them. Under
     torchrun an error is printed once (see `distributed.rank`).
     """
+    _prepare_output()
     debug = "--debug" in sys.argv
 
     def message_of(error: BaseException) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -36,6 +36,6 @@ def progress_bar(
     )
 
 
-def print_above_bar(text: str) -> None:
-    """Print a line to stdout, above a progress bar where one is shown."""
-    tqdm.write(text)
+def print_above_bar(text: str, file: TextIO | None = None) -> None:
+    """Print a line, above a progress bar where one is shown; to stdout where no file is given."""
+    tqdm.write(text, file=file)

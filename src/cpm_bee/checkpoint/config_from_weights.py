@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 
 from cpm_bee.checkpoint.reader import Checkpoint, layers_present
 from cpm_bee.checkpoint.sidecar import sidecar_path
-from cpm_bee.distributed.rank import RankInfo
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.model.config import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 _BUCKETS = ("buckets", "segment_buckets")
 
@@ -86,11 +87,9 @@ def warn_of_contradictions(
         text = _differences(told, derived).text()
     except InputError as error:
         text = str(error)
-    if text and RankInfo.of_this_process().local_rank == 0:
-        print(
-            f"warning: {source} does not describe {checkpoint.path}, whose tensors decide:\n{text}",
-            file=sys.stderr,
-            flush=True,
+    if text:
+        logger.warning(
+            f"{source} does not describe {checkpoint.path}, whose tensors decide:\n{text}"
         )
 
 

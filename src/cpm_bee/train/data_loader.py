@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -13,9 +13,10 @@ import numpy as np
 from cpm_bee.data.batch import Batch, Pair, make_batch
 from cpm_bee.data.packing import PackedRow, Plan, micro_batches
 from cpm_bee.data.token_index.reader import TokenIndex
+from cpm_bee.encoding import AnswerState
 from cpm_bee.engine import Engine
 from cpm_bee.tokenizer import Tokenizer
-from cpm_bee.train.data_size import DataSize, StepShape
+from cpm_bee.train.data_size import DataSize, StepShape, usable_lengths
 from cpm_bee.train.prefetch import Batches, prefetch
 
 
@@ -41,6 +42,7 @@ class DataLoader:
         accumulate: micro-steps of a step, each with as many of its rows.
         max_tokens: largest batch; a micro-step with more tokens is split, a longer record stands
             alone.
+        as_generated: make each record's tokens and candidates those of generation, for evaluation.
 
     Raises:
         InputError: as `DataSize.of`.
@@ -58,6 +60,7 @@ class DataLoader:
         max_tokens: int | None = None,
         drop_last: bool = False,
         shuffle_seed: int | None = None,
+        as_generated: bool = False,
     ) -> None:
         self._index = index
         self._tokenizer = tokenizer
@@ -68,18 +71,28 @@ class DataLoader:
         self._max_tokens = max_tokens
         self._drop_last = drop_last
         self._seed = shuffle_seed
-        self._plan = Plan(
-            index.lengths, rows=rows, max_length=max_length, shuffle_seed=shuffle_seed
-        )
+        self._as_generated = as_generated
+        lengths = usable_lengths(index, max_length)
+        self._plan = Plan(lengths, rows=rows, max_length=max_length, shuffle_seed=shuffle_seed)
         shape = StepShape(rows, max_length, drop_last, shuffle_seed)
         self.settings = shape.settings(index.dataset.fingerprint)
         self.tokens_per_step = shape.tokens
-        self.size = DataSize.of(index.dataset.folder, index.lengths, shape)
+        self.size = DataSize.of(index.dataset.folder, index.lengths, index.answers, shape)
 
     @property
     def num_records(self) -> int:
-        """The records of an epoch: all that fit into a row."""
+        """The records of an epoch: all that have an answer and fit into a row."""
         return self.size.num_records
+
+    def is_writable(self, numbers: Sequence[int]) -> np.ndarray:
+        """Whether generation can write the answers of some records, bool [len(numbers)]."""
+        return (self._index.answers[numbers] & AnswerState.WRITABLE) > 0
+
+    def unwritable_answers(self, most: int = 3) -> list[str]:
+        """Some records whose answer generation cannot write: where each is, and what it lacks."""
+        states = self._index.answers & (AnswerState.KNOWN | AnswerState.WRITABLE)
+        numbers = np.flatnonzero(states == AnswerState.KNOWN)[:most].tolist()
+        return [self._index.unwritable_answer(number) for number in numbers]
 
     def batches(self, epoch: int, done: int = 0) -> Iterator[tuple[PlannedStep, Batches]]:
         """The steps of an epoch (from 0) after the first `done`, and this rank's batches of each.
@@ -136,7 +149,12 @@ class DataLoader:
 
         shuffle = None if self._seed is None else rng_of
         batches: list[Batch | None] = [
-            make_batch(self._index.stream(share, shuffle), self._tokenizer, step.extension)
+            make_batch(
+                self._index.stream(share, shuffle, as_generated=self._as_generated),
+                self._tokenizer,
+                step.extension,
+                as_generated=self._as_generated,
+            )
             for share in step.shares
         ]
         missing = step.num_batches - len(batches)

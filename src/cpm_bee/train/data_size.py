@@ -12,9 +12,9 @@ import numpy as np
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.packing import PLAN_VERSION
 from cpm_bee.data.record_pickle import decode
-from cpm_bee.data.token_index.arrays import TokenChunk
+from cpm_bee.data.token_index.arrays import Arrays, TokenChunk
 from cpm_bee.data.token_index.reader import TokenIndex
-from cpm_bee.encoding import Encoder
+from cpm_bee.encoding import AnswerState, Encoder
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.tokenizer import Tokenizer
 
@@ -56,19 +56,31 @@ class StepShape:
 class DataSize:
     """What is trained on, or evaluated on, of a data set."""
 
-    num_records: int  # that fit into a row
+    num_records: int  # that have an answer and fit into a row
     num_too_long: int
     min_steps: int  # of an epoch, if all rows were full: one or two less than there are
+    num_unanswered: int = 0
+    num_unwritable: int = 0  # of `num_records`, those whose answer generation cannot write
 
     @classmethod
-    def of(cls, folder: Path, lengths: np.ndarray, shape: StepShape) -> DataSize:
-        """The size from the tokens of all records.
+    def of(
+        cls, folder: Path, lengths: np.ndarray, answers: np.ndarray, shape: StepShape
+    ) -> DataSize:
+        """The size from the tokens and the answers' states of all records.
 
         Raises:
-            InputError: the data set is empty, no record fits into a row, or `drop_last` leaves no
-                step.
+            InputError: the data set is empty, no record has an answer or fits into a row, or
+                `drop_last` leaves no step.
         """
-        fitting = lengths[lengths <= shape.max_length]
+        has_answer = (answers & AnswerState.KNOWN) > 0
+        if len(lengths) and not has_answer.any():
+            raise InputError(
+                f'{folder}: none of its {len(lengths)} records has an answer ("<ans>" is empty in '
+                "all of them), so there is nothing to learn or to compare with; data_reformat.py "
+                "names the keys of the raw data that it did not use"
+            )
+        used = has_answer & (lengths <= shape.max_length)
+        fitting = lengths[used]
         if not len(fitting):
             longest = f" (the longest has {lengths.max()} tokens)" if len(lengths) else ""
             raise InputError(
@@ -82,7 +94,21 @@ class DataSize:
             )
         tokens = int(fitting.sum(dtype=np.int64))
         steps = max(1, -(-tokens // shape.tokens))
-        return cls(len(fitting), len(lengths) - len(fitting), steps)
+        return cls(
+            num_records=len(fitting),
+            num_too_long=int(np.count_nonzero(has_answer)) - len(fitting),
+            min_steps=steps,
+            num_unanswered=int(np.count_nonzero(~has_answer)),
+            num_unwritable=int(np.count_nonzero(used & ((answers & AnswerState.WRITABLE) == 0))),
+        )
+
+
+def usable_lengths(index: TokenIndex, max_length: int) -> np.ndarray:
+    """The lengths of an index's records; those without an answer are too long to be used."""
+    has_answer = (index.answers & AnswerState.KNOWN) > 0
+    return (
+        index.lengths if has_answer.all() else np.where(has_answer, index.lengths, max_length + 1)
+    )
 
 
 class DataSurvey(NamedTuple):
@@ -105,22 +131,26 @@ def survey(dataset: BinaryDataset, tokenizer: Tokenizer, shape: StepShape) -> Da
     """
     index = TokenIndex.open_existing(dataset, tokenizer)
     if index is not None:
-        size = DataSize.of(dataset.folder, index.lengths, shape)
+        size = DataSize.of(dataset.folder, index.lengths, index.answers, shape)
         return DataSurvey(size, index.lengths, index.num_targets, is_exact=True)
-    lengths, num_targets = _sample(dataset, tokenizer)
+    sample = _sample(dataset, tokenizer)
+    lengths, num_targets, answers = sample["lengths"], sample["num_targets"], sample["answers"]
     if len(lengths) >= len(dataset):
-        size = DataSize.of(dataset.folder, lengths, shape)
+        size = DataSize.of(dataset.folder, lengths, answers, shape)
         return DataSurvey(size, lengths, num_targets, is_exact=True)
-    fitting = lengths[lengths <= shape.max_length]
-    records = round(len(dataset) * len(fitting) / len(lengths))
-    tokens = int(fitting.sum(dtype=np.int64)) * len(dataset) / len(lengths)
+    has_answer = (answers & AnswerState.KNOWN) > 0
+    fitting = lengths[has_answer & (lengths <= shape.max_length)]
+    scale = len(dataset) / len(lengths)
+    answered = round(scale * np.count_nonzero(has_answer))
+    records = min(answered, round(scale * len(fitting)))
+    tokens = int(fitting.sum(dtype=np.int64)) * scale
     steps = max(1, round(tokens / shape.tokens))
-    size = DataSize(records, len(dataset) - records, steps)
+    size = DataSize(records, answered - records, steps, len(dataset) - answered)
     return DataSurvey(size, lengths, num_targets, is_exact=False)
 
 
-def _sample(dataset: BinaryDataset, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens and the targets of the first records."""
+def _sample(dataset: BinaryDataset, tokenizer: Tokenizer) -> Arrays:
+    """The token arrays of the first records."""
     problems = Problems()
     chunk = TokenChunk(Encoder(tokenizer))
     for file, offset, payload in islice(dataset, SAMPLE):
@@ -130,5 +160,4 @@ def _sample(dataset: BinaryDataset, tokenizer: Tokenizer) -> tuple[np.ndarray, n
             problems.add(dataset.where(file, offset), str(error))
     kind = "records" if len(dataset) <= SAMPLE else f"of the first {SAMPLE} records, those"
     problems.raise_if_any(f"{dataset.folder}: {kind} that this model cannot read:")
-    arrays = chunk.arrays()
-    return arrays["lengths"], arrays["num_targets"]
+    return chunk.arrays()

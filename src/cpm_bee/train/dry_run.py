@@ -16,7 +16,7 @@ from cpm_bee.train.summary import (
     data_lines,
     engine_line,
     model_line,
-    schedule_warning,
+    schedule_warnings,
 )
 
 
@@ -40,7 +40,7 @@ def describe_run(options: Options, inputs: Inputs) -> list[str]:
         about = "" if found.is_exact else "about "
         lines += data_lines(KINDS[flag], found.size, options.max_length, about=about)
     lines += _step_lines(options, inputs)
-    lines += schedule_warning(options, inputs.surveys["--dataset"].size.min_steps)
+    lines += schedule_warnings(options, inputs.surveys["--dataset"].size.min_steps)
     lines.append(distribution)
     lines.append(_checkpointing_line(options, inputs, is_sharded))
     lines += _result_lines(options, inputs)

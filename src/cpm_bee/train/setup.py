@@ -31,7 +31,7 @@ from cpm_bee.train.summary import (
     data_lines,
     engine_line,
     model_line,
-    schedule_warning,
+    schedule_warnings,
 )
 from cpm_bee.train.trainer import Trainer, TrainingState
 
@@ -180,7 +180,9 @@ def _loaders(
 ) -> tuple[DataLoader, DataLoader | None]:
     shapes = step_shapes(options, engine.world_size)
 
-    def loader(index: TokenIndex, flag: str, accumulate: int = 1) -> DataLoader:
+    def loader(
+        index: TokenIndex, flag: str, accumulate: int = 1, *, as_generated: bool = False
+    ) -> DataLoader:
         return DataLoader(
             index,
             tokenizer,
@@ -191,10 +193,13 @@ def _loaders(
             max_tokens=options.max_tokens,
             drop_last=shapes[flag].drop_last,
             shuffle_seed=shapes[flag].shuffle_seed,
+            as_generated=as_generated,
         )
 
     training = loader(indexes[0], "--dataset", options.accumulate)
-    return training, loader(indexes[1], "--eval-dataset") if len(indexes) > 1 else None
+    if len(indexes) == 1:
+        return training, None
+    return training, loader(indexes[1], "--eval-dataset", as_generated=True)
 
 
 def _choose_checkpointing(
@@ -235,6 +240,8 @@ def _engine_line(engine: Engine) -> str:
 
 def _data_lines(options: Options, training: DataLoader, evaluation: DataLoader | None) -> list[str]:
     lines = data_lines("training", training.size, options.max_length)
+    lines += [f"  {line}" for line in training.unwritable_answers()]
     if evaluation is not None:
         lines += data_lines("evaluation", evaluation.size, options.max_length)
-    return lines + schedule_warning(options, training.size.min_steps)
+        lines += [f"  {line}" for line in evaluation.unwritable_answers()]
+    return lines + schedule_warnings(options, training.size.min_steps)

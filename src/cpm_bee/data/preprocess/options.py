@@ -50,6 +50,13 @@ class PreprocessOptions(CommandOptions):
         "每个数据集中数据文件的名字",
         metavar="NAME",
     )
+    escape: bool = FILES.option(
+        False,
+        "take all texts as plain: each literal `<` (HTML, C++) becomes `<<`, but `<mask_N>`, "
+        "`<option_N>` and tokens that are keys of the record stay",
+        "把所有文本当作普通文本：每个字面的 `<`（HTML、C++）变为 `<<`，但 `<mask_N>`、`<option_N>` "
+        "以及作为记录键名的 token 保持不变",
+    )
     overwrite: bool = FILES.option(False, "replace datasets that exist", "覆盖已有的数据集")
     vocab: str | None = PROCESSING.option(
         None,

@@ -33,12 +33,13 @@ from cpm_bee.data.bin_dataset import frame
 from cpm_bee.data.record_pickle import encode
 from cpm_bee.data.token_index import arrays as token_arrays
 from cpm_bee.data.token_index.arrays import TokenChunk
-from cpm_bee.encoding import Encoder, SegmentTree
+from cpm_bee.encoding import AnswerState, Encoder, SegmentTree
 from cpm_bee.errors import InputError
 
 RECORD_COUNT = struct.Struct("<I")
 TABLE_ENTRY = struct.Struct("<Q")  # where a bucket's records begin in a chunk's file
 MAX_SHOWN = 1000  # problems of a chunk that are kept
+REMARKS_SHOWN = 10
 
 
 class Chunk(NamedTuple):
@@ -49,9 +50,9 @@ class Chunk(NamedTuple):
         num_buckets: how many there are.
         limit: the most bytes of a payload.
         target: file to write to; None only checks.
-        make_tokens: whether to make tokens, where there is a tokenizer.
         tokens_needed: whether a record without tokens (of a special token that the vocabulary
             lacks) is a problem.
+        escape: take all texts as plain (see `records.escape_texts`).
     """
 
     file: Path
@@ -61,8 +62,28 @@ class Chunk(NamedTuple):
     num_buckets: int
     limit: int
     target: Path | None
-    make_tokens: bool
     tokens_needed: bool
+    escape: bool = False
+
+
+@dataclass
+class Remarks:
+    """Lines of which something is to be said, without being wrong: their number, and the first."""
+
+    count: int = 0
+    shown: list[tuple[int, str]] = field(default_factory=list)
+
+    def add(self, line: int, text: str = "") -> None:
+        self.count += 1
+        self.shown.append((line, text))
+        if len(self.shown) > 2 * REMARKS_SHOWN:
+            self.shown = sorted(self.shown)[:REMARKS_SHOWN]
+
+    def extend(self, other: Remarks, first_line: int) -> None:
+        """Add those of a later part of the file, which begins at `first_line`."""
+        self.count += other.count
+        moved = [(first_line + line, text) for line, text in sorted(other.shown)]
+        self.shown = (self.shown + moved)[:REMARKS_SHOWN]
 
 
 @dataclass
@@ -75,7 +96,9 @@ class ScatterResult:
         num_problems: all that were found.
         problems: (line of the chunk from 0, what is wrong with it), the first `MAX_SHOWN`.
         is_text: false where a line is not UTF-8; the rest of the chunk was not looked at.
-        no_tokens: why the chunk has no tokens: (line of the chunk from 0, reason).
+        unanswered: records without an answer.
+        unwritable: records whose answer generation cannot write, and what it cannot write.
+        unencodable: records that the vocabulary cannot express, and why; then there are no tokens.
         filled: a bit for each bucket, set where the chunk has records of it.
         counts: of each bucket's tokens (see `token_arrays.COUNTED`), int64 [buckets, 3].
         trees: the tokens' trees, by number within the chunk.
@@ -87,7 +110,9 @@ class ScatterResult:
     num_problems: int = 0
     problems: list[tuple[int, str]] = field(default_factory=list)
     is_text: bool = True
-    no_tokens: tuple[int, str] | None = None
+    unanswered: Remarks = field(default_factory=Remarks)
+    unwritable: Remarks = field(default_factory=Remarks)
+    unencodable: Remarks = field(default_factory=Remarks)
     filled: int = 0
     counts: np.ndarray | None = None
     trees: list[SegmentTree] = field(default_factory=list)
@@ -144,14 +169,14 @@ def scatter(encoder: Encoder | None, chunk: Chunk) -> ScatterResult:
     rng = random.Random(chunk.seed)
     buckets = [int(rng.random() * chunk.num_buckets) for _ in lines]
     order = sorted(range(len(lines)), key=buckets.__getitem__)
-    tokens: TokenChunk | None = None
-    if encoder is not None and chunk.make_tokens:
-        tokens = TokenChunk(encoder)
+    tokens = None if encoder is None else TokenChunk(encoder)
     frames: list[bytes] = []
     for i in order:
         number, line = lines[i]
         lines[i] = number, ""  # memory
         value, reason = records.parse_line(line)
+        if chunk.escape:
+            value = records.escape_texts(value)
         found = [reason] if reason else records.validate(value)
         if not found:
             payload = encode(value)
@@ -161,16 +186,21 @@ def scatter(encoder: Encoder | None, chunk: Chunk) -> ScatterResult:
                     f"the record takes {len(payload)} bytes, a block holds {chunk.limit} "
                     "(give a larger --block-size)"
                 )
-            if tokens is not None:
+            if not records.has_answer(value[records.ANSWER]):
+                result.unanswered.add(number)
+            if encoder is not None and tokens is not None:
                 try:
-                    tokens.add(value)
+                    if tokens.add(value) & ~AnswerState.RENUMBERED == AnswerState.KNOWN:
+                        pieces = encoder.unwritable_pieces(value)
+                        result.unwritable.add(number, ", ".join(map(repr, pieces)))
                 except InputError as error:
                     if chunk.tokens_needed:
                         found.append(str(error))
                     else:
-                        result.no_tokens = number, str(error)
-                        tokens = None
+                        result.unencodable.add(number, str(error))
         result.add(number, found)
+    if result.unencodable.count:
+        tokens = None
     result.problems = sorted(result.problems)[:MAX_SHOWN]
     if lines and not result.num_problems and chunk.target is not None:
         sizes = [0] * chunk.num_buckets
@@ -185,7 +215,9 @@ def _lines(chunk: Chunk, result: ScatterResult) -> list[tuple[int, str]]:
     lines: list[tuple[int, str]] = []
     for number, raw in enumerate(_raw_lines(chunk)):
         result.num_lines = number + 1
-        line, reason = records.decode_line(raw, is_first=number == 0 and chunk.begin == 0)
+        line, reason = records.decode_line(
+            raw, chunk.file, is_first=number == 0 and chunk.begin == 0
+        )
         if reason:
             result.add(number, [reason])
             result.is_text = False
