@@ -12,12 +12,8 @@ from dataset_writer import DatasetWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpm_bee.data.bin_dataset import (
-    BinaryDataset,
-    decode,
-    encode,
-    payload_limit,
-)
+from cpm_bee.data.bin_dataset import BinaryDataset, payload_limit
+from cpm_bee.data.record_pickle import decode, encode
 from cpm_bee.errors import InputError
 from cpm_bee.records import Record
 from cpm_bee.tokenizer import escape
