@@ -186,10 +186,12 @@ def test_all_of_ccpm(shared: Path, tmp_path: Path, run_script: RunScript) -> Non
         name: (tmp_path / "bee_data" / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
         for name in ("train", "eval")
     }
-    assert {name: len(found) - 1 for name, found in made.items()} == {"train": 21778, "eval": 2720}
+    for name, found in made.items():
+        source = (shared / "ccpm" / f"{name}.jsonl").read_text(encoding="utf-8")
+        assert len(found) - 1 == len(source.splitlines()) > 0
     golden = shared / "golden" / "bin_small_blocks.jsonl"
     expected = golden.read_text(encoding="utf-8").splitlines()
-    assert len(expected) == 60
+    assert expected
     assert set(expected) <= {*made["train"], *made["eval"]}
     # Put together again, every line gives back its source.
     for name, found in made.items():
@@ -216,7 +218,7 @@ def run_copy(tutorial: Path, *arguments: str) -> subprocess.CompletedProcess[str
         cwd="/",
         capture_output=True,
         encoding="utf-8",
-        timeout=60,
+        timeout=200,
     )
 
 

@@ -166,7 +166,7 @@ def test_kill_9_in_the_middle_leaves_no_dataset(root: Path, tmp_path: Path) -> N
     arguments = ["--input", "bee_data", "--output_path", "bin", "--output_name", "ccpm_data"]
     command = [sys.executable, str(root / SCRIPT), *arguments]
     process = subprocess.Popen(command, cwd=tmp_path)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 200
     while not (tmp_path / "bin" / ".train.partial").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     time.sleep(0.2)

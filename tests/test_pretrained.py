@@ -22,8 +22,6 @@ from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.network import CPMBee
 from cpm_bee.pretrained import (
     PretrainedModel,
-    choose_device,
-    choose_dtype,
     load_pretrained,
 )
 
@@ -381,19 +379,3 @@ def test_a_random_start(tmp_path: Path) -> None:
     assert all(p.dtype == torch.float16 for p in half.model.parameters())
     for arguments in ((None, "auto", vocabulary), (None, config, None)):
         assert refusal(*arguments)[0].startswith("a random start (no --load) needs --model-config")
-
-
-def test_types_and_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device("auto") == choose_device("cpu") == CPU
-    with pytest.raises(InputError, match="--device cuda: this machine has no usable GPU"):
-        choose_device("cuda")
-    with pytest.raises(InputError, match="--device toaster: no such device"):
-        choose_device("toaster")
-    names = {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
-    names["fp16"] = torch.float16
-    assert {name: choose_dtype(name, CPU) for name in names} == names
-    gpu = torch.device("cuda")
-    for supported, dtype in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda s=supported: s)
-        assert choose_dtype("auto", gpu) == dtype

@@ -60,32 +60,6 @@ class PretrainedModel:
             set_parameter(self.model, name, entry.read())
 
 
-def choose_device(name: str = AUTO) -> torch.device:
-    """The device of a name; `auto` is the GPU where there is one."""
-    if name == AUTO:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name}: no such device; cpu, cuda and cuda:N can be used")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: this machine has no usable GPU (--device cpu works)")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: the last GPU is cuda:{torch.cuda.device_count() - 1}")
-    return device
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute type of `--dtype`; `auto` is fp32 on a CPU and bf16, else fp16, on a GPU."""
-    if name != AUTO:
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-
-
 def load_pretrained(
     load: str | None,
     model_config: str,

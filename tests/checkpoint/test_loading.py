@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
+from properties import examples
 from safetensors.torch import save_file
 from support import ROOT
 from torch import nn
@@ -60,9 +61,7 @@ def resident_file_memory() -> int:
 # ------------------------------------------------------------------ values
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@examples(40, HealthCheck.function_scoped_fixture)
 @given(
     shapes=st.lists(st.lists(st.integers(1, 40), max_size=3), min_size=1, max_size=5),
     stored=st.sampled_from(DTYPES),

@@ -136,4 +136,4 @@ def test_records_that_are_too_long_are_not_among_the_figures(
     loader, engine = feed_of(index, workspace, 3, limit)
     assert 0 < short < len(index)
     assert evaluate(model, engine, loader).records == short
-    assert loader.num_too_long == len(index) - short
+    assert loader.size.num_too_long == len(index) - short

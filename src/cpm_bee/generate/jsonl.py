@@ -14,7 +14,8 @@ from cpm_bee import records
 from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.files import atomic_file
-from cpm_bee.generate.beam_search import GenerationOptions, Generator
+from cpm_bee.generate.beam_search import Generator
+from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt
 from cpm_bee.progress import progress_bar
 from cpm_bee.records import ANSWER, Record, Tree

@@ -11,11 +11,11 @@ from itertools import islice
 import numpy as np
 
 from cpm_bee.data.batch import Batch, Pair, make_batch
-from cpm_bee.data.packing import PLAN_VERSION, PackedRow, Plan, micro_batches
+from cpm_bee.data.packing import PackedRow, Plan, micro_batches
 from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.engine import Engine
-from cpm_bee.errors import InputError
 from cpm_bee.tokenizer import Tokenizer
+from cpm_bee.train.data_size import DataSize, StepShape
 from cpm_bee.train.prefetch import Batches, prefetch
 
 
@@ -37,16 +37,13 @@ class DataLoader:
     """The batches of a data set for one rank.
 
     Args:
-        rows: rows of `max_length` tokens of a step, over all ranks and micro-steps.
+        rows, max_length, drop_last, shuffle_seed: see `StepShape`.
         accumulate: micro-steps of a step, each with as many of its rows.
         max_tokens: largest batch; a micro-step with more tokens is split, a longer record stands
             alone.
-        drop_last: leave out the last steps, which have fewer rows.
-        shuffle_seed: of the order and of shuffled answers; None keeps both, as evaluation does.
 
     Raises:
-        InputError: the data set is empty, no record fits into `max_length`, or `drop_last` leaves
-            no step.
+        InputError: as `DataSize.of`.
     """
 
     def __init__(
@@ -74,37 +71,15 @@ class DataLoader:
         self._plan = Plan(
             index.lengths, rows=rows, max_length=max_length, shuffle_seed=shuffle_seed
         )
-        # What makes the plan: with other values, a step of it is another one.
-        self.settings = {
-            "records of --dataset": index.dataset.fingerprint,
-            "rows of a step (--batch-size, --accumulate, processes)": rows,
-            "--max-length": max_length,
-            "--drop-last": drop_last,
-            "--seed": shuffle_seed,
-            "version of the plan of steps": PLAN_VERSION,
-        }
-        self.tokens_per_step = rows * max_length
-        self.num_records = self._plan.num_records
-        self.num_too_long = len(index) - self.num_records
-        if self.num_records == 0:
-            longest = f" (the longest has {index.lengths.max()} tokens)" if len(index) else ""
-            raise InputError(
-                f"{index.dataset.folder}: none of its {len(index)} records fits into --max-length "
-                f"{max_length}{longest}"
-            )
-        # A row stream with a record has a row.
-        if drop_last and self.num_records < rows:
-            raise InputError(
-                f"--drop-last leaves nothing: {index.dataset.folder} does not fill one step of "
-                f"{rows} rows"
-            )
+        shape = StepShape(rows, max_length, drop_last, shuffle_seed)
+        self.settings = shape.settings(index.dataset.fingerprint)
+        self.tokens_per_step = shape.tokens
+        self.size = DataSize.of(index.dataset.folder, index.lengths, shape)
 
     @property
-    def min_steps(self) -> int:
-        """The steps of an epoch if all rows were full, one or two less than there are."""
-        lengths = self._index.lengths
-        tokens = int(lengths[lengths <= self._max_length].sum(dtype=np.int64))
-        return max(1, -(-tokens // self.tokens_per_step))
+    def num_records(self) -> int:
+        """The records of an epoch: all that fit into a row."""
+        return self.size.num_records
 
     def batches(self, epoch: int, done: int = 0) -> Iterator[tuple[PlannedStep, Batches]]:
         """The steps of an epoch (from 0) after the first `done`, and this rank's batches of each.

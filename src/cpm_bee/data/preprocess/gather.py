@@ -53,12 +53,14 @@ class _Bucket(NamedTuple):
     """A bucket's records in their final order.
 
     Attributes:
+        chunks: the chunks that have any of them; no other is opened.
         order: their numbers within the bucket.
         offsets: where they begin in the data file.
         index_at: what of the index lies before them, counted as in `token_arrays.COUNTED`.
     """
 
     number: int
+    chunks: array[int]
     order: array[int]
     offsets: array[int]
     index_at: np.ndarray | None
@@ -87,18 +89,19 @@ def gather(
         files.index = folder / folder_name(tokenizer)
         files.index.mkdir()
         trees = _number_trees(files, buckets)
-    num_buckets = buckets.num_buckets
-    tasks = _tasks(buckets, seed, layout, counts)
+    filled = buckets.with_records()
+    tasks = _tasks(buckets, filled, seed, layout, counts)
     with (
-        Workers(files, min(workers, num_buckets)) as processes,
+        Workers(files, min(workers, len(filled))) as processes,
         progress_bar(
-            total=num_buckets, description=f"writing {folder.name}", unit="buckets"
+            total=len(filled), description=f"writing {folder.name}", unit="buckets"
         ) as bar,
     ):
         for _ in processes.map(_write_bucket, tasks):
             bar.update()
-    for path in buckets.paths:
-        path.unlink()
+    for path, bits in zip(buckets.paths, buckets.filled, strict=True):
+        if bits:
+            path.unlink()
     with open(files.data, "r+b") as file:
         file.truncate(layout.size)  # what was not written reads as zeros
     write_meta(folder, layout.info(output_name))
@@ -118,21 +121,22 @@ def _number_trees(files: _Paths, buckets: Buckets) -> list[SegmentTree]:
 
 
 def _tasks(
-    buckets: Buckets, seed: int, layout: BlockLayout, counts: np.ndarray | None
+    buckets: Buckets, filled: list[int], seed: int, layout: BlockLayout, counts: np.ndarray | None
 ) -> Iterator[_Bucket]:
     index_at = None if counts is None else counts.cumsum(axis=0) - counts
-    for number in range(buckets.num_buckets):
-        sizes = array("I")
-        for path in buckets.paths:
-            sizes.extend(read_sizes(path, number))
+    for number in filled:
+        chunks, sizes = buckets.chunks_of(number), array("I")
+        for chunk in chunks:
+            sizes.extend(read_sizes(buckets.paths[chunk], number))
         order = array("I", range(len(sizes)))
         random.Random(f"{seed}/bucket {number}").shuffle(order)
         offsets = layout.append(map(sizes.__getitem__, order))
-        yield _Bucket(number, order, offsets, None if index_at is None else index_at[number])
+        at = None if index_at is None else index_at[number]
+        yield _Bucket(number, chunks, order, offsets, at)
 
 
 def _write_bucket(files: _Paths, bucket: _Bucket) -> None:
-    parts = [read_part(path, bucket.number) for path in files.chunks]
+    parts = [read_part(files.chunks[chunk], bucket.number) for chunk in bucket.chunks]
     frames = []
     for part in parts:
         begin = 0
@@ -149,8 +153,8 @@ def _write_bucket(files: _Paths, bucket: _Bucket) -> None:
     if files.index is None or bucket.index_at is None:
         return
     tokens = [token_arrays.from_bytes(part.tokens, len(part.sizes)) for part in parts]
-    for arrays, numbers in zip(tokens, files.tree_numbers, strict=True):
-        arrays["trees"] = numbers[arrays["trees"]]
+    for arrays, chunk in zip(tokens, bucket.chunks, strict=True):
+        arrays["trees"] = files.tree_numbers[chunk][arrays["trees"]]
     joined = token_arrays.join(tokens)
     del frames, parts, tokens  # memory
     arrays = token_arrays.take(joined, np.array(bucket.order, dtype=np.int64))

@@ -10,11 +10,14 @@ process that takes it.
 A chunk's records go into one file, bucket by bucket. The file begins with a table of where each
 bucket's part begins (uint64, one more than buckets). A part has the number of its records (uint32),
 the bytes of each record's frame (uint32), the frames (see `bin_dataset.frame`), and, where there is
-a tokenizer, the token arrays of the records (see `token_arrays.to_bytes`).
+a tokenizer, the token arrays of the records (see `token_arrays.to_bytes`). A bucket without records
+has no part, and a chunk without records no file: `Buckets.chunks_of` says what to read.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 import random
 import struct
 from array import array
@@ -73,6 +76,7 @@ class ScatterResult:
         problems: (line of the chunk from 0, what is wrong with it), the first `MAX_SHOWN`.
         is_text: false where a line is not UTF-8; the rest of the chunk was not looked at.
         no_tokens: why the chunk has no tokens: (line of the chunk from 0, reason).
+        filled: a bit for each bucket, set where the chunk has records of it.
         counts: of each bucket's tokens (see `token_arrays.COUNTED`), int64 [buckets, 3].
         trees: the tokens' trees, by number within the chunk.
         extension_vocabulary: ids that have a sub > 0.
@@ -84,6 +88,7 @@ class ScatterResult:
     problems: list[tuple[int, str]] = field(default_factory=list)
     is_text: bool = True
     no_tokens: tuple[int, str] | None = None
+    filled: int = 0
     counts: np.ndarray | None = None
     trees: list[SegmentTree] = field(default_factory=list)
     extension_vocabulary: set[int] = field(default_factory=set)
@@ -102,6 +107,7 @@ class Buckets:
     Attributes:
         num_buckets: how many there are.
         paths: the files of the chunks.
+        filled: of each chunk, see `ScatterResult`.
         counts: of each bucket's tokens, int64 [buckets, 3]; None without tokens.
         trees: the trees of each chunk's tokens.
         extension_vocabulary: ids that have a sub > 0.
@@ -109,6 +115,7 @@ class Buckets:
 
     num_buckets: int
     paths: list[Path] = field(default_factory=list)
+    filled: list[int] = field(default_factory=list)
     counts: np.ndarray | None = None
     trees: list[list[SegmentTree]] = field(default_factory=list)
     extension_vocabulary: set[int] = field(default_factory=set)
@@ -116,8 +123,18 @@ class Buckets:
     def add(self, result: ScatterResult) -> None:
         if result.counts is not None:
             self.counts = result.counts if self.counts is None else self.counts + result.counts
+        self.filled.append(result.filled)
         self.trees.append(result.trees)
         self.extension_vocabulary |= result.extension_vocabulary
+
+    def with_records(self) -> list[int]:
+        """The buckets that have any records."""
+        union = functools.reduce(operator.or_, self.filled, 0)
+        return [bucket for bucket in range(self.num_buckets) if union >> bucket & 1]
+
+    def chunks_of(self, bucket: int) -> array[int]:
+        """The chunks that have records of a bucket."""
+        return array("I", [n for n, bits in enumerate(self.filled) if bits >> bucket & 1])
 
 
 def scatter(encoder: Encoder | None, chunk: Chunk) -> ScatterResult:
@@ -155,7 +172,7 @@ def scatter(encoder: Encoder | None, chunk: Chunk) -> ScatterResult:
                         tokens = None
         result.add(number, found)
     result.problems = sorted(result.problems)[:MAX_SHOWN]
-    if not result.num_problems and chunk.target is not None:
+    if lines and not result.num_problems and chunk.target is not None:
         sizes = [0] * chunk.num_buckets
         for bucket in buckets:
             sizes[bucket] += 1
@@ -206,13 +223,16 @@ def _write(
     Args:
         sizes: the number of records of each bucket.
     """
+    filled = [bucket for bucket, size in enumerate(sizes) if size]
+    result.filled = sum(1 << bucket for bucket in filled)
     parts: Iterator[Iterable[bytes]] | None = None
     if tokens is not None:
         arrays = tokens.arrays()
-        ends = token_arrays.ends_of(arrays, sizes)
+        ends = token_arrays.ends_of(arrays, [sizes[bucket] for bucket in filled])
         result.trees = tokens.trees
         result.extension_vocabulary = set(arrays["extension_ids"].tolist())
-        result.counts = np.diff(ends, axis=0, prepend=0)
+        result.counts = np.zeros((len(sizes), ends.shape[1]), dtype=np.int64)
+        result.counts[filled] = np.diff(ends, axis=0, prepend=0)
         parts = map(token_arrays.to_bytes, token_arrays.split(arrays, ends))
     offsets = array("Q")
     with open(target, "wb") as file:
@@ -220,6 +240,8 @@ def _write(
         begin = 0
         for size in sizes:
             offsets.append(file.tell())
+            if size == 0:
+                continue
             _write_frames(file, frames[begin : begin + size])
             begin += size
             if parts is not None:

@@ -76,9 +76,9 @@ class TokenIndex:
         Raises:
             InputError: records that cannot be encoded; all are listed.
         """
+        if (existing := cls.open_existing(dataset, tokenizer)) is not None:
+            return existing
         folder = dataset.folder / folder_name(tokenizer)
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return cls(folder, dataset, tokenizer)
         try:
             with atomic_folder(folder, replace=True) as new:
                 build(new, dataset, tokenizer)
@@ -92,6 +92,13 @@ class TokenIndex:
             index = cls(Path(own.name), dataset, tokenizer)
             index._keep = own
             return index
+
+    @classmethod
+    def open_existing(cls, dataset: BinaryDataset, tokenizer: Tokenizer) -> TokenIndex | None:
+        """Open the index without making one; None if it is missing, stale or damaged."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return cls(dataset.folder / folder_name(tokenizer), dataset, tokenizer)
+        return None
 
     def __len__(self) -> int:
         return len(self.lengths)
