@@ -222,11 +222,13 @@ def _specials(node: Tree, *, leaves_only: bool = False, keys_only: bool = False)
     return found
 
 
-@lru_cache(maxsize=4096)
 def special_tokens(text: str) -> tuple[str, ...]:
     """The special tokens of a well-formed text."""
-    if "<" not in text:
-        return ()
+    return _special_tokens(text) if "<" in text else ()
+
+
+@lru_cache(maxsize=256)
+def _special_tokens(text: str) -> tuple[str, ...]:
     return tuple(part for part, is_special in split_markup(text) if is_special)
 
 

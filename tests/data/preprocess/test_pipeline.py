@@ -99,7 +99,7 @@ def test_chunks_end_anywhere(bee: Path, chunk_bytes: int) -> None:
 
 def test_problems_come_in_the_order_of_lines(bee: Path) -> None:
     path = bee / "bee_data" / "train.jsonl"
-    path.write_text("{\n" * 3000, encoding="utf-8")
+    path.write_text("{:\n" * 3000, encoding="utf-8")
     with pytest.raises(InputError, match="3000 problems") as caught:
         make(bee, chunk_bytes=5000, bucket_bytes=100)
     shown = [line for line in str(caught.value).splitlines() if "not valid JSON" in line]
@@ -121,7 +121,7 @@ def test_no_chunk_is_read_for_a_bucket_without_its_records(
 ) -> None:
     """Pieces of few bytes make many chunks and buckets, nearly all without records."""
     count, reads = 30, 0
-    for name in ("read_sizes", "read_group"):
+    for name in ("read_sizes", "read_part"):
         original = getattr(gather, name)
 
         def counted(path: Path, bucket: int, original: Any = original) -> Any:
