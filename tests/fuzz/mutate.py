@@ -135,7 +135,7 @@ def _mutate_node(rng: random.Random, value: Any, raw: list[str]) -> Any:
 
 
 def _containers(value: Any) -> list[Any]:
-    found = []
+    found: list[Any] = []
     stack = [value]
     while stack and len(found) < 200:
         node = stack.pop()

@@ -60,15 +60,13 @@ def fuzz(target: Target, seed: int, count: int, batches: range | None, status: i
     faults: list[str] = []
     for batch in batches or range(-(-count // target.batch)):
         # Whatever ends the process, this says which batch it was.
-        os.pwrite(
-            status, f"--target {target.name} --seed {seed} --batch {batch}\n".ljust(99).encode(), 0
-        )
+        repeat = f"--target {target.name} --seed {seed} --batch {batch}"
+        os.pwrite(status, f"{repeat}\n".ljust(99).encode(), 0)
         rng = random.Random(f"{seed}:{target.name}:{batch}")
         size = target.batch if batches else min(target.batch, count - batch * target.batch)
         fault = find_fault(target, [target.make(rng) for _ in range(size)])
         if fault is not None:
-            command = f"python -m fuzz.run --target {target.name} --seed {seed} --batch {batch}"
-            faults.append(f"{command}\n{fault}")
+            faults.append(f"python -m fuzz.run {repeat}\n{fault}")
             print(f"\n{faults[-1]}", file=sys.__stdout__, flush=True)
             if len(faults) == MAX_FAULTS:
                 break
@@ -100,7 +98,7 @@ def main() -> int:
     options = parser.parse_args()
     print(f"{options.inputs:,} inputs, seed {options.seed}", flush=True)
     torch.set_num_threads(1)
-    os.fsync = lambda _: None  # nothing here need outlive a power cut
+    os.fsync = lambda fd: None  # nothing here need outlive a power cut
     batches = None if options.batch is None else range(options.batch, options.batch + 1)
     status = os.open(options.status, os.O_WRONLY | os.O_CREAT, 0o666)
     faults: list[str] = []
@@ -118,9 +116,8 @@ def main() -> int:
             with quiet():
                 found = fuzz(target, options.seed, count, batches, status)
             seconds = time.perf_counter() - begin
-            print(
-                f"{target.name}: {count:,} inputs, {seconds:.1f} s, {len(found)} faults", flush=True
-            )
+            outcome = f"{count:,} inputs, {seconds:.1f} s, {len(found)} faults"
+            print(f"{target.name}: {outcome}", flush=True)
             faults += found
     os.close(status)
     return 1 if faults else 0

@@ -38,7 +38,7 @@ def model_config(**changes: Any) -> ModelConfig:
     values = {"vocab_size": len(TOKENS), "dim_model": 8, "num_heads": 2, "dim_head": 4}
     values |= {"dim_ff": 8, "num_layers": 1}
     buckets = {"position_bias_num_buckets": 8, "position_bias_num_segment_buckets": 64}
-    return ModelConfig(**{**values, **buckets, **changes})  # type: ignore[arg-type]
+    return ModelConfig(**{**values, **buckets, **changes})
 
 
 def model(config: ModelConfig) -> CPMBee:

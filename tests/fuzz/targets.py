@@ -280,7 +280,8 @@ def mutate_tensors(rng: random.Random, values: dict[Any, Any]) -> Any:
 
 def choose_tensor(rng: random.Random, like: Any) -> Any:
     """Something that is like a tensor, or is not."""
-    if not torch.is_tensor(like) or like.is_sparse or not 0 < like.numel() < 1 << 16:
+    plain = torch.is_tensor(like) and not like.is_sparse and not like.is_quantized
+    if not plain or not 0 < like.numel() < 1 << 16:
         return mutate.choose_value(rng)
     large = rng.choice([1 << 20, 1 << 33, 1 << 40])
     makers: list[Callable[[], Any]] = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import pickle
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from cpm_bee import records
 from cpm_bee.errors import InputError
@@ -36,7 +36,7 @@ class _Careful(_Refusing, pickle._Unpickler):
     a bytearray, whose memory is taken before its bytes are there.
     """
 
-    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
 
 def _refuse_operation(unpickler: Any) -> NoReturn:

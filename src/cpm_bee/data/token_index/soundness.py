@@ -14,8 +14,9 @@ from cpm_bee.data.token_index.arrays import ARRAYS
 from cpm_bee.encoding import MAX_SEGMENTS, SegmentTree
 
 # What reading a damaged `index.json` raises.
-UNREADABLE = (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError)
-UNREADABLE += (AttributeError,)
+UNREADABLE: tuple[type[Exception], ...] = (
+    ValueError, LookupError, TypeError, OverflowError, RecursionError, AttributeError,
+)  # fmt: skip
 
 
 def is_within(values: np.ndarray, end: int) -> bool:
@@ -43,14 +44,14 @@ def check_arrays(
     num_files: int,
     vocab_size: int,
 ) -> None:
-    """Raise `ValueError`, or another of `UNREADABLE`, where the arrays are not those of an index."""
+    """Raise one of `UNREADABLE` where the arrays are not those of an index."""
     lengths, targets = arrays["lengths"], arrays["num_targets"]
     vocabulary = np.array(info["extension_vocabulary"], dtype=np.int64)
     ends = {"files": num_files, "trees": num_trees, "offsets": 1 << 62}
     for name, (_, counted) in ARRAYS.items():
-        if counted == "records" and name != "shuffled":
-            if not is_within(arrays[name], ends.get(name, 1 << 31)):
-                raise ValueError(f"{name}: a number out of range")
+        checked = counted == "records" and name != "shuffled"
+        if checked and not is_within(arrays[name], ends.get(name, 1 << 31)):
+            raise ValueError(f"{name}: a number out of range")
     if (
         int(lengths.sum(dtype=np.int64)) != info["tokens"]
         or int(arrays["extension_counts"].sum(dtype=np.int64)) != info["extensions"]
