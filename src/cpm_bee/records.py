@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
@@ -25,6 +26,8 @@ Record: TypeAlias = dict[str, Tree]
 
 # Deeper trees than any real one: walking recurses, and a bin record's unpickling does too.
 MAX_NESTING = 64
+# Bytes of a line of JSON, far more than any model reads at once. Tokens take 24 times as much.
+MAX_LINE = 8 << 20
 # Of one record: a line of a megabyte can have a hundred thousand.
 _MAX_PROBLEMS = 100
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -32,7 +35,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 # they would end an answer, or stand for what the vocabulary lacks.
 CONTROL_NAMES = frozenset({"pad", "unk", "s", "/s", "root", "sep", "ans", "/n", "/"})
 # Special tokens that texts may hold; `escape_texts` leaves them as they are.
-_KEPT_BY_ESCAPE = r"(?:mask|option)(?:_[0-9]+)?>"
+_KEPT_BY_ESCAPE = re.compile(r"<(?:mask|option)(?:_[0-9]+)?>")
+_LESS_THAN = re.compile(r"<(?:[^<>]*>)?")  # with what would be its special token
 _LITERAL = "write a literal '<' as '<<', or let --escape do it for all texts"
 
 
@@ -43,8 +47,8 @@ class DuplicateKeyError(ValueError):
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise DuplicateKeyError(next(key for key in keys if keys.count(key) > 1))
+        counts = Counter(key for key, _ in pairs)
+        raise DuplicateKeyError(next(key for key, count in counts.items() if count > 1))
     return found
 
 
@@ -81,13 +85,15 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
                 yield number, line
 
 
-def decode_line(raw: bytes, path: str | Path, *, is_first: bool) -> tuple[str, str | None]:
+def decode_line(raw: bytes, path: str | Path | None, *, is_first: bool) -> tuple[str, str | None]:
     """A line's text ("" where it is blank) and None, or "" and the reason why it is no text.
 
     Args:
-        path: of the file, for the command that converts it.
+        path: of the file, for the command that converts it; None where it is no file.
         is_first: the first line of a file may begin with a byte order mark.
     """
+    if len(raw) > MAX_LINE:
+        return "", f"has {len(raw)} bytes; a line may have up to {MAX_LINE}"
     try:
         line = raw.decode("utf-8-sig" if is_first else "utf-8").strip("\r\n")
     except UnicodeDecodeError as error:
@@ -100,7 +106,7 @@ def decode_line(raw: bytes, path: str | Path, *, is_first: bool) -> tuple[str, s
     return ("" if line.isspace() else line), None
 
 
-def _other_encoding(raw: bytes, path: str | Path) -> str:
+def _other_encoding(raw: bytes, path: str | Path | None) -> str:
     """What a line that is not UTF-8 seems to be encoded in, with the command that converts it."""
     encoding = ""
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in raw:
@@ -112,6 +118,8 @@ def _other_encoding(raw: bytes, path: str | Path) -> str:
         except UnicodeDecodeError:
             return ""
     name = {"GB18030": "GBK"}.get(encoding, encoding)
+    if path is None:
+        return f"; it looks like {name}"
     new = Path(path).with_suffix(".utf8" + Path(path).suffix).name
     command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {shlex.quote(new)}"
     return f"; it looks like {name}: {command}"
@@ -151,15 +159,18 @@ def escape_texts(record: Any) -> Any:
     Special tokens that are meant stay: `<mask_0>`, `<option_3>`, and those that are keys of the
     record. Keys stay as they are. What is no record is returned unchanged, for `validate`.
     """
-    if not isinstance(record, dict):
+    if not isinstance(record, dict) or not _collect(record, [], 1):
         return record
-    kept = [_KEPT_BY_ESCAPE, *(re.escape(key[1:]) for key in _keys(record) if key[:1] == "<")]
-    literal = re.compile(f"<(?!{'|'.join(kept)})")
+    kept = {key for key in _keys(record) if key[:1] == "<"}
+
+    def doubled(match: re.Match[str]) -> str:
+        token = match[0]
+        return token if token in kept or _KEPT_BY_ESCAPE.fullmatch(token) else f"<{token}"
 
     def escaped(node: Any) -> Any:
         if isinstance(node, dict):
             return {key: escaped(value) for key, value in node.items()}
-        return literal.sub("<<", node) if isinstance(node, str) else node
+        return _LESS_THAN.sub(doubled, node) if isinstance(node, str) else node
 
     return escaped(record)
 
