@@ -12,7 +12,7 @@ quick:
 
 # Property tests with random inputs and a printed seed.
 fuzz:
-	HYPOTHESIS_PROFILE=fuzz bash scripts/test.sh -m "not slow"
+	HYPOTHESIS_PROFILE=fuzz bash scripts/test.sh -m property
 
 lint: .venv/.installed-dev
 	$(python) -m ruff check .

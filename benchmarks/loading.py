@@ -86,18 +86,18 @@ def load(path: Path, size: int) -> None:
     import torch
 
     from cpm_bee.checkpoint.config_from_weights import derive_config
+    from cpm_bee.checkpoint.loading import load_into
     from cpm_bee.checkpoint.reader import Checkpoint
     from cpm_bee.model.network import CPMBee
-    from cpm_bee.pretrained import load_weights
 
     floor = peak_memory()
     fetch_memory(size)
     started, begin = time.perf_counter(), os.times()
     checkpoint = Checkpoint(path)
+    checkpoint.fingerprint()  # as a run does, to know its base
     with torch.device("meta"):
         model = CPMBee(derive_config(checkpoint))
-    load_weights(model, checkpoint, torch.float32, torch.device("cpu"))
-    checkpoint.fingerprint()
+    load_into(model, checkpoint.entries.items(), torch.device("cpu"))
     seconds, end = time.perf_counter() - started, os.times()
     result = {"seconds": seconds, "mib": peak_memory() - floor}
     result |= {"user": end.user - begin.user, "system": end.system - begin.system}
@@ -108,7 +108,7 @@ def fill(values: int, size: int) -> None:
     """Runs in a process of its own; prints the seconds to fill new memory of fp32 values."""
     import torch
 
-    from cpm_bee.checkpoint.mapped_pages import use_huge_pages
+    from cpm_bee.checkpoint.loading import use_huge_pages
 
     fetch_memory(size)
     started = time.perf_counter()

@@ -19,10 +19,10 @@ import torch
 from train_step import SIZES, read_batches
 
 from cpm_bee import delta
+from cpm_bee.cli import run_command
 from cpm_bee.data.batch import Batch
 from cpm_bee.engine import OptimizerSettings
 from cpm_bee.engine.torch_engine import TorchEngine
-from cpm_bee.errors import run_command
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.initialization import initial_values
 from cpm_bee.model.network import CPMBee

@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from process_memory import peak_memory
 
-from cpm_bee.errors import InputError, run_command
+from cpm_bee.cli import run_command
+from cpm_bee.errors import InputError
 from cpm_bee.files import atomic_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -180,7 +181,8 @@ def train_phase(work: Work, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def generate_phase(work: Work, arguments: argparse.Namespace) -> dict[str, Any]:
     from cpm_bee import delta
-    from cpm_bee.generate.beam_search import GenerationOptions, Generator
+    from cpm_bee.generate.beam_search import Generator
+    from cpm_bee.generate.options import GenerationOptions
 
     base = load(work, arguments)
     delta.load(base.model, work.delta, base.fingerprint)

@@ -1,8 +1,12 @@
-# Sourced by the other scripts: makes .venv in the project's folder and installs into it.
+# shellcheck shell=bash
+# Sourced by the other scripts: sets $project, makes .venv there and installs into it.
 #   make_venv [EXTRA]   e.g. make_venv dev; returns at once where nothing has changed
 #   use_venv            puts an existing .venv on the PATH, unless another one is active
 
 project="$(cd -P "$(dirname "${BASH_SOURCE[0]}")" && cd -P .. && pwd)"
+
+# Threads that spin while they wait starve a machine that does other work too.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 
 use_venv() {
     if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$project/.venv/bin/python" ]; then

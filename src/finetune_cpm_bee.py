@@ -1,6 +1,6 @@
 """Fine-tune a CPM-Bee model: see `python finetune_cpm_bee.py --help` and README.md."""
 
-from cpm_bee.errors import run_command
+from cpm_bee.cli import run_command
 from cpm_bee.train.options import Options
 
 

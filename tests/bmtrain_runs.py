@@ -18,14 +18,13 @@ import tiny
 import torch
 
 from cpm_bee import delta
+from cpm_bee.checkpoint.loading import load_into
 from cpm_bee.checkpoint.reader import Checkpoint, load_tensors, save_tensors
 from cpm_bee.data.batch import Batch, collate, extension_pairs
 from cpm_bee.engine import Engine, OptimizerSettings
-from cpm_bee.engine.torch_engine import TorchEngine
 from cpm_bee.errors import RunError
 from cpm_bee.model.initialization import initial_values
 from cpm_bee.model.network import CPMBee
-from cpm_bee.pretrained import load_weights
 from cpm_bee.records import Record
 
 CPU = torch.device("cpu")
@@ -90,9 +89,15 @@ def make_model(case: Case, dtype: torch.dtype) -> CPMBee:
     return model.train()
 
 
-def prepared(engine: Engine, case: Case, settings: OptimizerSettings = SETTINGS) -> CPMBee:
-    by_torch = isinstance(engine, TorchEngine)  # which takes a frozen base in the compute type
-    model = make_model(case, case.dtype if by_torch and not case.full else torch.float32)
+def prepared(
+    engine: Engine,
+    case: Case,
+    settings: OptimizerSettings = SETTINGS,
+    model: CPMBee | None = None,
+) -> CPMBee:
+    by_torch = engine.name == "torch"  # which takes a frozen base in the compute type
+    if model is None:
+        model = make_model(case, case.dtype if by_torch and not case.full else torch.float32)
     engine.prepare(model, settings)
     return model
 
@@ -139,9 +144,11 @@ def advance(
     return found
 
 
-def train(engine: Engine, case: Case, state: Path | None = None) -> dict[str, Any]:
-    """All steps; a state after ten of them goes to a file."""
-    model = prepared(engine, case)
+def train(
+    engine: Engine, case: Case, state: Path | None = None, model: CPMBee | None = None
+) -> dict[str, Any]:
+    """All steps, of a model other than the case's if given; a state after ten goes to a file."""
+    model = prepared(engine, case, model=model)
     first = advance(engine, model, case, 0, 10)
     if state is not None and engine.rank == 0:
         save_tensors(state, engine.training_state())
@@ -254,7 +261,8 @@ def _memory(make: Any, bmt: Any, folder: Path) -> dict[str, int]:
     """Bytes of a process's parts of a mapped model, and the most that it needed to get them."""
     with torch.device("meta"):
         model = CPMBee(tiny.make_config(**BIG))
-    load_weights(model, Checkpoint(folder / "big.bin"), torch.float16, CPU)  # stays mapped
+    model.half()
+    load_into(model, Checkpoint(folder / "big.bin").entries.items(), CPU)  # stays mapped
     delta.insert(model, delta.DeltaConfig(rank=1), seed=0)
     engine = make(torch.float32)
     plain, used = bmt.C.ncclAllGather, [tiny.anonymous_memory()]

@@ -2,12 +2,52 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
+# Threads that spin while they wait take the core from those that work, as soon as anything else
+# runs on the machine. Read when torch is imported; the processes that tests start inherit it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import properties
 import pytest
 import support
 
 from cpm_bee.tokenizer import REQUIRED, Tokenizer
+
+properties.load_profile()
+_time_limit = properties.TimeLimit()
+
+
+@pytest.hookimpl(tryfirst=True)  # hypothesis reads the seed in the same hook
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("hypothesis_seed") is None:
+        config.option.hypothesis_seed = properties.new_seed()
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    seed = config.getoption("hypothesis_seed")
+    again = "" if seed is None else f", repeat with --hypothesis-seed={seed}"
+    return f"property tests: profile {properties.PROFILE}{again}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    limited = set()
+    for item in items:
+        handle = getattr(getattr(item, "obj", None), "hypothesis", None)
+        if handle is None:
+            continue
+        item.add_marker(pytest.mark.property)
+        if id(handle) not in limited:  # the cases of a test share it
+            limited.add(id(handle))
+            handle.inner_test = _time_limit.apply(handle.inner_test)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    _time_limit.begin()
+    return (yield)
 
 
 @pytest.fixture(scope="session")

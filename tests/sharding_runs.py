@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def reading(engine: TorchEngine, folder: Path) -> None:
 
     entries = dict(base.tensors())
     LazyTensor.rows = counted  # type: ignore[method-assign, assignment]
-    engine.shard(lambda: iter(entries.items()), offload=False)
+    base = replace(base, tensors=lambda: iter(entries.items()))
+    engine.load_model(base, "fsdp", offload=False)
     whole = sum(4 * math.prod(entry.shape) for entry in entries.values())
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = memory("VmRSS")
@@ -79,10 +81,7 @@ def run(engine: TorchEngine, folder: Path, way: str) -> dict[str, Any]:
     path, config = folder / "small" / "model.bin", folder / "small" / "config.json"
     base = open_model(str(path), config, engine.dtype)
     delta.insert(base.model, delta.DeltaConfig(rank=3, targets=("project_q", "w_out")), 0)
-    if way == "ddp":
-        base.materialize(CPU)
-    else:
-        engine.shard(base.tensors, offload=way == "offload")
+    engine.load_model(base, "ddp" if way == "ddp" else "fsdp", offload=way == "offload")
     engine.prepare(base.model, SETTINGS)
     batch = collate(tiny.encode(RECORDS), tiny.TOKENIZER)
     told: dict[str, Any] = {"results": []}
@@ -106,7 +105,6 @@ def run(engine: TorchEngine, folder: Path, way: str) -> dict[str, Any]:
 
 def spreading(engine: TorchEngine, folder: Path) -> None:
     """fp16 with its loss scale, skipped steps, statistics and states, in each way alike."""
-    # Once sharded, an engine stays so.
     kinds = {way: run(engine, folder, way) for way in ("ddp", "fsdp", "offload")}
     expected = kinds["ddp"]
     assert [r[0] for r in expected["results"][:4]] == [True, False, False, False]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,10 @@ from cpm_bee.cli import (
     not_negative,
     positive,
     real_number,
+    run_command,
     whole_number,
 )
-from cpm_bee.errors import InputError, Problems, RunError, run_command
+from cpm_bee.errors import InputError, Problems, RunError
 
 
 @pytest.fixture
@@ -157,7 +159,7 @@ def test_a_reader_that_goes_away_is_no_traceback(root: Path, tmp_path: Path, lin
     # 10 lines stay in the buffer until the end, 100,000 do not.
     script = tmp_path / "tool.py"
     script.write_text(
-        "from cpm_bee.errors import run_command\n"
+        "from cpm_bee.cli import run_command\n"
         f"run_command(lambda: [print(i) for i in range({lines})] and None)\n"
     )
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
@@ -168,8 +170,49 @@ def test_a_reader_that_goes_away_is_no_traceback(root: Path, tmp_path: Path, lin
         stdout=writer,
         stderr=subprocess.PIPE,
         env={**environment, "PYTHONPATH": str(root / "src")},
-        timeout=60,
+        timeout=200,
     )
     os.close(writer)
     assert result.stderr == b""
     assert result.returncode == 1
+
+
+def openmp_settings(code: str, **settings: str) -> dict[str, str]:
+    """What OpenMP prints about its settings when it is loaded."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environment, "OMP_DISPLAY_ENV": "verbose", **settings},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return dict(re.findall(r"^ *(?:\[\w+\] )?(\w+) = '(.*)'$", result.stderr, re.M))
+
+
+@pytest.mark.parametrize(
+    "script", ["finetune_cpm_bee.py", "text_generation.py", "preprocess_dataset.py"]
+)
+def test_waiting_threads_sleep_unless_the_user_has_chosen(root: Path, script: str) -> None:
+    path = root / "src" / script
+    code = f"import sys; sys.path.insert(0, {str(path.parent)!r})\n"
+    code += f"import runpy; runpy.run_path({str(path)!r})\n"
+    code += "assert 'torch' not in sys.modules\nimport torch"
+    assert openmp_settings("import torch")["GOMP_SPINCOUNT"] != "0"
+    assert openmp_settings(code)["GOMP_SPINCOUNT"] == "0"
+    assert openmp_settings(code, OMP_WAIT_POLICY="ACTIVE")["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+@pytest.mark.parametrize("chosen", [None, "ACTIVE"])
+def test_waiting_threads_in_shell_scripts(root: Path, chosen: str | None) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    if chosen:
+        environment["OMP_WAIT_POLICY"] = chosen
+    command = f"source {root}/scripts/venv.sh; printenv OMP_WAIT_POLICY"
+    result = subprocess.run(
+        ["bash", "-euc", command], env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout == f"{chosen or 'PASSIVE'}\n"
+    sources = [p for p in (root / "scripts").glob("*.sh") if p.name != "slurm_finetune.sh"]
+    for path in sources:  # slurm_finetune.sh calls finetune_cpm_bee.sh
+        assert path.name == "venv.sh" or "/venv.sh" in path.read_text(encoding="utf-8")

@@ -33,11 +33,7 @@ DOCUMENTS += [ROOT / "scripts" / "tiny_base" / "README.md"]
 DOCUMENTS += [p for p in PAGES.glob("*.md") if p.name in ENGLISH_ONLY - {"format.md"}]
 
 # Made by other changes that land at the same time; an entry goes when its file or flag is there.
-PENDING = {
-    "Makefile", "scripts/make_docs.py", "docs/format.md", "docs/architecture.md",
-    "docs/training.md", "docs/zh/training.md",
-}  # fmt: skip
-PENDING_FLAGS = {"--dry-run", "--check"}
+PENDING = {"docs/architecture.md"}
 
 # Where the commands of the documents are run from.
 PLACES = [ROOT, ROOT / "src", TUTORIAL]
@@ -57,9 +53,13 @@ NOT_PATHS = {
 # Flags of torchrun, nvidia-smi, sbatch and pip; a name that another tool has for a flag of ours.
 FOREIGN_FLAGS = {
     "--nproc_per_node", "--query-gpu", "--format", "--nodes", "--gpus-per-node", "--no-deps",
-    "--learning_rate",
+    "--learning_rate", "--hypothesis-seed",
 }  # fmt: skip
-FOREIGN_VARIABLES = {"CUDA_VISIBLE_DEVICES", "TORCH_LOGS", "ATEN_CPU_CAPABILITY"}
+# Of other software; what the scripts do with OMP_WAIT_POLICY has a section of its own.
+FOREIGN_VARIABLES = {
+    "CUDA_VISIBLE_DEVICES", "TORCH_LOGS", "ATEN_CPU_CAPABILITY", "OMP_WAIT_POLICY",
+    "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "HYPOTHESIS_PROFILE",
+}  # fmt: skip
 
 FINETUNE_SH = (ROOT / "scripts" / "finetune_cpm_bee.sh").read_text(encoding="utf-8")
 # The entry script that gets the flags of a script.
@@ -147,7 +147,15 @@ def flags_of(script: str) -> set[str]:
 
 def variables_of(*scripts: str) -> set[str]:
     text = "".join(text_of(ROOT / "scripts" / script) for script in scripts)
-    return set(re.findall(r"\$\{([A-Z_]+):-", text)) - {"VIRTUAL_ENV"}
+    found = set(re.findall(r"\$\{([A-Z_]+):-", text)) - {"VIRTUAL_ENV"}
+    return found | (set(settings_of("defaults=(")) if "finetune_cpm_bee.sh" in scripts else set())
+
+
+def settings_of(begin: str) -> dict[str, str]:
+    """The variables of finetune_cpm_bee.sh that are flags, with their defaults."""
+    block = FINETUNE_SH.partition(begin)[2].partition("\n)\n" if "+" not in begin else ")\n")[0]
+    found = re.findall(r"(?:^|\s)([a-z-]+)=(\S+)", re.sub(r"\s#.*", "", block))
+    return {flag.replace("-", "_").upper(): value for flag, value in found}
 
 
 @documents
@@ -164,7 +172,7 @@ def test_commands_can_be_run(document: Path) -> None:
             continue
         arguments = arguments.replace('"', "") if arguments.count('"') % 2 else arguments
         given = re.findall(r"(?<![\w-])--[a-z][a-z_-]*", arguments)
-        assert {f.replace("_", "-") for f in given} <= flags_of(target) | PENDING_FLAGS, command
+        assert {f.replace("_", "-") for f in given} <= flags_of(target), command
         if "$" not in arguments and target.startswith("src/"):
             # --help at the end keeps the script from doing more than reading its arguments.
             done = run_script(target, *shlex.split(arguments), "--help")
@@ -173,8 +181,8 @@ def test_commands_can_be_run(document: Path) -> None:
 
 @documents
 def test_flags_in_the_text_exist(document: Path) -> None:
-    known = FOREIGN_FLAGS | PENDING_FLAGS
-    known = known.union(*map(flags_of, TAKES_FLAGS.values()))
+    known = FOREIGN_FLAGS
+    known = known.union(*map(flags_of, [*TAKES_FLAGS.values(), "scripts/make_docs.py"]))
     known = known.union(*(flags_of(name_of(p)) for p in (ROOT / "benchmarks").glob("*.py")))
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", text_of(document)))
     assert not {f for f in mentioned if f.replace("_", "-") not in known and f not in known}
@@ -197,14 +205,13 @@ def test_table_of_variables(page: Path) -> None:
     """Each variable of finetune_cpm_bee.sh, with its defaults: the usual and the tiny model's."""
     rows = table_with(page, "GPUS_PER_NODE")
     assert set(rows) == variables_of("finetune_cpm_bee.sh")
-    block = FINETUNE_SH[FINETUNE_SH.index("= cpm-bee-tiny ]") :].partition("\nfi\n")[0]
-    tiny = dict(re.findall(r"\b([A-Z_]+)=\"\$\{[A-Z_]+:-([^}]*)\}\"", block))
-    tiny["LOAD"] = "ckpts/cpm-bee-tiny"
+    tiny = {"LOAD": "ckpts/cpm-bee-tiny", **settings_of("defaults+=(")}
     assert {name: cells[1].strip("`") for name, cells in rows.items() if cells[1]} == tiny
-    usual = dict(re.findall(r"\$\{([A-Z_]+):-([^}$]+)\}", FINETUNE_SH.replace(block, "")))
+    usual = dict(re.findall(r"\$\{([A-Z_]+):-([^}$]+)\}", FINETUNE_SH))
+    usual |= settings_of("defaults=(")
     for name in usual.keys() - {"MASTER_PORT"}:  # computed; said in words
         assert rows[name][0] == f"`{usual[name]}`", name
-    own = variables_of("quickstart.sh", "venv.sh") - set(rows)
+    own = variables_of("quickstart.sh", "venv.sh") - set(rows) - FOREIGN_VARIABLES
     assert own <= set(table_with(page, "RAW_DATA"))
 
 
@@ -239,7 +246,8 @@ def exists_somewhere(path: str, document: Path) -> bool:
 @documents
 def test_paths_exist(document: Path) -> None:
     by_name = {path.name for path in ROOT.glob("src/**/*.py")}
-    by_name |= {path.name for path in [*TUTORIAL.iterdir(), *(ROOT / "scripts").iterdir()]}
+    folders = [TUTORIAL, ROOT / "scripts", PAGES]
+    by_name |= {path.name for folder in folders for path in folder.iterdir()}
     by_name |= {Path(path).name for path in PENDING}
     missing = {p for p in candidates(document) if not exists_somewhere(p, document)} - by_name
     assert not missing, f"{name_of(document)} names what is not there"

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpm_bee import encoding
-from cpm_bee.encoding import EncodedRecord, Encoder, is_shuffled, outline
+from cpm_bee.encoding import AnswerState, EncodedRecord, Encoder, TokenLists, is_shuffled, outline
 from cpm_bee.errors import InputError
-from cpm_bee.records import Record, Tree, validate
+from cpm_bee.generate.prompt import Prompt
+from cpm_bee.records import Record, Tree, has_answer
 
 
 def assert_is(encoded: EncodedRecord, record: Record, *, answers: bool = True) -> None:
@@ -29,13 +30,12 @@ def assert_is(encoded: EncodedRecord, record: Record, *, answers: bool = True) -
     ]
 
 
-@given(tiny.records())
+@given(tiny.encodable_records())
 def test_records_are_encoded_as_specified(record: Record) -> None:
-    assert validate(record) == []
     assert_is(Encoder(tiny.TOKENIZER).encode(record), record)
 
 
-@given(tiny.records())
+@given(tiny.encodable_records())
 def test_without_answers(record: Record) -> None:
     prompt = Encoder(tiny.TOKENIZER).encode(record, answers=False)
     assert_is(prompt, record, answers=False)
@@ -138,3 +138,65 @@ def test_too_many_fields_or_unknown_words() -> None:
     text = text.removesuffix(f"<mask_{most}>")
     encoded = Encoder(tiny.TOKENIZER).encode({"input": text, "<ans>": ""})
     assert encoded.subs.max() == most - 1
+
+
+# ------------------------------------------------------------------ what generation can write
+
+
+@given(tiny.encodable_records())
+def test_the_state_of_an_answer(record: Record) -> None:
+    """Against what generation has: its prompt, its candidates, and its way back to a text."""
+    encoder = Encoder(tiny.TOKENIZER)
+    segments = outline(record)
+    state = encoder.answer_state(segments, encoder.append(segments, TokenLists()))
+    prompt = Prompt.of(record, encoder)
+    generated = encoder.encode_as_generated(record)
+    whole = encoder.encode(record)
+    context = generated.context
+    assert generated.ids[context].tolist() == prompt.encoded.ids.tolist()
+    assert generated.subs[context].tolist() == prompt.encoded.subs.tolist()
+    leaves = [t for t, p in zip(segments.texts, segments.tree.predicted, strict=True) if p]
+    assert bool(state & AnswerState.KNOWN) == any(leaves) == has_answer(record["<ans>"])
+    if not state:
+        return
+    same = generated.subs[context].tolist() == whole.subs[whole.context].tolist()
+    assert same or state & AnswerState.RENUMBERED
+    pairs = {
+        p
+        for p in zip(prompt.encoded.ids.tolist(), prompt.encoded.subs.tolist(), strict=True)
+        if p[1]
+    }
+    writable = True
+    for number, text in zip(prompt.answers, leaves, strict=True):
+        own = generated.segments == number
+        tokens = list(
+            zip(generated.ids[own].tolist()[1:], generated.subs[own].tolist()[1:], strict=True)
+        )
+        writable &= all(
+            pair in pairs or (not pair[1] and (pair[0] != tiny.TOKENIZER.unk or prompt.has_unknown))
+            for pair in tokens
+        )
+        writable &= writable and prompt.text(tokens) == text
+    if "<unk>" not in str(record):
+        assert bool(state & AnswerState.WRITABLE) == writable
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"input": "a", "<ans>": ""}, 0),
+        ({"input": "a", "<ans>": "b"}, 3),
+        ({"input": "a", "<ans>": "é"}, 1),
+        ({"input": "é", "<ans>": "é"}, 3),
+        ({"<ans>": "é", "input": "é"}, 3),
+        ({"<ans>": "é", "input": "üé"}, 5),
+        ({"<ans>": "<option_1>", "options": {"<option_0>": "a", "<option_1>": "b"}}, 7),
+        ({"options": {"<option_0>": "a", "<option_1>": "b"}, "<ans>": "<option_1>"}, 3),
+        ({"options": {"<option_0>": "a", "<option_1>": "b"}, "<ans>": "<option>"}, 1),
+        ({"input": "a", "<ans>": "<option>"}, 3),
+    ],
+)
+def test_states_of_answers(record: Record, expected: int) -> None:
+    segments = outline(record)
+    encoder = Encoder(tiny.TOKENIZER)
+    assert encoder.answer_state(segments, encoder.append(segments, TokenLists())) == expected

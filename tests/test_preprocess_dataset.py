@@ -166,7 +166,7 @@ def test_kill_9_in_the_middle_leaves_no_dataset(root: Path, tmp_path: Path) -> N
     arguments = ["--input", "bee_data", "--output_path", "bin", "--output_name", "ccpm_data"]
     command = [sys.executable, str(root / SCRIPT), *arguments]
     process = subprocess.Popen(command, cwd=tmp_path)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 200
     while not (tmp_path / "bin" / ".train.partial").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     time.sleep(0.2)
@@ -249,14 +249,3 @@ def test_the_usual_vocabulary_is_that_of_the_base(
     result = run_script(SCRIPT, *arguments, cwd=bee)
     assert (result.returncode, result.stderr) == (0, "")
     assert_same_index(bee / "bin" / "eval", bee, Tokenizer.load(usual))
-
-
-def test_it_runs_without_packages(root: Path, bee: Path) -> None:
-    """Then without an index: -S and -I hide what is installed."""
-    code = f"import sys; sys.path.insert(0, {str(root / 'src')!r})\n"
-    code += "import runpy; runpy.run_module('preprocess_dataset', run_name='__main__')"
-    arguments = ["--input", "bee_data", "--output_path", "bin", "--output_name", "ccpm_data"]
-    command = [sys.executable, "-S", "-I", "-c", code, *arguments]
-    subprocess.run([*command, "--workers", "2"], cwd=bee, check=True, stdout=subprocess.DEVNULL)
-    assert sorted(numbers(bee / "bin" / "train")) == list(range(300))
-    assert not list((bee / "bin").rglob("token_index*"))

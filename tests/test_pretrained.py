@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from cpm_bee.checkpoint.config_from_weights import derive_config
+from cpm_bee.checkpoint.loading import load_into
 from cpm_bee.checkpoint.reader import Checkpoint
 from cpm_bee.data.batch import collate
 from cpm_bee.errors import InputError
@@ -21,10 +22,7 @@ from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.network import CPMBee
 from cpm_bee.pretrained import (
     PretrainedModel,
-    choose_device,
-    choose_dtype,
     load_pretrained,
-    load_weights,
 )
 
 CPU = torch.device("cpu")
@@ -122,7 +120,7 @@ def test_loading_takes_no_second_copy(tmp_path: Path, form: str) -> None:
     before = tiny.anonymous_memory()
     with torch.device("meta"):
         loaded = CPMBee(config)
-    load_weights(loaded, Checkpoint(tmp_path / f"model.{form}"), torch.float32, CPU)
+    load_into(loaded, Checkpoint(tmp_path / f"model.{form}").entries.items(), CPU)
     assert sum(p[::64].sum().item() for p in loaded.parameters()) != 0
     assert tiny.anonymous_memory() - before < 20 << 20
     assert len(list(loaded.parameters())) == 12
@@ -331,10 +329,18 @@ def test_the_note_beside_a_checkpoint_of_ours(tmp_path: Path, model: CPMBee) -> 
     assert refusal(path)[0].startswith(f"no vocabulary: give --vocab FILE, or put it at {tmp_path}")
 
 
-@pytest.mark.parametrize("note", [[1], {"config": 3}, {"config": "x", "vocab": 5}, "text"])
+@pytest.mark.parametrize("note", [{}, {"config": 3}, {"config": "x", "vocab": 5}])
 def test_a_foreign_json_beside_is_ignored(folder: Path, model: CPMBee, note: object) -> None:
     (folder / "pytorch_model.json").write_text(json.dumps(note))
     assert load(folder).model.config == model.config
+
+
+@pytest.mark.parametrize("text", ["[1]", '"text"', '{"config": {', "[" * 100_000])
+def test_a_broken_json_beside_is_named(folder: Path, text: str) -> None:
+    (folder / "pytorch_model.json").write_text(text)
+    lines = refusal(folder)
+    assert lines[0].startswith(f"{folder / 'pytorch_model.json'}: ")
+    assert "to load pytorch_model.bin without it" in lines[1]
 
 
 # ------------------------------------------------------------------ vocabulary
@@ -373,19 +379,3 @@ def test_a_random_start(tmp_path: Path) -> None:
     assert all(p.dtype == torch.float16 for p in half.model.parameters())
     for arguments in ((None, "auto", vocabulary), (None, config, None)):
         assert refusal(*arguments)[0].startswith("a random start (no --load) needs --model-config")
-
-
-def test_types_and_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device("auto") == choose_device("cpu") == CPU
-    with pytest.raises(InputError, match="--device cuda: this machine has no usable GPU"):
-        choose_device("cuda")
-    with pytest.raises(InputError, match="--device toaster: no such device"):
-        choose_device("toaster")
-    names = {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
-    names["fp16"] = torch.float16
-    assert {name: choose_dtype(name, CPU) for name in names} == names
-    gpu = torch.device("cuda")
-    for supported, dtype in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda s=supported: s)
-        assert choose_dtype("auto", gpu) == dtype

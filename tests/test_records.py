@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -141,3 +143,132 @@ def test_read_lines_names_the_line_that_is_not_utf8(tmp_path: Path) -> None:
 def test_read_lines_of_no_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nothing\.jsonl: no such file"):
         next(read_lines(tmp_path / "nothing.jsonl"))
+
+
+# ------------------------------------------------------------------ what its author did not mean
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ('{"input": "a", "input": "b", "<ans>": "c"}', '"input"'),
+        ('{"input": "a", "<ans>": "b", "<ans>": "c"}', '"<ans>"'),
+        ('{"options": {"<option_0>": "a", "<option_0>": "b"}, "<ans>": ""}', '"<option_0>"'),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(line: str, key: str) -> None:
+    assert parse_line(line) == (
+        None,
+        f"the key {key} stands there twice; only one of its values could be kept",
+    )
+
+
+CONTROL = ["<s>", "</s>", "<pad>", "<unk>", "<root>", "<ans>", "<sep>", "</n>", "</_>"]
+
+
+@pytest.mark.parametrize("token", [*CONTROL, "<s_1>", "<unk_0>", "<ans_3>"])
+def test_control_tokens_in_texts_are_refused(token: str) -> None:
+    for record in (
+        {"input": f"a{token}b", "<ans>": ""},
+        {"a": {"b": token}, "<ans>": ""},
+        {"input": "", "<ans>": token},
+        {"input": "", "<ans>": {token: ""}},
+        {"a": {token: "b"}, "<ans>": ""},
+    ):
+        [problem] = validate(record)
+        assert f"{token} is a control token of the model" in problem
+        assert "'<<'" in problem and "--escape" in problem
+        assert not records._is_valid(record)
+    assert validate({"input": f"a<{token}b", "<ans>": ""}) == []
+
+
+@pytest.mark.parametrize(
+    ("record", "missing"),
+    [
+        ({"options": {"<option_0>": "a", "<option_1>": "b"}, "<ans>": "<option_7>"}, "<option_7>"),
+        ({"input": "a", "<ans>": "see <mask_0>"}, "<mask_0>"),
+        ({"input": "<mask_0>", "<ans>": {"<mask_1>": "<mask_0><mask_2>"}}, "<mask_2>"),
+    ],
+)
+def test_an_answer_names_only_what_its_record_has(record: dict, missing: str) -> None:
+    [problem] = validate(record)
+    assert problem.startswith(f"{missing} in the answer stands nowhere in the rest")
+    assert validate({**record, "note": missing}) == []
+
+
+def test_keys_under_the_answer_are_context() -> None:
+    assert validate({"input": "a", "<ans>": {"<mask_0>": "b", "<mask_1>": "<mask_0>"}}) == []
+
+
+@given(texts)
+def test_escaped_texts_are_plain(text: str) -> None:
+    record = {"input": text, "deep": {"key<<": text}, "<ans>": text}
+    escaped = records.escape_texts(record)
+    assert validate(escaped) == []
+    assert escaped["deep"]["key<<"].replace("<<", "<") == text
+
+
+def test_escape_keeps_special_tokens_that_are_meant() -> None:
+    record = {
+        "input": "<b><mask_0></b> vector<int> <mask> a<b 1 << 2 <0>",
+        "options": {"<option_0>": "<s>", "<blank_1>": "x"},
+        "<ans>": {"<mask_0>": "<option_0> <blank_1> <ans>"},
+    }
+    assert records.escape_texts(record) == {
+        "input": "<<b><mask_0><</b> vector<<int> <mask> a<<b 1 <<<< 2 <<0>",
+        "options": {"<option_0>": "<<s>", "<blank_1>": "x"},
+        "<ans>": {"<mask_0>": "<option_0> <blank_1> <<ans>"},
+    }
+    assert records.escape_texts([1]) == [1]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name"), [("gbk", "GBK"), ("gb18030", "GBK"), ("utf-16", "UTF-16")]
+)
+def test_another_encoding_is_named_with_the_command_that_converts(
+    tmp_path: Path, encoding: str, name: str
+) -> None:
+    text = '{"input": "春风又绿江南岸", "<ans>": "明月何时照我还"}\n' * 3
+    path = tmp_path / "my data.jsonl"
+    path.write_bytes(text.encode(encoding))
+    with pytest.raises(InputError, match=f"looks like {name}: iconv") as caught:
+        list(read_lines(path))
+    command = str(caught.value).partition("looks like " + name + ": ")[2].rstrip(")")
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+    converted = (tmp_path / "my data.utf8.jsonl").read_text(encoding="utf-8-sig")
+    assert converted == text
+
+
+def test_nul_characters_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"input": "\0"}\n')
+    with pytest.raises(InputError, match=r"a\.jsonl:1: holds NUL"):
+        list(read_lines(path))
+
+
+@pytest.mark.parametrize(
+    ("indent", "as_array", "form"),
+    [(None, True, "a JSON array"), (2, True, "a JSON array"), (2, False, "JSON over several")],
+)
+def test_other_json_is_one_problem_with_the_command_that_converts(
+    tmp_path: Path, indent: int | None, as_array: bool, form: str
+) -> None:
+    values = [{"input": "春", "<ans>": "天"}, {"input": "[", "<ans>": "'"}]
+    path = tmp_path / "my data.jsonl"
+    parts = [values] if as_array else values
+    path.write_text("\n".join(json.dumps(p, indent=indent, ensure_ascii=False) for p in parts))
+    with pytest.raises(InputError, match=form) as caught:
+        records.check_is_lines(path)
+    command = str(caught.value).partition("\n")[2].replace("python", sys.executable, 1)
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+    converted = tmp_path / "my data.lines.jsonl"
+    assert [json.loads(line) for _, line in read_lines(converted)] == values
+    records.check_is_lines(converted)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("", False), ("a", True), ({"a": ""}, False), ({"a": "", "b": {"c": " "}}, True)],
+)
+def test_has_answer(answer: records.Tree, expected: bool) -> None:
+    assert records.has_answer(answer) is expected

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -134,7 +136,66 @@ def test_an_error_ends_the_script_without_traceback(checkout: Path) -> None:
     assert done.returncode == 2
     assert "--dataset no/such/folder: no such folder" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+    assert "torchrun" not in done.stdout + done.stderr  # one process needs none
     assert not (checkout / "src" / "results").exists()
+
+
+NOTING = """
+import json, os, sys
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_WAIT_POLICY")
+with open("calls.jsonl", "a") as file:
+    file.write(json.dumps([sys.argv[1:], {n: os.environ.get(n) for n in names}]) + "\\n")
+sys.exit(3 if "--wrong" in sys.argv else 0)
+"""
+
+
+@pytest.fixture
+def calls(checkout: Path) -> Callable[..., tuple[subprocess.CompletedProcess, list]]:
+    """Run finetune_cpm_bee.sh with a finetune_cpm_bee.py that notes how it is called."""
+    (checkout / "src" / "finetune_cpm_bee.py").write_text(NOTING)
+
+    def run(*flags: str, **settings: str) -> tuple[subprocess.CompletedProcess, list]:
+        noted = checkout / "src" / "calls.jsonl"
+        noted.write_text("")
+        done = bash("scripts/finetune_cpm_bee.sh", *flags, cwd=checkout / "src", **settings)
+        return done, read_log(noted)
+
+    return run
+
+
+def test_one_process_is_started_without_torchrun(calls: Callable) -> None:
+    done, noted = calls("--wrong")
+    assert done.returncode == 3
+    ((flags, environment),) = noted
+    assert "--dry-run" not in flags
+    assert environment["WORLD_SIZE"] is None and environment["OMP_WAIT_POLICY"] == "PASSIVE"
+    done, noted = calls(OMP_WAIT_POLICY="ACTIVE")
+    assert done.returncode == 0 and noted[0][1]["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_several_processes_start_after_one_dry_run(calls: Callable) -> None:
+    ((flags, environment),) = calls("--wrong", GPUS_PER_NODE="3")[1]
+    assert flags[-2:] == ["--wrong", "--dry-run"]
+    assert (environment["RANK"], environment["WORLD_SIZE"]) == ("0", "3")
+    done, (dry, *others) = calls("--delta-rank", "2", GPUS_PER_NODE="3")
+    assert done.returncode == 0, done.stderr
+    assert dry[0] == [*others[0][0], "--dry-run"]
+    assert sorted(environment["RANK"] for _, environment in others) == ["0", "1", "2"]
+    assert len(calls("--dry-run", GPUS_PER_NODE="3")[1]) == 1
+
+
+def test_several_processes_stop_at_a_mistake_before_torchrun(calls: Callable) -> None:
+    done, noted = calls("--wrong", GPUS_PER_NODE="2")
+    assert done.returncode == 3 and len(noted) == 1
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        done, noted = calls(GPUS_PER_NODE="2", MASTER_PORT=port)
+    assert done.returncode == 2 and len(noted) == 1
+    assert done.stderr.startswith(f"error: MASTER_PORT={port}: address already in use")
+    for name, value in (("MASTER_PORT", "high"), ("GPUS_PER_NODE", "all"), ("NNODES", "0")):
+        done, _ = calls(**{"GPUS_PER_NODE": "2", name: value})
+        assert done.returncode == 2 and f"{name}={value}" in done.stderr
+        assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
 def test_without_pytorch_the_script_says_what_to_do(checkout: Path) -> None:
@@ -162,10 +223,14 @@ def test_copied_script_with_four_processes_and_no_checkpoint(checkout: Path) -> 
         (checkout / "bin_data" / name).mkdir()
     done = bash("copied.sh", cwd=checkout / "src", TMPDIR=str(checkout))
     assert done.returncode != 0
-    assert done.stderr.count("--load ckpts/pytorch_model.bin: no such checkpoint") == 1
-    assert "Traceback" not in done.stdout + done.stderr
+    message = "error: this run cannot start:\n  --load ckpts/pytorch_model.bin: no such checkpoint"
+    assert done.stderr.startswith(message) and done.stderr.count("error: ") == 1
+    # Once more as the root cause in torchrun's report, which names rank 0.
+    report = done.stderr.partition("Root Cause")[2]
+    assert "rank      : 0 (local_rank: 0)" in report and "exitcode  : 2" in report
+    assert done.stderr.count("--load ckpts/pytorch_model.bin: no such checkpoint") == 2
+    assert str(checkout / "src" / "cpm_bee") not in done.stderr  # as in a traceback of ours
     assert not (checkout / "src" / "results").exists()
-    assert not list(checkout.glob("torchelastic_*"))
 
 
 @pytest.mark.slow

@@ -87,6 +87,7 @@ def test_stdin_to_stdout_with_answers_to_compare(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @needs_shared
 def test_delta_changes_the_answers(tmp_path):
     import torch
@@ -119,6 +120,7 @@ def assert_refused(done, *parts):
         assert part in done.stderr
 
 
+@pytest.mark.slow
 def test_bad_records_are_all_reported_before_the_model_is_looked_for(tmp_path):
     source = tmp_path / "in.jsonl"
     source.write_text('{"input": "x<y", "<ans>": ""}\n[]\n{"input": ""}\n', encoding="utf-8")
@@ -127,6 +129,7 @@ def test_bad_records_are_all_reported_before_the_model_is_looked_for(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl"]
 
 
+@pytest.mark.slow
 @needs_shared
 def test_a_special_token_that_the_vocabulary_lacks(tmp_path):
     source = write(tmp_path / "in.jsonl", [{"<ans>": ""}, {"input": "<nonsense_1>", "<ans>": ""}])
@@ -135,6 +138,7 @@ def test_a_special_token_that_the_vocabulary_lacks(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl"]
 
 
+@pytest.mark.slow
 def test_missing_files_are_named(tmp_path):
     done = run("--input", "no.jsonl", "--output", "out.jsonl", cwd=tmp_path)
     assert_refused(done, "no.jsonl")

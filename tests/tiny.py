@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from cpm_bee.data.batch import Batch
 from cpm_bee.encoding import EncodedRecord, Encoder
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.network import CPMBee
-from cpm_bee.records import Record
+from cpm_bee.records import ANSWER, Record, validate
 from cpm_bee.tokenizer import Tokenizer
 
 RESERVED_TOKENS = ["<pad>", "<unk>", "<mask>", "<sep>", "</n>", "</_>", "<s>", "</s>"]
@@ -94,7 +95,40 @@ def _has_leaf(tree: Any) -> bool:
 
 
 @st.composite
-def records(draw: st.DrawFn) -> Record:
-    """Records with the answer anywhere; trees of more than 8 levels, nested and empty answers."""
+def encodable_records(draw: st.DrawFn) -> Record:
+    """Records with the answer anywhere; trees of more than 8 levels, nested and empty answers.
+
+    They are encoded as the reference does; some hold what `records.validate` refuses.
+    """
     context = draw(st.dictionaries(texts.filter(lambda key: key != "<ans>"), trees, max_size=3))
     return dict(draw(st.permutations([*context.items(), ("<ans>", draw(trees.filter(_has_leaf)))])))
+
+
+def records() -> st.SearchStrategy[Record]:
+    """Such records without what `records.validate` refuses."""
+    return encodable_records().map(_made_valid)
+
+
+def _made_valid(record: Record) -> Record:
+    """Control tokens become others, and an answer's own special tokens a letter."""
+
+    def renamed(tree: Any) -> Any:
+        if isinstance(tree, str):
+            return re.sub(r"<(/s|ans|sep)(_\d)?>", lambda m: f"<option{m[2] or '_4'}>", tree)
+        return {renamed(key): renamed(value) for key, value in tree.items()}
+
+    def keys(tree: Any) -> str:
+        if isinstance(tree, str):
+            return ""
+        return "".join(key + keys(value) for key, value in tree.items())
+
+    def cleared(tree: Any) -> Any:
+        if isinstance(tree, str):
+            return re.sub(r"<\w+_\d>", lambda m: m[0] if m[0] in known else "a", tree)
+        return {key: cleared(value) for key, value in tree.items()}
+
+    record = {k if k == ANSWER else renamed(k): renamed(v) for k, v in record.items()}
+    known = str([(k, v) for k, v in record.items() if k != ANSWER]) + keys(record[ANSWER])
+    record[ANSWER] = cleared(record[ANSWER])
+    assert validate(record) == []
+    return record

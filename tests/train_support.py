@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import rounding
 import support
 import torch
 
@@ -194,6 +195,46 @@ def train(workspace: Workspace, save: Path, **values: Any) -> Run:
     return Run(Path(options.save), options.save_name)
 
 
+@dataclass
+class Samples:
+    """Runs of one process that show what rounding does to these steps (see `rounding`)."""
+
+    exact: Run
+    trusted: list[Run]
+
+    @staticmethod
+    def of(
+        one: Run, workspace: Workspace, exactly: dict[str, Any] | None = None, **values: Any
+    ) -> Samples:
+        """More samples of a run with these flags, in folders beside it.
+
+        One is in double precision, with the flags of `exactly` in place of others. The others have
+        their steps in smaller pieces, whose sums are the same and round otherwise.
+        """
+
+        def beside(name: str, **more: Any) -> Run:
+            return train(workspace, one.save.with_name(f"{one.save.name}-{name}"), **values | more)
+
+        with rounding.double_precision():
+            exact = beside("double", **exactly or {})
+        pieces = [beside(f"pieces-{size}", max_tokens=size) for size in (1, 60)]
+        return Samples(exact, [one, *pieces])
+
+    def check(self, other: Run, *, evaluations: bool = True) -> None:
+        """Another run is as exact as these: losses, gradient norms, evaluations and weights."""
+        columns = [("loss", "train"), ("grad_norm", "train"), ("loss", "eval")]
+        for name, event in columns[: 3 if evaluations else 2]:
+            trusted = [run.column(name, event) for run in self.trusted]
+            exact = self.exact.column(name, event)
+            rounding.assert_as_exact(other.column(name, event), trusted, exact, f"{event} {name}")
+        for which in ("best", "last"):
+            actual, exactly, *others = (
+                torch.cat([t.double().flatten() for _, t in sorted(run.weights(which).items())])
+                for run in (other, self.exact, *self.trusted)
+            )
+            rounding.assert_as_exact(actual, others, exactly, f"{which} weights")
+
+
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """The largest difference of any value of two sets of weights."""
     assert a.keys() == b.keys()
@@ -230,7 +271,7 @@ def start(command: list[str], cwd: Path, **values: str) -> subprocess.Popen[str]
     )
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, str, str]:
     """Exit status, output and errors."""
     try:
         output, errors = process.communicate(timeout=seconds)

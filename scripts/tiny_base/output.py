@@ -11,8 +11,8 @@ from typing import Any
 # Also where the project is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
-from cpm_bee.cli import ArgumentParser, positive, whole_number
-from cpm_bee.errors import InputError, run_command
+from cpm_bee.cli import ArgumentParser, positive, run_command, whole_number
+from cpm_bee.errors import InputError
 from cpm_bee.files import atomic_file
 
 __all__ = [

@@ -1,13 +1,31 @@
-"""What all entry scripts share: the argument parser and its number types."""
+"""What all entry scripts share: the argument parser, its number types, and `run_command`."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import io
+import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
-from cpm_bee.errors import InputError
+from cpm_bee.distributed.rank import is_reporting_rank, record, report_error
+from cpm_bee.errors import CpmBeeError, InputError, describe
+
+# Threads that wait for each other sleep, so that a busy neighbour does not stop them. OpenMP reads
+# this when torch is loaded; every entry script imports this module before that.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+DEBUG_HELP, DEBUG_HELP_CHINESE = "show the traceback of an error", "出错时显示 traceback"
+
+
+def shown_default(value: object) -> str:
+    """A default as a person would type it."""
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return str(value).removesuffix(".0")
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -15,23 +33,36 @@ class _HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        if action.default in (None, False, argparse.SUPPRESS) or "default" in text:
+        # By identity: 0 equals False and is a default to show.
+        no_default = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+        if no_default or "default" in text:
             return text
-        return f"{text} (default: %(default)s)"
+        return f"{text} (default: {shown_default(action.default).replace('%', '%%')})"
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with this project's conventions.
 
     Flags are declared with hyphens and accepted with underscores too (`--eval_dataset`,
-    `--eval-dataset`); abbreviations are refused; `--debug` is always there (see
-    `errors.run_command`).
+    `--eval-dataset`); abbreviations are refused; `--debug` is always there (see `run_command`).
+    An unknown flag gets a hint: what other tools call so, or a flag that is spelled nearly so.
+
+    Args:
+        hints: flags of other tools, and what to write here for them.
     """
 
-    def __init__(self, **kwargs: object) -> None:
+    def __init__(self, *, hints: Mapping[str, str] | None = None, **kwargs: object) -> None:
         kwargs.setdefault("formatter_class", _HelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)  # type: ignore[arg-type]
-        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        self._hints = hints or {}
+        self.add_argument("--debug", action="store_true", help=DEBUG_HELP)
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        arguments = sys.argv[1:] if args is None else list(args)
+        if not {"-h", "--help"} & set(arguments):
+            # First: of `--train_file x` argparse would only say that --dataset is missing.
+            self._check_flags(arguments)
+        return super().parse_args(arguments, namespace)
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         arguments = sys.argv[1:] if args is None else list(args)
@@ -39,6 +70,32 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}\nsee: python {self.prog} --help")
+
+    def _check_flags(self, arguments: Sequence[str]) -> None:
+        unknown = []
+        for argument in arguments:
+            if argument == "--":
+                break
+            given = argument.partition("=")[0]
+            # Text with a space is a value to argparse, also where it begins with a hyphen.
+            if given.startswith("--") and " " not in argument and not self._knows(given):
+                hint = self.hint(given)
+                unknown.append(f"{given} (did you mean {hint}?)" if hint else given)
+        if unknown:
+            self.error(f"unrecognized arguments: {', '.join(unknown)}")
+
+    def _knows(self, flag: str) -> bool:
+        return _hyphenate(flag) in self._option_string_actions
+
+    def hint(self, unknown: str) -> str | None:
+        """What may be meant by an unknown flag, as it is to be written; None where nothing is."""
+        flag = _hyphenate(unknown).lower()
+        if flag in self._hints:
+            return self._hints[flag]
+        known = [name[2:] for name in self._option_string_actions if name.startswith("--")]
+        near = [name for name in known if name.startswith(flag[2:])]
+        near = near or difflib.get_close_matches(flag[2:], known, n=1, cutoff=0.75)
+        return " or ".join(f"--{name}" for name in near[:3]) or None
 
 
 def _hyphenate(argument: str) -> str:
@@ -73,7 +130,7 @@ def not_negative(text: str) -> int:
     return value
 
 
-def real_number(minimum: float, *, exclusive: bool = False):  # type: ignore[no-untyped-def]
+def real_number(minimum: float, *, exclusive: bool = False) -> Callable[[str], float]:
     """A type for argparse: a finite float, at least (or, if exclusive, above) `minimum`."""
 
     def parse(text: str) -> float:
@@ -89,5 +146,83 @@ def real_number(minimum: float, *, exclusive: bool = False):  # type: ignore[no-
     return parse
 
 
-def comma_list(text: str) -> Sequence[str]:
+def comma_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+class _MessageHandler(logging.Handler):
+    """Messages of the library, above a progress bar; under torchrun by one rank of a machine."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from cpm_bee.progress import print_above_bar  # tqdm may not be installed
+
+        if is_reporting_rank():
+            level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
+            print_above_bar(level + record.getMessage(), file=sys.stderr)
+
+
+def _prepare_output() -> None:
+    """Let no message fail for its characters, and show the library's messages."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    library = logging.getLogger("cpm_bee")
+    library.setLevel(logging.INFO)
+    if not library.handlers:
+        library.addHandler(_MessageHandler())
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Run an entry script's `main` and exit: errors of people become a message, not a traceback.
+
+    Exit status: what `main` returns (None is 0), 2 for wrong usage or bad input, 1 for a failed
+    run, 130 after Ctrl-C. `--debug` on the command line shows the traceback of any of them. Under
+    torchrun an error is printed once (see `distributed.rank`).
+    """
+    _prepare_output()
+    debug = "--debug" in sys.argv
+
+    def message_of(error: BaseException) -> str | None:
+        return None if debug else _message_of(error)
+
+    def reporting_main() -> int | None:
+        try:
+            return main()
+        except Exception as error:
+            if (message := message_of(error)) is not None:
+                report_error(message)
+            raise
+
+    status: int | None
+    try:
+        status = record(reporting_main, lambda error: message_of(error) is not None)()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        if is_reporting_rank():
+            print("interrupted", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:
+        # The reader of our output went away (`... | head`): end quietly. Without this the
+        # interpreter would complain once more while flushing stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except Exception as error:
+        if message_of(error) is None:
+            raise
+        status = error.exit_status if isinstance(error, CpmBeeError) else 1
+    sys.exit(status or 0)
+
+
+def _message_of(error: BaseException) -> str | None:
+    """The message of an error that a person can cause; None for any other."""
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"the package {error.name!r} is not installed for {sys.executable}; "
+            "in the project's folder: pip install -e . -c constraints.txt, or, after "
+            "bash scripts/quickstart.sh: source .venv/bin/activate"
+        )
+    if isinstance(error, (CpmBeeError, OSError)) and not isinstance(error, BrokenPipeError):
+        return describe(error)
+    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cpm_bee import __version__
+from cpm_bee.checkpoint.loading import copy_values
 from cpm_bee.checkpoint.reader import load_tensors, save_tensors
+from cpm_bee.checkpoint.sidecar import read_sidecar, sidecar_path, write_sidecar
 from cpm_bee.errors import InputError, Problems
-from cpm_bee.files import atomic_file
 from cpm_bee.model.layers import Linear
 from cpm_bee.model.network import CPMBee
 
@@ -91,19 +90,17 @@ def tensors(model: CPMBee) -> dict[str, torch.Tensor]:
 
 
 def save(
-    path: Path, tensors: dict[str, torch.Tensor], config: DeltaConfig, base_fingerprint: str
+    path: Path, values: dict[str, torch.Tensor], config: DeltaConfig, base_fingerprint: str
 ) -> None:
     """Write a delta file, and beside it `.json` with what it was made with."""
-    save_tensors(path, tensors)
+    save_tensors(path, values)
     sidecar = {
         "rank": config.rank,
         "alpha": config.alpha,
         "targets": list(config.targets),
         "base_fingerprint": base_fingerprint,
-        "written_by": f"cpm_bee {__version__}",
     }
-    with atomic_file(path.with_suffix(".json"), "w") as file:
-        file.write(json.dumps(sidecar, indent=2) + "\n")
+    write_sidecar(path, sidecar)
 
 
 def load(model: CPMBee, path: str | Path, base_fingerprint: str) -> DeltaConfig:
@@ -119,7 +116,7 @@ def load(model: CPMBee, path: str | Path, base_fingerprint: str) -> DeltaConfig:
     if not path.is_file():
         raise InputError(f"{path}: no such delta file")
     loaded = load_tensors(path, "a delta file")
-    sidecar = _read_sidecar(path)
+    sidecar = read_sidecar(path)
     made_on = sidecar.get("base_fingerprint")
     if made_on is not None and made_on != base_fingerprint:
         raise InputError(
@@ -140,23 +137,9 @@ def load(model: CPMBee, path: str | Path, base_fingerprint: str) -> DeltaConfig:
                 name, f"has shape {list(loaded[name].shape)}, expected {list(expected[name].shape)}"
             )
     problems.raise_if_any(f"{path}: does not fit the model:")
-    with torch.no_grad():
-        for name, value in loaded.items():
-            expected[name].copy_(value)
+    for name, value in loaded.items():
+        copy_values(expected[name], value)
     return config
-
-
-def _read_sidecar(path: Path) -> dict[str, Any]:
-    beside = path.with_suffix(".json")
-    if not beside.is_file():
-        return {}
-    try:
-        sidecar = json.loads(beside.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{beside}: not a JSON file: {error}") from None
-    if not isinstance(sidecar, dict):
-        raise InputError(f"{beside}: a JSON object is expected")
-    return sidecar
 
 
 def _config_of(path: Path, loaded: dict[str, Any], sidecar: dict[str, Any]) -> DeltaConfig:
@@ -176,7 +159,7 @@ def _config_of(path: Path, loaded: dict[str, Any], sidecar: dict[str, Any]) -> D
     alpha = sidecar.get("alpha", DeltaConfig.alpha)
     number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
     if not number or not 0 < alpha < math.inf:
-        raise InputError(f"{path.with_suffix('.json')}: alpha {alpha!r} is not a number above 0")
+        raise InputError(f"{sidecar_path(path)}: alpha {alpha!r} is not a number above 0")
     return DeltaConfig(rank=ranks.pop(), alpha=alpha, targets=tuple(sorted(targets)))
 
 

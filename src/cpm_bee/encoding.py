@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import random
 from array import array
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cpm_bee.errors import InputError
-from cpm_bee.records import ANSWER, Record, Tree
+from cpm_bee.records import ANSWER, Record, Tree, special_tokens
 from cpm_bee.tokenizer import ExtensionTable, Piece, Tokenizer
 
 NUM_DEPTHS = 8  # relations distinguish at most this many levels up and down
@@ -137,14 +138,34 @@ def _relations(depths: tuple[int, ...]) -> np.ndarray:
     return result
 
 
+class AnswerState(enum.IntFlag):
+    """What generation can make of a record's answer; 0 where the answer is not known.
+
+    A record is encoded in the order of its fields, an answer included; generation encodes the
+    context alone. Both number the extension entries as they come, so an answer that stands before
+    its context may shift the numbers (`RENUMBERED`), and one with entries of its own, characters
+    that the vocabulary lacks, say, can be trained on and never be generated (not `WRITABLE`).
+    """
+
+    KNOWN = 1  # there is an answer
+    WRITABLE = 2  # generation has candidates for all of its tokens
+    RENUMBERED = 4  # generation numbers the record's extension entries in another way
+
+
 class Extension(ExtensionTable):
-    """A record's extension table with the (id, sub) pair of each of its entries."""
+    """A record's extension table with the (id, sub) pair of each of its entries.
+
+    Attributes:
+        pairs: of each entry.
+        answers_added: whether an answer brought an entry that was not there before it.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(len(tokenizer))
         self._tokenizer = tokenizer
         self._counts: dict[int, int] = {}
         self.pairs: list[tuple[int, int]] = []
+        self.answers_added = False
 
     def id_of(self, piece: Piece) -> int:
         if piece not in self._ids:
@@ -206,11 +227,11 @@ class Encoder:
         return self.encode_outline(outline(record, rng), answers=answers)[0]
 
     def encode_outline(
-        self, outline: Outline, *, answers: bool = True
+        self, outline: Outline, *, answers: bool = True, extension: Extension | None = None
     ) -> tuple[EncodedRecord, Extension]:
         """Like `encode`, from segments; also returns the record's extension, for decoding."""
         tokens = TokenLists()
-        extension = self.append(outline, tokens, answers=answers)
+        extension = self.append(outline, tokens, answers=answers, extension=extension)
         subs = np.zeros(len(tokens.ids), dtype=np.uint16)
         for place, sub in tokens.subs:
             subs[place] = sub
@@ -222,11 +243,73 @@ class Encoder:
         )
         return encoded, extension
 
-    def append(self, outline: Outline, tokens: TokenLists, *, answers: bool = True) -> Extension:
-        """Append the tokens of a record; nothing is appended where it raises (see `encode`)."""
+    def encode_as_generated(self, record: Record) -> EncodedRecord:
+        """Encode a record with its extension entries numbered as generation numbers them.
+
+        The entries of the context come first, then those that the answers add.
+        """
+        segments = outline(record)
+        extension = self.append(segments, TokenLists(), answers=False)
+        return self.encode_outline(segments, extension=extension)[0]
+
+    def answer_state(self, outline: Outline, extension: Extension) -> AnswerState:
+        """What generation can make of a record's answer.
+
+        Args:
+            extension: what `append` returned for the whole record.
+        """
+        pairs = zip(outline.texts, outline.tree.predicted, strict=True)
+        answers = [text for text, is_predicted in pairs if is_predicted]
+        if not any(answers):
+            return AnswerState(0)
+        listed = self.tokenizer.specials
+        plain = not any(t in listed for text in answers for t in special_tokens(text))
+        if plain and not extension.answers_added:
+            return AnswerState.KNOWN | AnswerState.WRITABLE
+        vocab_size = len(self.tokenizer)
+        prompt = self.append(outline, TokenLists(), answers=False)
+        state = AnswerState.KNOWN
+        if any(extension.pair_of(p, 0) != prompt.pair_of(p, 0) for p in list(prompt.pieces)):
+            state |= AnswerState.RENUMBERED
+        # Generated pairs are read back as `generate.prompt.Prompt.text` does.
+        numbers = {pair: vocab_size + i for i, pair in enumerate(prompt.pairs)}
+        size = len(prompt)
+        written = [self.tokenizer.encode(text, prompt) for text in answers]
+        if len(prompt) == size and all(
+            numbers.get((i, 0), i) == i for ids in written for i in ids if i < vocab_size
+        ):
+            state |= AnswerState.WRITABLE
+        return state
+
+    def unwritable_pieces(self, record: Record) -> list[str]:
+        """What of a record's answer generation cannot write: see `AnswerState.WRITABLE`."""
+        texts, tree = segments = outline(record)
+        prompt = self.append(segments, TokenLists(), answers=False)
+        size = len(prompt)
+        taken = {category for category, sub in prompt.pairs if sub == 0}
+        found: dict[str, None] = {}
+        for text, is_predicted in zip(texts, tree.predicted, strict=True):
+            if is_predicted:
+                ids = self.tokenizer.encode(text, prompt)
+                found.update((self.tokenizer.tokens[i], None) for i in ids if i in taken)
+        found.update((piece.text, None) for piece in prompt.pieces[size:])
+        return list(found)
+
+    def append(
+        self,
+        outline: Outline,
+        tokens: TokenLists,
+        *,
+        answers: bool = True,
+        extension: Extension | None = None,
+    ) -> Extension:
+        """Append the tokens of a record; nothing is appended where it raises (see `encode`).
+
+        Returns the record's extension: `extension`, if given, with what the record adds to it.
+        """
         ids, lengths, subs = tokens.ids, tokens.segment_lengths, tokens.subs
         before = len(ids), len(lengths), len(subs)
-        extension = Extension(self.tokenizer)
+        extension = Extension(self.tokenizer) if extension is None else extension
         bos, eos = self.tokenizer.bos, self.tokenizer.eos
         ordinary_get, markup_get = self._ordinary.get, self._markup.get
         try:
@@ -234,6 +317,7 @@ class Encoder:
                 if is_predicted and not answers:
                     lengths.append(0)
                     continue
+                known = len(extension)
                 if (segment := ordinary_get(text)) is None:
                     if (markup := markup_get(text)) is not None:
                         category, sub = extension.pair_of(*markup)
@@ -244,6 +328,8 @@ class Encoder:
                         segment = self._segment(text, extension, len(ids), subs)
                 if is_predicted:
                     segment = segment[:-1]
+                    if len(extension) > known:
+                        extension.answers_added = True
                 ids.extend(segment)
                 lengths.append(len(segment))
             if max(len(outline.texts), len(extension)) > MAX_PARTS:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from cpm_bee import quantize as quantization
 from cpm_bee.checkpoint.config_from_weights import (
@@ -17,8 +15,9 @@ from cpm_bee.checkpoint.config_from_weights import (
     derive_config,
     warn_of_contradictions,
 )
-from cpm_bee.checkpoint.loading import transfer
+from cpm_bee.checkpoint.loading import load_into, set_parameter
 from cpm_bee.checkpoint.reader import Checkpoint, LazyTensor, fingerprint_of, sample
+from cpm_bee.checkpoint.sidecar import read_sidecar
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.initialization import initial_values
@@ -53,37 +52,12 @@ class PretrainedModel:
 
         Where type and device are the file's own, the tensors stay memory-mapped (copy on write).
         """
-        _load_parameters(self.model, dict(self.tensors()), device)
+        load_into(self.model, self.tensors(), device)
 
     def materialize_mapped(self) -> None:
         """Put the values in place as a file has them: in its types, memory-mapped."""
-        _put(self.model, {name: entry.read() for name, entry in self.tensors()})
-
-
-def choose_device(name: str = AUTO) -> torch.device:
-    """The device of a name; `auto` is the GPU where there is one."""
-    if name == AUTO:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name}: no such device; cpu, cuda and cuda:N can be used")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: this machine has no usable GPU (--device cpu works)")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: the last GPU is cuda:{torch.cuda.device_count() - 1}")
-    return device
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute type of `--dtype`; `auto` is fp32 on a CPU and bf16, else fp16, on a GPU."""
-    if name != AUTO:
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        for name, entry in self.tensors():
+            set_parameter(self.model, name, entry.read())
 
 
 def load_pretrained(
@@ -126,7 +100,7 @@ def open_pretrained(
     if load is None:
         return _random_pretrained(model_config, vocab, dtype, seed)
     checkpoint = Checkpoint(load)
-    sidecar = _sidecar(checkpoint.path)
+    sidecar = read_sidecar(checkpoint.path)
     derived = derive_config(checkpoint, sidecar)
     config = derived
     if model_config == AUTO:
@@ -170,21 +144,12 @@ def _set_type(model: CPMBee, dtype: torch.dtype) -> None:
     for module in model.modules():
         if not isinstance(module, QuantizedLinear):
             for leaf, p in list(module.named_parameters(recurse=False)):
-                setattr(module, leaf, nn.Parameter(p.to(dtype), p.requires_grad))
+                set_parameter(module, leaf, p.to(dtype))
 
 
 def _meta_model(config: ModelConfig) -> CPMBee:
     with torch.device("meta"):
         return CPMBee(config)
-
-
-def _sidecar(path: Path) -> dict[str, Any]:
-    """What was recorded beside a checkpoint that this project saved; else an empty dictionary."""
-    try:
-        sidecar = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return sidecar if isinstance(sidecar, dict) else {}
 
 
 def _vocabulary(
@@ -209,38 +174,6 @@ def _checked_vocabulary(path: Path, config: ModelConfig) -> Tokenizer:
             f"give the model's own with --vocab FILE ({_FETCH})"
         )
     return tokenizer
-
-
-def load_weights(
-    model: CPMBee, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
-) -> None:
-    """Fill a model on the meta device; the file is read once, in its order.
-
-    Where type and device are the file's own, the tensors stay memory-mapped (copy on write).
-
-    Raises:
-        InputError: as `check_tensors`.
-    """
-    check_tensors(model, checkpoint)
-    _set_type(model, dtype)
-    _load_parameters(model, checkpoint.entries, device)
-
-
-def _load_parameters(
-    model: CPMBee, entries: Mapping[str, LazyTensor], device: torch.device
-) -> None:
-    for dtype in {p.dtype for p in model.parameters()}:
-        wanted = {n: p for n, p in model.named_parameters() if n in entries and p.dtype == dtype}
-        sources = {name: entries[name].read() for name in wanted}
-        _put(model, transfer(sources, device, dtype))
-
-
-def _put(model: CPMBee, tensors: Mapping[str, torch.Tensor]) -> None:
-    parameters = dict(model.named_parameters())
-    for name, tensor in tensors.items():
-        owner, _, leaf = name.rpartition(".")
-        parameter = nn.Parameter(tensor, requires_grad=parameters[name].requires_grad)
-        setattr(model.get_submodule(owner), leaf, parameter)
 
 
 def check_tensors(model: CPMBee, checkpoint: Checkpoint) -> None:

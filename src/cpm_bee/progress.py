@@ -1,36 +1,11 @@
-"""Progress bars: tqdm's on a terminal, silent elsewhere and where tqdm is not installed.
-
-The data stages run under any Python 3.10, before anything is installed; hence the stand-in.
-"""
+"""Progress bars: tqdm's on a terminal, silent elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TextIO
 
-try:
-    from tqdm import tqdm
-except ImportError:
-    tqdm = None
-
-
-class _NoBar:
-    """As much of tqdm as is used here, showing nothing."""
-
-    def __init__(self, iterable: Iterable[Any] | None) -> None:
-        self._iterable = iterable or ()
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._iterable)
-
-    def __enter__(self) -> _NoBar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, n: int = 1) -> None:
-        pass
+from tqdm import tqdm
 
 
 def progress_bar(
@@ -48,8 +23,6 @@ def progress_bar(
     Shows nothing if `quiet`, where stderr is no terminal, and before `delay` seconds have passed;
     leaves nothing behind.
     """
-    if tqdm is None:
-        return _NoBar(iterable)
     return tqdm(
         iterable,
         total=total,
@@ -63,9 +36,6 @@ def progress_bar(
     )
 
 
-def print_above_bar(text: str) -> None:
-    """Print a line to stdout, above a progress bar where one is shown."""
-    if tqdm is None:
-        print(text, flush=True)
-    else:
-        tqdm.write(text)
+def print_above_bar(text: str, file: TextIO | None = None) -> None:
+    """Print a line, above a progress bar where one is shown; to stdout where no file is given."""
+    tqdm.write(text, file=file)

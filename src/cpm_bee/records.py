@@ -1,9 +1,15 @@
-"""A record: a nested dictionary of strings with the answer under `<ans>`."""
+"""A record: a nested dictionary of strings with the answer under `<ans>`.
+
+Everything that can be wrong with a record before a vocabulary is known is found here, for all
+readers alike: the shape of the tree; special tokens that are malformed, that the model uses for
+itself, or that an answer names although its record does not have them.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -19,12 +25,33 @@ Record: TypeAlias = dict[str, Tree]
 # Deeper trees than any real one: walking recurses, and a bin record's unpickling does too.
 MAX_NESTING = 64
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# Tokens that give the stream its structure, by name (what stands before the first "_"). In a text
+# they would end an answer, or stand for what the vocabulary lacks.
+CONTROL_NAMES = frozenset({"pad", "unk", "s", "/s", "root", "sep", "ans", "/n", "/"})
+# Special tokens that texts may hold; `escape_texts` leaves them as they are.
+_KEPT_BY_ESCAPE = r"(?:mask|option)(?:_[0-9]+)?>"
+_LITERAL = "write a literal '<' as '<<', or let --escape do it for all texts"
+
+
+class DuplicateKeyError(ValueError):
+    """A JSON object has a key twice; all but the last value would be lost."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise DuplicateKeyError(next(key for key in keys if keys.count(key) > 1))
+    return found
 
 
 def parse_line(line: str) -> tuple[Any, str | None]:
-    """Parse one line of JSON: (value, None), or (None, the reason why it is not JSON)."""
+    """Parse one line of JSON: (value, None), or (None, the reason why it cannot be used)."""
     try:
-        return json.loads(line), None
+        return json.loads(line, object_pairs_hook=_unique), None
+    except DuplicateKeyError as error:
+        key = json.dumps(str(error), ensure_ascii=False)
+        return None, f"the key {key} stands there twice; only one of its values could be kept"
     except json.JSONDecodeError as error:
         return None, f"not valid JSON ({error.msg} at column {error.colno})"
     except RecursionError:
@@ -44,31 +71,111 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
         raise InputError(f"{path}: no such file")
     with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
-            line, reason = decode_line(raw, is_first=number == 1)
+            line, reason = decode_line(raw, path, is_first=number == 1)
             if reason:
                 raise InputError(f"{path}:{number}: {reason}")
             if line:
                 yield number, line
 
 
-def decode_line(raw: bytes, *, is_first: bool) -> tuple[str, str | None]:
+def decode_line(raw: bytes, path: str | Path, *, is_first: bool) -> tuple[str, str | None]:
     """A line's text ("" where it is blank) and None, or "" and the reason why it is no text.
 
-    `is_first`: the first line of a file may begin with a byte order mark.
+    Args:
+        path: of the file, for the command that converts it.
+        is_first: the first line of a file may begin with a byte order mark.
     """
     try:
         line = raw.decode("utf-8-sig" if is_first else "utf-8").strip("\r\n")
     except UnicodeDecodeError as error:
-        return "", f"not UTF-8 text ({error.reason} at byte {error.start})"
+        return (
+            "",
+            f"not UTF-8 text ({error.reason} at byte {error.start}{_other_encoding(raw, path)})",
+        )
+    if "\0" in line:
+        return "", f"holds NUL characters{_other_encoding(raw, path) or ', which no text has'}"
     return ("" if line.isspace() else line), None
+
+
+def _other_encoding(raw: bytes, path: str | Path) -> str:
+    """What a line that is not UTF-8 seems to be encoded in, with the command that converts it."""
+    encoding = ""
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in raw:
+        encoding = "UTF-16"
+    else:
+        try:
+            raw.decode("gb18030")
+            encoding = "GB18030"  # GBK and GB2312 are parts of it
+        except UnicodeDecodeError:
+            return ""
+    name = {"GB18030": "GBK"}.get(encoding, encoding)
+    new = Path(path).with_suffix(".utf8" + Path(path).suffix).name
+    command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {shlex.quote(new)}"
+    return f"; it looks like {name}: {command}"
+
+
+def check_is_lines(path: Path) -> None:
+    """Refuse a file that holds one JSON array, or objects that run over several lines.
+
+    Raises:
+        InputError: with the command that writes one object a line.
+    """
+    with open(path, "rb") as file:
+        head = next((line for raw in file if (line := raw.strip(b"\xef\xbb\xbf \t\r\n"))), b"")
+    if not (head.startswith(b"[") or head == b"{"):
+        return
+    form = "a JSON array" if head.startswith(b"[") else "JSON over several lines"
+    code = (
+        "import json, sys; d = json.JSONDecoder(); t = sys.stdin.read().strip()\n"
+        "while t:\n v, n = d.raw_decode(t); t = t[n:].lstrip()\n"
+        " for r in v if isinstance(v, list) else [v]: print(json.dumps(r, ensure_ascii=False))"
+    )
+    new = shlex.quote(path.with_suffix(".lines.jsonl").name)
+    raise InputError(
+        f"{path}: is {form}; one record a line is expected. This writes it so:\n"
+        f"python -c {shlex.quote(code)} < {shlex.quote(str(path))} > {new}"
+    )
+
+
+def has_answer(answer: Tree) -> bool:
+    """Whether an answer holds any text; `""` says that it is not known."""
+    return any(map(has_answer, answer.values())) if isinstance(answer, dict) else answer != ""
+
+
+def escape_texts(record: Any) -> Any:
+    """Take the texts of a record as plain: each literal `<` becomes `<<`.
+
+    Special tokens that are meant stay: `<mask_0>`, `<option_3>`, and those that are keys of the
+    record. Keys stay as they are. What is no record is returned unchanged, for `validate`.
+    """
+    if not isinstance(record, dict):
+        return record
+    kept = [_KEPT_BY_ESCAPE, *(re.escape(key[1:]) for key in _keys(record) if key[:1] == "<")]
+    literal = re.compile(f"<(?!{'|'.join(kept)})")
+
+    def escaped(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: escaped(value) for key, value in node.items()}
+        return literal.sub("<<", node) if isinstance(node, str) else node
+
+    return escaped(record)
+
+
+def _keys(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key != ANSWER:
+                yield key
+            yield from _keys(value)
 
 
 def validate(record: Any) -> list[str]:
     """Everything that keeps a value from being a record; empty if it is one.
 
-    Checks the shape (dictionary of dictionaries and strings), that `<ans>` is there, and that
-    special tokens are well formed (docs/format.md §1, §2). Whether the vocabulary has their names
-    is not checked here.
+    Checks the shape (dictionary of dictionaries and strings), that `<ans>` is there, that special
+    tokens are well formed and none of the model's own, and that an answer names none that its
+    record lacks (docs/format.md §1, §2). Whether the vocabulary has their names is not checked
+    here.
     """
     if _is_valid(record):
         return []
@@ -83,7 +190,44 @@ def _problems(record: Any) -> list[str]:
         problems.append(f'there is no "{ANSWER}" (use "" where the answer is not known)')
     elif not _has_leaf(record[ANSWER]):
         problems.append(f'"{ANSWER}" holds no text')
-    return problems
+    return problems or _answer_problems(record)
+
+
+def _answer_problems(record: Record) -> list[str]:
+    """Special tokens of the answer's texts that stand nowhere in the rest of a record.
+
+    Generation writes only those that its record has.
+    """
+    answered = _specials(record[ANSWER], leaves_only=True)
+    wanted = {token for token in answered if "_" in token}
+    if not wanted:
+        return []
+    context = {key: value for key, value in record.items() if key != ANSWER}
+    known = _specials(context) | _specials(record[ANSWER], keys_only=True)
+    return [
+        f"{token} in the answer stands nowhere in the rest of the record, so that it could never "
+        f"be generated ({_LITERAL})"
+        for token in sorted(wanted - known)
+    ]
+
+
+def _specials(node: Tree, *, leaves_only: bool = False, keys_only: bool = False) -> set[str]:
+    if isinstance(node, str):
+        return set() if keys_only else set(special_tokens(node))
+    found: set[str] = set()
+    for key, value in node.items():
+        if not leaves_only:
+            found.update(special_tokens(key))
+        found |= _specials(value, leaves_only=leaves_only, keys_only=keys_only)
+    return found
+
+
+@lru_cache(maxsize=4096)
+def special_tokens(text: str) -> tuple[str, ...]:
+    """The special tokens of a well-formed text."""
+    if "<" not in text:
+        return ()
+    return tuple(part for part, is_special in split_markup(text) if is_special)
 
 
 def _is_valid(record: Any) -> bool:
@@ -97,13 +241,17 @@ def _is_valid(record: Any) -> bool:
         "".join(texts).encode()  # refuses surrogates
     except (TypeError, UnicodeEncodeError):
         return False
-    return all("<" not in text or _is_well_formed(text) for text in texts)
+    marked = [text for text in texts if "<" in text]
+    if not all(map(_is_well_formed, marked)):
+        return False
+    return not marked or not _answer_problems(record)
 
 
 def _collect(node: dict, texts: list[str], depth: int) -> bool:
     """Add the keys and leaves, whatever they are; false where the tree is too deep."""
     for key, value in node.items():
-        texts.append(key)
+        if depth > 1 or key != ANSWER:
+            texts.append(key)
         if value.__class__ is not dict:
             texts.append(value)
         elif depth == MAX_NESTING or not _collect(value, texts, depth + 1):
@@ -119,7 +267,8 @@ def _is_well_formed(text: str) -> bool:
 def _tree_problems(node: dict, path: str, depth: int) -> Iterator[str]:
     for key, value in node.items():
         where = f"{path}/{key}"
-        yield from _text_problems(key, f"key {where}")
+        if depth > 1 or key != ANSWER:
+            yield from _text_problems(key, f"key {where}")
         if isinstance(value, str):
             yield from _text_problems(value, f"value of {where}")
         elif not isinstance(value, dict):
@@ -141,8 +290,9 @@ def _text_problems(text: Any, where: str) -> Iterator[str]:
         return
     if "<" in text:
         try:
-            for _ in split_markup(text):
-                pass
+            for part, is_special in split_markup(text):
+                if is_special and part[1:-1].partition("_")[0] in CONTROL_NAMES:
+                    yield f"{where}: {part} is a control token of the model ({_LITERAL})"
         except MarkupError as error:
             yield f"{where}: {error}"
     if _SURROGATE.search(text):

@@ -46,12 +46,12 @@ def split_markup(text: str) -> Iterator[tuple[str, bool]]:
         if inner >= 0:
             raise MarkupError(
                 f"'<' at position {inner} stands inside the special token that "
-                f"begins at position {begin} (write a literal '<' as '<<')"
+                f"begins at position {begin} (write a literal '<' as '<<', or give --escape)"
             )
         if end < 0:
             raise MarkupError(
                 f"the special token that begins with '<' at position {begin} is "
-                "not closed by '>' (write a literal '<' as '<<')"
+                "not closed by '>' (write a literal '<' as '<<', or give --escape)"
             )
         if plain:
             yield plain, False

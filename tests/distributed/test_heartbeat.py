@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,9 +33,9 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dist.Store:
 
 @pytest.fixture(autouse=True)
 def nothing_lost() -> Iterator[None]:
-    rank.lost.clear()
+    rank.lost_ranks.clear()
     yield
-    rank.lost.clear()
+    rank.lost_ranks.clear()
 
 
 def register(store: dist.Store, rank: int, *, machine: str, number: int) -> None:
@@ -53,16 +56,18 @@ def test_a_process_of_this_machine_is_missed_at_once(store: dist.Store) -> None:
     register(store, 1, machine=machine, number=os.getppid())
     number = ended_process()
     register(store, 2, machine=machine, number=number)
-    assert own.find() == (f"rank 2 of this run has ended (process {number} on host-of-2 is gone)")
-    assert rank.lost == {2}
+    assert own.explain_failure() == (
+        f"rank 2 of this run has ended (process {number} on host-of-2 is gone)"
+    )
+    assert rank.lost_ranks == {2}
     own.close(None)
 
 
 def test_a_process_elsewhere_is_missed_by_its_silence(store: dist.Store) -> None:
     own = Heartbeat(store, 0, 2)
     register(store, 1, machine="elsewhere", number=1)
-    found = own.find()
-    assert found is not None and "rank 1 " in found and "no sign of life" in found
+    found = own.explain_failure()
+    assert found is not None and "rank 1 " in found and "no heartbeat" in found
     own.close(None)
 
 
@@ -70,19 +75,19 @@ def test_processes_that_live_are_not_missed(store: dist.Store) -> None:
     first, second = Heartbeat(store, 0, 2), Heartbeat(store, 1, 2)
     second._own = second._own._replace(machine="elsewhere")
     register(store, 1, machine="elsewhere", number=1)
-    assert first.find() is None
+    assert first.explain_failure() is None
     second.close(None)  # ends well, and is silent from now on
-    assert first.find() is None
+    assert first.explain_failure() is None
     first.close(None)
-    assert rank.lost == set()
+    assert rank.lost_ranks == set()
 
 
 def test_the_reason_of_a_failed_process_reaches_the_others(store: dist.Store) -> None:
     first, second = Heartbeat(store, 0, 2), Heartbeat(store, 1, 2)
     second.close("no room left")
-    rank.lost.clear()  # those of the process that failed
-    assert first.find() == "rank 1 has ended: no room left"
-    assert rank.lost == {1}
+    rank.lost_ranks.clear()  # those of the process that failed
+    assert first.explain_failure() == "rank 1 has ended: no room left"
+    assert rank.lost_ranks == {1}
     first.close(None)
 
 
@@ -113,14 +118,45 @@ def test_a_process_that_waits_for_a_lost_one_is_ended() -> None:
     assert time.monotonic() - begin < 30
 
 
-def test_the_first_process_that_is_left_reports(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("RANK", "6"), ("LOCAL_RANK", "2"), ("WORLD_SIZE", "8")):
-        monkeypatch.setenv(name, value)
-    assert not rank.reports()
-    rank.lost.update({1, 4})
-    assert not rank.reports()
-    rank.lost.add(5)
-    assert rank.reports()
+FROZEN = """
+import os, signal, torch
+import torch.distributed as dist
+from cpm_bee.cli import run_command
+from cpm_bee.distributed import heartbeat, process_group
+
+heartbeat._INTERVAL, heartbeat._LONG_SILENCE, heartbeat._GRACE = 0.2, 4.0, 0.5
+
+def main():
+    process_group.join(torch.device("cpu"))
+    dist.barrier()
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    with process_group.exchange():
+        dist.barrier()
+
+run_command(main)
+"""
+
+
+@pytest.mark.slow
+def test_a_frozen_rank_is_named_and_torchrun_ends_the_others(tmp_path: Path) -> None:
+    script = tmp_path / "frozen.py"
+    script.write_text(FROZEN)
+    path = os.pathsep.join(sys.path)
+    command = train_support.command(ranks=3, script=script)
+    process = train_support.start(command, tmp_path, PYTHONPATH=path, TMPDIR=str(tmp_path))
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if "closing signal SIGTERM" in line:
+            break
+    named = re.match(r"error: rank 1 of this run has ended \(process (\d+) on ", lines[0])
+    assert named, lines
+    os.kill(int(named[1]), signal.SIGCONT)  # else torchrun waits 30 seconds before SIGKILL
+    status, _, errors = train_support.finish(process)
+    assert status == 1 and "error: " not in errors
+    assert "no heartbeat for 4 seconds" in errors.partition("Root Cause")[2]
 
 
 def test_a_wrong_address_is_an_error_with_the_address(monkeypatch: pytest.MonkeyPatch) -> None:

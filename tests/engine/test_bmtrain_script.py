@@ -9,7 +9,7 @@ import bmtrain_cpu
 import pytest
 import support
 import train_support
-from train_support import Run, Workspace, distance
+from train_support import Run, Samples, Workspace
 
 FIXTURE = support.ROOT / "tests" / "bmtrain_cpu.py"
 COMMON: dict[str, Any] = {"eval_interval": 5, "max_steps": 9, "epoch": 3, "lr": 0.003}
@@ -40,16 +40,13 @@ def test_the_script_trains_alike(
     bmtrain_cpu.require()
     flags = COMMON | {"use_delta": kind == "delta"}
     with train_support.one_thread():
-        one = train_support.train(
-            workspace, tmp_path / "torch", eval_dataset=workspace.eval, batch_size=4, **flags
-        )
+        whole = {"eval_dataset": workspace.eval, "batch_size": 4, **flags}
+        one = train_support.train(workspace, tmp_path / "torch", **whole)
+        samples = Samples.of(one, workspace, **whole)
     other = bmtrain(workspace, tmp_path / "bmtrain", ranks, batch_size=4 // ranks, **flags)
-    assert other.losses == pytest.approx(one.losses, rel=1e-5)
-    assert other.column("grad_norm") == pytest.approx(one.column("grad_norm"), rel=1e-4)
-    for name in ("loss", "token_accuracy", "exact_match", "records"):
-        assert other.column(name, "eval") == pytest.approx(one.column(name, "eval"), rel=1e-5)
-    for which in ("best", "last"):
-        assert distance(one.weights(which), other.weights(which)) < 1e-4
+    for name in ("token_accuracy", "exact_match", "records"):
+        assert other.column(name, "eval") == one.column(name, "eval")
+    samples.check(other)
     assert other.reason == one.reason
 
 

@@ -8,8 +8,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from dataset_writer import DatasetWriter
 
-from cpm_bee.data.bin_dataset import BinaryDataset, DatasetWriter, frame
+from cpm_bee.data.bin_dataset import BinaryDataset, frame
 from cpm_bee.data.record_pickle import decode, encode
 from cpm_bee.data.token_index.arrays import ARRAYS
 from cpm_bee.data.token_index.reader import TokenIndex

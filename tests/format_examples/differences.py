@@ -9,10 +9,11 @@ import tempfile
 from pathlib import Path
 
 import torch
+from dataset_writer import DatasetWriter
 from golden.conftest import best_fit
 
 from cpm_bee.data.batch import extension_pairs
-from cpm_bee.data.bin_dataset import BinaryDataset, DatasetWriter
+from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.packing import pack
 from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.encoding import Encoder

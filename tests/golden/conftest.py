@@ -76,11 +76,16 @@ def pack(vocabulary: Tokenizer) -> Pack:
     return make
 
 
+def sizes_of(arrays: dict[str, np.ndarray]) -> tuple[int, int]:
+    """Rows of a step and tokens of a row, as a packing file has them."""
+    return int(arrays["batch_size"]), int(arrays["max_length"])
+
+
 @pytest.fixture(scope="session")
 def packed(golden: Path, pack: Pack) -> dict[str, Packed]:
     result = {}
     for name in ("packing", "packing_tight"):
         arrays = dict(np.load(golden / f"{name}.npz"))
-        sizes = int(arrays["batch_size"]), int(arrays["max_length"])
-        result[name] = Packed(arrays, *pack(golden / f"{name}_records.jsonl", *sizes))
+        records = golden / f"{name}_records.jsonl"
+        result[name] = Packed(arrays, *pack(records, *sizes_of(arrays)))
     return result

@@ -10,7 +10,7 @@ from cpm_bee.tokenizer import Tokenizer
 
 def test_encoding(golden: Path, vocabulary: Tokenizer) -> None:
     cases = read_lines(golden / "encoding.jsonl")
-    assert len(cases) == 20
+    assert cases
     encoder = Encoder(vocabulary)  # one for all: nothing of a record may reach the next
     for case in cases:
         encoded = encoder.encode(case["record"])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import dense_reference
 import pytest
+import rounding
 import tiny
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
-from cpm_bee.data.batch import collate, extension_pairs
+from cpm_bee.data.batch import Batch, collate, extension_pairs
 from cpm_bee.errors import InputError
 from cpm_bee.model.attention import PositionBias
 from cpm_bee.model.config import ModelConfig
@@ -26,7 +30,14 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, what: str, toleran
     assert error <= tolerance, f"{what}: {error}"
 
 
+class Expected(NamedTuple):
+    logits: torch.Tensor
+    loss: torch.Tensor
+    gradients: list[torch.Tensor]  # of each parameter
+
+
 def check(model: CPMBee, records: list[Record]) -> None:
+    """In double precision the same as the reference; in fp32 near to it."""
     weights = {
         name: parameter.detach().double().requires_grad_()
         for name, parameter in model.named_parameters()
@@ -37,24 +48,35 @@ def check(model: CPMBee, records: list[Record]) -> None:
     encoded = tiny.encode(records)
     assert extension_pairs(encoded) == pairs
     batch = collate(encoded, tiny.TOKENIZER)
-    model.zero_grad()
-    actual = model(batch)
-    assert actual.shape == logits.shape
-    largest_logit = logits.detach().abs().max().item()
-    assert_near(actual.detach(), logits.detach(), "logits", TOLERANCE * largest_logit)
-    actual_loss = target_loss(actual, batch) / batch.num_targets
-    # The loss is a difference of logits.
-    assert_near(actual_loss.detach(), loss.detach(), "loss", TOLERANCE * largest_logit)
     gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
-    actual_loss.backward()
-    largest = max(gradient.abs().max().item() for gradient in gradients)
-    for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
+    expected = Expected(logits.detach(), loss.detach(), list(gradients))
+    compare(model, batch, expected, TOLERANCE, GRADIENT_TOLERANCE)
+    with rounding.double_precision():
+        compare(model.double(), batch, expected, rounding.DOUBLE, rounding.DOUBLE)
+
+
+def compare(
+    model: CPMBee, batch: Batch, expected: Expected, tolerance: float, gradient_tolerance: float
+) -> None:
+    model.zero_grad()
+    logits = model(batch)
+    assert logits.shape == expected.logits.shape
+    largest_logit = expected.logits.abs().max().item()
+    assert_near(logits.detach(), expected.logits, "logits", tolerance * largest_logit)
+    loss = target_loss(logits, batch) / batch.num_targets
+    # The loss is a difference of logits.
+    assert_near(loss.detach(), expected.loss, "loss", tolerance * largest_logit)
+    loss.backward()
+    largest = max(gradient.abs().max().item() for gradient in expected.gradients)
+    for (name, parameter), gradient in zip(
+        model.named_parameters(), expected.gradients, strict=True
+    ):
         assert parameter.grad is not None, name
         scale = max(gradient.abs().max().item(), 0.01 * largest)
-        assert_near(parameter.grad, gradient, name, GRADIENT_TOLERANCE * scale)
+        assert_near(parameter.grad, gradient, name, gradient_tolerance * scale)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(st.lists(tiny.records(), min_size=1, max_size=3), st.integers(0, 5))
 def test_random_records(records: list[Record], seed: int) -> None:
     check(tiny.make_model(seed), records)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
+import rounding
 import tiny
 import torch
+from torch import nn
 from torch.nn.attention import flex_attention as torch_flex
 
 from cpm_bee.data.batch import Batch, collate
 from cpm_bee.errors import InputError
 from cpm_bee.model import flex_attention
-from cpm_bee.model.attention import PaddedAttention, PaddedGroups, PositionBias, align_bias
-from cpm_bee.model.layers import AttentionFunction
+from cpm_bee.model.attention import PaddedAttention, PaddedGroups, align_bias
 from cpm_bee.model.network import CPMBee
 from cpm_bee.records import Record
 
@@ -23,15 +27,33 @@ RECORDS: list[Record] = [
 ]
 
 
-def make(at_targets: bool) -> tuple[CPMBee, Batch, list[torch.Tensor]]:
-    model = tiny.make_model(1)
-    batch = collate(tiny.encode(RECORDS), tiny.TOKENIZER)
-    assert batch.num_tokens > 2 * 128  # several blocks of the mask
-    generator = torch.Generator().manual_seed(2)
-    heads = (model.config.num_heads, model.config.dim_head)
-    n = batch.num_targets if at_targets else batch.num_tokens
-    sizes = (n, batch.num_tokens, batch.num_tokens)
-    return model, batch, [torch.randn(s, *heads, generator=generator) for s in sizes]
+class Inputs(nn.Module):
+    """What attention works on: the model's bias, and queries, keys and values."""
+
+    def __init__(self, at_targets: bool) -> None:
+        super().__init__()
+        self.model, self.at_targets = tiny.make_model(1), at_targets
+        self.batch = collate(tiny.encode(RECORDS), tiny.TOKENIZER)
+        assert self.batch.num_tokens > 2 * 128  # several blocks of the mask
+        generator = torch.Generator().manual_seed(2)
+        heads = (self.model.config.num_heads, self.model.config.dim_head)
+        n = self.batch.num_targets if at_targets else self.batch.num_tokens
+        sizes = (n, self.batch.num_tokens, self.batch.num_tokens)
+        self.qkv = nn.ParameterList(torch.randn(s, *heads, generator=generator) for s in sizes)
+
+
+Attend = Callable[[Inputs], torch.Tensor]
+Compute = Callable[[Inputs], dict[str, torch.Tensor]]
+
+
+def flexible(run: Compute) -> Compute:
+    """FlexAttention works in the type of its inputs, and under no dispatch mode."""
+
+    def as_written(inputs: Inputs) -> dict[str, torch.Tensor]:
+        with rounding.as_written():
+            return run(inputs)
+
+    return as_written
 
 
 @pytest.fixture(autouse=True)
@@ -40,44 +62,64 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex_attention, "_compiled", lambda function: function)
 
 
-def padded(batch: Batch, bias: PositionBias, at_targets: bool) -> PaddedAttention:
-    groups = PaddedGroups.of(batch, bias, at_targets=at_targets)
-    return PaddedAttention(groups, bias, torch.float32, 0.0)
+def by_flex(inputs: Inputs) -> torch.Tensor:
+    batch, bias = inputs.batch, inputs.model.position_bias
+    attend = flex_attention.FlexAttention(batch, bias, at_targets=inputs.at_targets)
+    return attend(0, *inputs.qkv)
+
+
+def padded(inputs: Inputs) -> torch.Tensor:
+    bias = inputs.model.position_bias
+    groups = PaddedGroups.of(inputs.batch, bias, at_targets=inputs.at_targets)
+    return PaddedAttention(groups, bias, torch.float32, 0.0)(0, *inputs.qkv)
 
 
 @pytest.mark.parametrize("at_targets", [False, True])
 def test_forward(at_targets: bool) -> None:
-    model, batch, qkv = make(at_targets)
-    bias = model.position_bias
-    with torch.no_grad():
-        actual = flex_attention.FlexAttention(batch, bias, at_targets=at_targets)(0, *qkv)
-        expected = padded(batch, bias, at_targets)(0, *qkv)
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    def output(attend: Attend) -> Compute:
+        @torch.no_grad()
+        def run(inputs: Inputs) -> dict[str, torch.Tensor]:
+            return {"output": attend(inputs.requires_grad_(False))}
+
+        return run
+
+    rounding.assert_same(Inputs(at_targets), flexible(output(by_flex)), output(padded))
 
 
 @pytest.mark.parametrize("at_targets", [False, True])
 def test_gradients(at_targets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch refuses a backward pass on the CPU, but its plain form has one."""
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
-    model, batch, qkv = make(at_targets)
-    bias = model.position_bias
-    inputs = [bias.relative_attention_bias, *(x.requires_grad_() for x in qkv)]
 
-    def gradients(attend: AttentionFunction) -> tuple[torch.Tensor, ...]:
-        o = attend(0, *qkv)
-        weights = torch.arange(o.numel(), dtype=torch.float32).view_as(o).sin()
-        return torch.autograd.grad((o * weights).sum(), inputs)
+    def gradients(attend: Attend) -> Compute:
+        def run(inputs: Inputs) -> dict[str, torch.Tensor]:
+            o = attend(inputs)
+            weights = torch.arange(o.numel(), dtype=o.dtype).view_as(o).sin()
+            bias = inputs.model.position_bias.relative_attention_bias
+            found = torch.autograd.grad((o * weights).sum(), [bias, *inputs.qkv])
+            assert all(gradient.abs().max() > 0.1 for gradient in found)
+            return dict(zip(("bias", "q", "k", "v"), found, strict=True))
 
-    actual = gradients(flex_attention.FlexAttention(batch, bias, at_targets=at_targets))
-    for mine, theirs in zip(actual, gradients(padded(batch, bias, at_targets)), strict=True):
-        assert theirs.abs().max() > 0.1
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+        return run
+
+    rounding.assert_same(Inputs(at_targets), flexible(gradients(by_flex)), gradients(padded))
+
+
+@torch.no_grad()
+def loss_of(model: CPMBee, batch: Batch) -> torch.Tensor:
+    return model.loss(batch)
 
 
 def test_the_model_by_either(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batch, _ = make(False)
-    with torch.no_grad():
-        expected = model.loss(batch)
+    inputs = Inputs(False)
+    model, batch = inputs.model, inputs.batch
+    losses = [loss_of(model, batch)]
+    for seed in (1, 2):
+        nudged = copy.deepcopy(model)
+        rounding.nudge(dict(nudged.named_parameters()), seed)
+        losses.append(loss_of(nudged, batch))
+    with rounding.double_precision():
+        exact = loss_of(copy.deepcopy(model).double(), batch)
     made = []
 
     class Counted(flex_attention.FlexAttention):
@@ -87,12 +129,10 @@ def test_the_model_by_either(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(flex_attention, "FlexAttention", Counted)
     monkeypatch.setattr(flex_attention, "unavailable_reason", lambda *_: None)
-    with torch.no_grad():
-        torch.testing.assert_close(model.loss(batch), expected, rtol=1e-5, atol=1e-5)
+    rounding.assert_as_exact(loss_of(model, batch), losses, exact, "loss")
     assert len(made) == 2
     model.attention = "sdpa"
-    with torch.no_grad():
-        assert model.loss(batch) == expected
+    assert loss_of(model, batch) == losses[0]
     assert len(made) == 2
 
 

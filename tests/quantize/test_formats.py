@@ -6,8 +6,9 @@ import importlib.util
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from cpm_bee.errors import InputError
 from cpm_bee.quantize import CHOICES, NONE, kernels
@@ -56,7 +57,7 @@ def test_nf4_is_the_nearest_value_of_a_block(dtype: torch.dtype) -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(1e-6, 1e6))
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_a_quantised_matrix_stays_as_it_is(seed: int, scale: float) -> None:
     w = matrix(4, 128, seed=seed) * scale
     for format in FORMATS.values():

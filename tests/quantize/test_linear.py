@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 
 import pytest
+import rounding
 import support
 import tiny
 import torch
@@ -14,7 +16,8 @@ import train_support
 from cpm_bee import delta
 from cpm_bee.data.batch import collate
 from cpm_bee.errors import InputError
-from cpm_bee.generate.beam_search import GenerationOptions, Generator
+from cpm_bee.generate.beam_search import Generator
+from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.model.layers import Linear
 from cpm_bee.model.network import CPMBee
 from cpm_bee.quantize import linear as quantized
@@ -39,18 +42,38 @@ def dense_twin(layer: QuantizedLinear) -> Linear:
     return twin.requires_grad_(False)
 
 
+@pytest.fixture
+def dense_as_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In double precision too, the weights are those that the codes stand for in fp32."""
+    original = QuantizedLinear.dense
+
+    def dense(
+        layer: QuantizedLinear, operands: tuple[torch.Tensor, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        if torch.get_default_dtype() != torch.float64:
+            return original(layer, operands, dtype)
+        with rounding.as_written():
+            codes, absmax = operands
+            return original(layer, (codes, absmax.float()), torch.float32).double()
+
+    monkeypatch.setattr(QuantizedLinear, "dense", dense)
+
+
 @formats
+@pytest.mark.usefixtures("dense_as_stored")
 @pytest.mark.parametrize("piece", [1 << 21, 128 * 7])
 def test_product_and_gradient(format: Format, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantized, "_CHUNK", piece)  # the smaller one: a row count that is cut
+    inputs = torch.randn(2, 3, 5, 128, generator=torch.Generator().manual_seed(1))
+
+    def run(layer: Linear) -> dict[str, torch.Tensor]:
+        x, g = (v.to(layer.operands()[-1].dtype) for v in inputs)
+        y = layer(x.requires_grad_())
+        (gradient,) = torch.autograd.grad(y, x, g[..., :96])
+        return {"product": y, "gradient": gradient}
+
     layer = QuantizedLinear.of(make_linear(), format)
-    twin = dense_twin(layer)
-    x = torch.randn(3, 5, 128, requires_grad=True)
-    y, expected = layer(x), twin(x)
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-    g = torch.randn_like(y)
-    (found,), (wanted,) = (torch.autograd.grad(v, x, g) for v in (y, expected))
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    rounding.assert_same(layer, run, lambda layer: run(dense_twin(layer)))
 
 
 @formats
@@ -97,48 +120,54 @@ def test_under_autocast(format: Format) -> None:
 # ------------------------------------------------------------------ in a model
 
 
-def make_models(format: Format) -> tuple[CPMBee, CPMBee]:
-    """A quantised model, and one whose weights are what the codes stand for; with equal LoRA."""
-    model, twin = tiny.make_model(2, **SIZES), tiny.make_model(2, **SIZES)
+def make_model(format: Format) -> CPMBee:
+    """A quantised model with LoRA."""
+    model = tiny.make_model(2, **SIZES)
     quantize_(model, format)
-    for name, module in model.named_modules():
+    delta.insert(model, delta.DeltaConfig(rank=3, targets=delta.TARGETS), 0)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 9)
+    return model
+
+
+def dense_model(model: CPMBee) -> CPMBee:
+    """The model whose weights are what the codes stand for, with the same LoRA."""
+    twin = copy.deepcopy(model)
+    for name, module in list(twin.named_modules()):
         if isinstance(module, QuantizedLinear):
-            dense = module.dense(module.operands(), torch.float32)
-            twin.get_submodule(name).weight.data.copy_(dense)
-    for m in (model, twin):
-        delta.insert(m, delta.DeltaConfig(rank=3, targets=delta.TARGETS), 0)
-        generator = torch.Generator().manual_seed(1)
-        for name, parameter in m.named_parameters():
-            if name.endswith("lora_B"):
-                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 9)
-    return model, twin
+            dense = dense_twin(module)
+            dense.lora = module.lora
+            twin.set_submodule(name, dense)
+    return twin
 
 
 @formats
+@pytest.mark.usefixtures("dense_as_stored")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_model_is_that_of_the_dense_weights(format: Format, checkpointing: bool) -> None:
     batch = collate(tiny.encode(RECORDS), tiny.TOKENIZER)
-    results = []
-    for model in make_models(format):
+
+    def run(model: CPMBee) -> dict[str, torch.Tensor]:
         model.train()
         model.encoder.set_checkpointing(checkpointing)
         loss = model.loss(batch)
         loss.backward()
-        results.append((loss.item(), {n: p.grad for n, p in model.named_parameters()}))
-    (loss, found), (expected, wanted) = results
-    assert loss == pytest.approx(expected, rel=1e-5)
-    trained = [name for name, gradient in wanted.items() if gradient is not None]
-    assert len(trained) == 2 * 7 * 2  # A and B, layers, blocks
-    assert [name for name, gradient in found.items() if gradient is not None] == trained
-    for name in trained:
-        torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-4)
+        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        assert len(found) == 2 * 7 * 2  # A and B, layers, blocks
+        return {"loss": loss, **found}
+
+    rounding.assert_same(make_model(format), run, lambda model: run(dense_model(model)))
 
 
 @formats
 def test_generation(format: Format) -> None:
     record = {"input": "ab春天", "<ans>": ""}
     options = GenerationOptions(beam_size=2, max_length=5)
-    answers = [Generator(m, tiny.TOKENIZER).generate(record, options) for m in make_models(format)]
+    model = make_model(format)
+    models = model, dense_model(model)
+    answers = [Generator(m, tiny.TOKENIZER).generate(record, options) for m in models]
     assert answers[0] == answers[1]
 
 

@@ -14,18 +14,19 @@ import numpy as np
 import pytest
 import torch
 import train_support
-from hypothesis import given, settings
+from dataset_writer import DatasetWriter
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cpm_bee.data.batch import Batch, collate, extension_pairs
-from cpm_bee.data.bin_dataset import BinaryDataset, DatasetWriter
+from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.errors import InputError
 from cpm_bee.records import Record
 from cpm_bee.tokenizer import Tokenizer
 from cpm_bee.train.data_loader import DataLoader, PlannedStep
 from cpm_bee.train.prefetch import Batches
-from cpm_bee.train.setup import _index
+from cpm_bee.train.setup import open_index as open_shared_index
 
 TOKENIZER = Tokenizer(train_support.TOKENS)
 Epoch = list[tuple[PlannedStep, Batches]]
@@ -37,7 +38,7 @@ class Exchange:
 
     def __init__(self, world_size: int) -> None:
         self._values: dict[int, Sequence[float]] = {}
-        self._barrier = threading.Barrier(world_size, timeout=60)
+        self._barrier = threading.Barrier(world_size, timeout=200)
         self.calls = 0
 
     def __call__(self, rank: int, values: Sequence[float], join: Callable[..., Any]) -> list[Any]:
@@ -137,7 +138,7 @@ def test_ranks_with_other_data_are_told_before_any_waits(tmp_path: Path) -> None
         def open_on(engine: Any) -> str:
             dataset = BinaryDataset(folders[engine.rank])
             try:
-                return str(len(_index(engine, dataset, vocabularies[engine.rank])))
+                return str(len(open_shared_index(engine, dataset, vocabularies[engine.rank])))
             except InputError as error:
                 return str(error).partition(": ")[2].partition(";")[0]
 
@@ -273,7 +274,6 @@ def test_answers_are_shuffled_in_training_alone(index: TokenIndex) -> None:
     assert first != second
 
 
-@settings(deadline=None)
 @given(st.integers(1, 200), st.integers(1, 3))
 def test_max_tokens(index: TokenIndex, max_tokens: int, accumulate: int) -> None:
     options = {"shuffle_seed": 3, "rows": 6, "accumulate": accumulate}
@@ -300,9 +300,9 @@ def test_the_least_number_of_steps(index: TokenIndex, tmp_path: Path) -> None:
     (engine,), _ = engines(1)
     loader = DataLoader(index, TOKENIZER, engine, rows=2, max_length=64, shuffle_seed=0)
     count = sum(1 for _ in loader.batches(0))
-    assert count - 2 <= loader.min_steps <= count
+    assert count - 2 <= loader.size.min_steps <= count
     one = open_index(tmp_path, train_support.records(1, seed=0))
-    assert DataLoader(one, TOKENIZER, engine, rows=9, max_length=64).min_steps == 1
+    assert DataLoader(one, TOKENIZER, engine, rows=9, max_length=64).size.min_steps == 1
 
 
 def test_records_that_are_too_long_are_counted(index: TokenIndex, tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_records_that_are_too_long_are_counted(index: TokenIndex, tmp_path: Path
     limit = int(np.median(index.lengths))
     loader = DataLoader(index, TOKENIZER, engine, rows=2, max_length=limit, shuffle_seed=0)
     assert loader.num_records == np.count_nonzero(index.lengths <= limit)
-    assert loader.num_records + loader.num_too_long == len(index)
+    assert loader.num_records + loader.size.num_too_long == len(index)
     assert sum(step.records for step, _ in loader.batches(0)) == loader.num_records
     with pytest.raises(InputError, match="none of its 62 records fits into --max-length 3"):
         DataLoader(index, TOKENIZER, engine, rows=2, max_length=3)

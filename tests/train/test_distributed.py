@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import support
+import torch
 import train_support
-from train_support import Run, Workspace, distance, free_port, train
+from train_support import Run, Samples, Workspace, free_port, train
 
+from cpm_bee.checkpoint.reader import save_tensors
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.packing import Plan
 from cpm_bee.data.token_index.reader import TokenIndex
+from cpm_bee.pretrained import load_pretrained
+from cpm_bee.quantize.linear import QuantizedLinear
 from cpm_bee.tokenizer import Tokenizer
 
 ROWS = 4  # of a step, over all processes
@@ -60,6 +64,7 @@ class Course:
         self._model = model
         self._seed = seed_with_one_last_row(workspace)
         self.folder = folder
+        self._samples: dict[str, Samples] = {}
 
     def flags(self, name: str, processes: int, way: str) -> dict[str, Any]:
         common, _, accumulate = RUNS[name]
@@ -83,6 +88,30 @@ class Course:
     def alone(self, name: str, folder: str = "", **values: Any) -> Run:
         save = self.folder / (folder or f"{name}-1")
         return train(self._workspace, save, **self.flags(name, 1, "auto") | values)
+
+    def samples(self, name: str) -> Samples:
+        if name not in self._samples:
+            one = Run(self.folder / f"{name}-1")
+            flags = self.flags(name, 1, "auto")
+            # Codes are made and read in fp32 alone: in double, the weights that they stand for.
+            dense = {"load": self._dense_model(), "quantize": None} if name == "quantized" else None
+            self._samples[name] = Samples.of(one, self._workspace, dense, **flags)
+        return self._samples[name]
+
+    def _dense_model(self) -> Path:
+        cpu, kind = torch.device("cpu"), RUNS["quantized"][0]["quantize"]
+        base = load_pretrained(str(self._model), "auto", None, torch.float32, cpu, quantize=kind)
+        weights = {
+            name: parameter.detach()
+            for name, parameter in base.model.named_parameters()
+            if not name.endswith((".codes", ".absmax"))
+        }
+        for name, module in base.model.named_modules():
+            if isinstance(module, QuantizedLinear):
+                weights[f"{name}.weight"] = module.dense(module.operands(), torch.float32)
+        folder = shutil.copytree(self._workspace.model, self.folder / "dense")
+        save_tensors(folder / "pytorch_model.bin", weights)
+        return folder
 
     def together(self, processes: int) -> str:
         """All runs on several processes; returns what rank 0 printed."""
@@ -136,15 +165,15 @@ def course(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Co
     return made
 
 
-def compare(one: Run, other: Run) -> None:
+def compare(course: Course, name: str, other: Run, *, evaluations: bool) -> None:
+    one = Run(course.folder / f"{name}-1")
     assert len(one.losses) == STEPS
-    assert other.losses == pytest.approx(one.losses, rel=1e-5)
-    assert other.column("grad_norm") == pytest.approx(one.column("grad_norm"), rel=1e-4)
-    for name in ("step", "epoch", "lr", "tokens"):
-        assert other.column(name) == one.column(name)
-    for which in ("best", "last"):
-        assert distance(one.weights(which), other.weights(which)) < 1e-4
+    for column in ("step", "epoch", "lr", "tokens"):
+        assert other.column(column) == one.column(column)
     assert other.reason == one.reason
+    if evaluations:
+        assert other.column("step", "eval") == one.column("step", "eval") == [0, 5, 10, 15, 20]
+    course.samples(name).check(other, evaluations=evaluations)
 
 
 @pytest.mark.slow
@@ -156,7 +185,8 @@ def test_many_processes_train_as_one_does(
     assert one.column("epoch").count(1) > 0  # past the step in which processes have no row
     other = Run(course.folder / f"{name}-{processes}-{way}")
     assert other.of("start")[0]["world_size"] == processes
-    compare(one, other)
+    # A step of evaluation is as large as a micro-step, and its records share an extension table.
+    compare(course, name, other, evaluations=RUNS[name][2] == 1)
 
 
 @pytest.mark.slow
@@ -167,10 +197,8 @@ def test_evaluation_has_the_figures_of_one_process(
     course: Course, processes: int, way: str, name: str
 ) -> None:
     one, other = Run(course.folder / f"{name}-1"), Run(course.folder / f"{name}-{processes}-{way}")
-    assert other.column("step", "eval") == one.column("step", "eval") == [0, 5, 10, 15, 20]
     for first, second in zip(one.of("eval"), other.of("eval"), strict=True):
-        assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)
-        for figure in ("token_accuracy", "exact_match", "records"):
+        for figure in ("step", "token_accuracy", "exact_match", "records"):
             assert second[figure] == first[figure]
 
 
@@ -180,7 +208,7 @@ def test_any_number_of_processes_goes_on_where_others_were(course: Course) -> No
     sizes = [event["world_size"] for event in relay.of("start")]
     assert sizes == [leg[0] for leg in RELAY] + [1]
     assert relay.column("step") == list(range(1, STEPS + 1))
-    compare(Run(course.folder / "full-1"), relay)
+    compare(course, "full", relay, evaluations=False)  # each leg adds one at its end
 
 
 @pytest.mark.slow

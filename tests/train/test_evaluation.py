@@ -1,19 +1,30 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+import tiny
 import torch
 import train_support
+from hypothesis import assume, event, given
+from hypothesis import strategies as st
+from properties import examples
 from train_support import Workspace
 
 from cpm_bee.data.batch import collate
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.token_index.reader import TokenIndex
+from cpm_bee.encoding import outline
 from cpm_bee.engine.torch_engine import TorchEngine
+from cpm_bee.generate.beam_search import Generator
+from cpm_bee.generate.options import GenerationOptions
+from cpm_bee.generate.prompt import Prompt
 from cpm_bee.model.network import CPMBee
 from cpm_bee.pretrained import load_pretrained
+from cpm_bee.records import Record, has_answer, validate
 from cpm_bee.tokenizer import Tokenizer
 from cpm_bee.train.data_loader import DataLoader, PlannedStep
 from cpm_bee.train.evaluation import Evaluation, evaluate
@@ -136,4 +147,74 @@ def test_records_that_are_too_long_are_not_among_the_figures(
     loader, engine = feed_of(index, workspace, 3, limit)
     assert 0 < short < len(index)
     assert evaluate(model, engine, loader).records == short
-    assert loader.num_too_long == len(index) - short
+    assert loader.size.num_too_long == len(index) - short
+
+
+# ------------------------------------------------------------------ evaluation is generation
+
+# One character an entry, so that a known text has one sequence of tokens.
+LETTERS = Tokenizer([*tiny.RESERVED_TOKENS, "<", ">", "a", "b", "x", "春", "天"], "letters")
+LONGEST = 12  # tokens that generation writes
+
+
+class Written(NamedTuple):
+    """What generation writes for a record.
+
+    Attributes:
+        is_canonical: the tokenizer would write the text in the same tokens. Otherwise, as for two
+            unknown runs of the context in a row, the text is equal and evaluation, which looks at
+            one sequence of tokens, calls it wrong.
+    """
+
+    record: Record
+    is_canonical: bool
+
+
+def write(model: CPMBee, record: Record) -> Written:
+    generator, options = (
+        Generator(model, LETTERS),
+        GenerationOptions(beam_size=1, max_length=LONGEST),
+    )
+    prompt = Prompt.of(record, generator.encoder)
+    tokens = generator._search(prompt, options)
+    written = generator.generate(record, options)
+    if validate(written) or len(tokens) < len(prompt.answers):
+        return Written(record, False)
+    encoded = generator.encoder.encode_as_generated(written)
+    pairs = list(zip(encoded.ids.tolist(), encoded.subs.tolist(), strict=True))
+    segments = encoded.segments.tolist()
+    own = [
+        [pair for pair, segment in zip(pairs, segments, strict=True) if segment == answer][1:]
+        for answer in prompt.answers
+    ]
+    return Written(written, own == tokens)
+
+
+def fits(record: Record) -> bool:
+    """Generation can write so many tokens."""
+    segments = outline(record)
+    leaves = [t for t, p in zip(segments.texts, segments.tree.predicted, strict=True) if p]
+    return sum(len(LETTERS.encode(leaf)) + 1 for leaf in leaves) <= LONGEST
+
+
+@examples(40)
+@given(st.lists(tiny.records(), min_size=1, max_size=6), st.integers(0, 3))
+def test_exact_match_is_what_generation_writes(records: list[Record], seed: int) -> None:
+    """On any records: unknown characters, options, answers before their context, empty answers."""
+    model = tiny.make_model(seed, vocab_size=len(LETTERS))
+    written = [(record, write(model, record)) for record in records]
+    # Half of the answers are the model's own, so that some are right.
+    own = [w.record for record, w in written[::2] if w.is_canonical]
+    values = [r for r in own + [record for record, w in written if w.is_canonical] if fits(r)]
+    answered = [r for r in values if has_answer(r["<ans>"])]
+    assume(answered)
+    expected = sum(write(model, r).record["<ans>"] == r["<ans>"] for r in answered)
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = BinaryDataset(train_support.make_dataset(Path(folder), "set", values))
+        index = TokenIndex.of(dataset, LETTERS)
+        engine = TorchEngine(CPU, torch.float32)
+        shape: dict[str, Any] = {"rows": 3, "max_length": 4096, "as_generated": True}
+        result = evaluate(model, engine, DataLoader(index, LETTERS, engine, **shape))
+    assert result.records == len(answered)
+    assert result.exact_match == pytest.approx(expected / len(answered))
+    event("some are right" if expected else "none is right")

@@ -138,24 +138,6 @@ def size() -> str:
     return f"{memory_estimate.upper_bound(CONFIG, LORA, BATCH) / 2**30:.2f} GiB"
 
 
-def test_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = {
-        "/proc/meminfo": "MemTotal: 900 kB\nMemAvailable: 800 kB",
-        "/proc/self/status": "RssAnon:\t100 kB",
-        "/sys/fs/cgroup/memory.max": "max",
-    }
-    monkeypatch.setattr(memory_estimate, "_text", lambda path: texts.get(path, ""))
-    cpu = torch.device("cpu")
-    assert memory_estimate.free_memory(cpu) == 900 * 1024
-    assert memory_estimate.free_memory(cpu, processes=4) == 300 * 1024
-    texts["/sys/fs/cgroup/memory.max"] = str(500 * 1024)
-    assert memory_estimate.free_memory(cpu) == 500 * 1024
-
-
-def test_real_capacity() -> None:
-    assert 1 << 26 < memory_estimate.free_memory(torch.device("cpu")) < 1 << 50
-
-
 class Casts(TorchDispatchMode):
     """Whether copies in another type were made of some tensors, and of how many others."""
 

@@ -20,9 +20,10 @@ from typing import Any
 import pytest
 import train_support
 from support import ROOT
-from train_support import Run, Workspace, distance, free_port, train
+from train_support import Run, Samples, Workspace, free_port, train
 
 from cpm_bee.distributed import rendezvous
+from cpm_bee.distributed.rendezvous import rendezvous_flags
 from cpm_bee.errors import InputError, RunError
 
 SCRIPT = ROOT / "scripts" / "finetune_cpm_bee.sh"
@@ -93,17 +94,16 @@ def test_two_nodes_train_as_one_process_does(
 ) -> None:
     flags: dict[str, Any] = {"eval_dataset": workspace.eval, "eval_interval": 5, "seed": 7}
     flags |= {"max_length": 48, "epoch": 9, "max_steps": 8, "use_delta": True}
-    one = train(workspace, tmp_path / "one", batch_size=4, checkpointing="none", **flags)
+    flags |= {"batch_size": 4, "checkpointing": "none"}
+    one = train(workspace, tmp_path / "one", **flags)
     started = nodes.start(workspace, tmp_path / "two", "--parallel", "fsdp", "--max-steps", "8")
     for process in started:
-        status, _, errors = train_support.finish(process, 60)
+        status, _, errors = train_support.finish(process)
         assert status == 0, errors
     two = Run(tmp_path / "two")
     assert two.of("start")[0]["world_size"] == 4
-    assert two.losses == pytest.approx(one.losses, rel=1e-5)
     assert two.column("tokens") == one.column("tokens")
-    assert two.column("loss", "eval") == pytest.approx(one.column("loss", "eval"), rel=1e-5)
-    assert distance(one.weights(), two.weights()) < 1e-4
+    Samples.of(one, workspace, **flags).check(two)
 
 
 def workers(of: subprocess.Popen[str]) -> dict[int, int]:
@@ -122,7 +122,7 @@ def workers(of: subprocess.Popen[str]) -> dict[int, int]:
     return found
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -148,8 +148,9 @@ def test_all_nodes_end_with_the_rank_that_was_killed(
     for process in started:
         status, output, errors = train_support.finish(process, 70)
         assert status == 1, output
-        assert f"error: rank {victim} of this run has ended" in errors
-        assert "Traceback" not in errors
+        assert errors.count("error: ") == 1
+        assert f"rank {victim} of this run has ended" in errors
+        assert str(ROOT / "src" / "cpm_bee") not in errors  # as in a traceback of ours
     assert time.monotonic() - before < 60
     names = sorted(path.name for path in save.iterdir())
     assert names == [
@@ -187,12 +188,28 @@ def own_address() -> str:
 
 
 def test_the_machine_with_the_address_hosts_the_rendezvous() -> None:
-    address = own_address()
+    address, port = own_address(), free_port()
     flags = f"--rdzv_conf=is_host=1,join_timeout=60 --local_addr={address}"
-    assert rendezvous.rendezvous_flags(address, 1, 60.0) == flags
-    assert (
-        rendezvous.rendezvous_flags("127.0.0.1", 1, 0.0) == ""
-    )  # several agents on one machine: torch decides
+    assert rendezvous_flags(address, port, 2, 60.0) == flags
+    # Several agents on one machine: torch decides.
+    assert rendezvous_flags("127.0.0.1", port, 2, 0.0) == ""
+    assert rendezvous_flags(address, port, 1, 60.0) == ""
+
+
+def test_a_taken_port_is_refused_at_once() -> None:
+    address = own_address()
+    for listener in (address, "127.0.0.1"):
+        with socket.create_server((listener, 0)) as server:
+            port = server.getsockname()[1]
+            for num_nodes in (1, 2):
+                with pytest.raises(InputError, match=f"MASTER_PORT={port}: address.*in use") as e:
+                    rendezvous_flags(address, port, num_nodes, 60.0)
+            other = int(str(e.value).rpartition("MASTER_PORT=")[2])
+            assert rendezvous_flags(address, other, 1, 60.0) == ""  # as the message says
+        assert rendezvous_flags(address, port, 1, 60.0) == ""
+    with pytest.raises(InputError, match="MASTER_PORT=0"):
+        rendezvous_flags(address, 0, 2, 60.0)
+    assert rendezvous_flags("localhost", 0, 1, 60.0) == ""  # any free port
 
 
 def test_other_machines_wait_for_the_first(
@@ -201,16 +218,16 @@ def test_other_machines_wait_for_the_first(
     address, port = own_address(), free_port()
     monkeypatch.setattr(rendezvous, "_is_own", lambda number: False)
     with pytest.raises(RunError, match=f"nobody answers at {address}:{port} within 1 seconds"):
-        rendezvous.rendezvous_flags(address, port, 1.0)
+        rendezvous_flags(address, port, 2, 1.0)
     assert f"waiting up to 1 seconds for {address}:{port}" in capsys.readouterr().err
     with socket.create_server((address, port)):
         flags = f"--rdzv_conf=is_host=0,join_timeout=5 --local_addr={address}"
-        assert rendezvous.rendezvous_flags(address, port, 5.0) == flags
+        assert rendezvous_flags(address, port, 2, 5.0) == flags
 
 
 def test_an_unknown_name_is_refused_at_once() -> None:
     with pytest.raises(InputError, match="MASTER_ADDR=no-such-machine"):
-        rendezvous.rendezvous_flags("no-such-machine.invalid", 12345, 60.0)
+        rendezvous_flags("no-such-machine.invalid", 12345, 2, 60.0)
 
 
 SRUN = """#!/bin/sh
@@ -223,7 +240,7 @@ echo torchrun "$@"
 """
 
 
-def test_slurm_starts_one_torchrun_a_node(tmp_path: Path) -> None:
+def test_slurm_starts_one_torchrun_a_node(workspace: Workspace, tmp_path: Path) -> None:
     commands = tmp_path / "bin"
     commands.mkdir()
     scontrol = '#!/bin/sh\n[ "$3" = "node[1-2]" ] && printf "%s\\n" localhost node2\n'
@@ -237,7 +254,8 @@ def test_slurm_starts_one_torchrun_a_node(tmp_path: Path) -> None:
         "PATH": os.pathsep.join([str(commands), str(venv), os.environ["PATH"]]),
         "VIRTUAL_ENV": str(venv.parent), "SLURM_JOB_ID": "777", "SLURM_JOB_NUM_NODES": "2",
         "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_GPUS_ON_NODE": "8",
-        "SLURM_SUBMIT_DIR": str(ROOT / "src"), "LOAD": "ckpts/cpm-bee-tiny",
+        "SLURM_SUBMIT_DIR": str(ROOT / "src"), "LOAD": str(workspace.model),
+        "DATASET": str(workspace.train), "EVAL_DATASET": str(workspace.eval),
     }  # fmt: skip
     command = ["bash", str(script), "--delta-rank", "4"]
     done = subprocess.run(
@@ -248,7 +266,7 @@ def test_slurm_starts_one_torchrun_a_node(tmp_path: Path) -> None:
     line = [text for text in done.stdout.splitlines() if text.startswith("torchrun")][-1]
     for part in (
         "--nnodes=2", "--nproc_per_node=8", "--rdzv_id=777", "--rdzv_endpoint=localhost:20777",
-        "--load ckpts/cpm-bee-tiny", "--use-delta --delta-rank 4",
+        f"--load {workspace.model}", "--use-delta --delta-rank 4",
     ):  # fmt: skip
         assert part in line
     del environment["SLURM_JOB_ID"]

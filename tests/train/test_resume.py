@@ -11,6 +11,7 @@ import torch
 import train_support
 from train_support import Run, Workspace, distance, train
 
+from cpm_bee.data.packing import PLAN_VERSION
 from cpm_bee.errors import InputError
 from cpm_bee.train.log import Reporter
 
@@ -136,6 +137,25 @@ def test_resuming_something_else_is_refused(
     assert named in str(caught.value)
     assert Run(tmp_path).files == run.files
     assert (tmp_path / "cpm_bee_finetune-log.jsonl").read_bytes() == log
+
+
+@pytest.mark.parametrize("recorded", [None, PLAN_VERSION - 1])
+def test_a_state_with_another_plan_of_steps_is_refused(
+    workspace: Workspace, tmp_path: Path, recorded: int | None
+) -> None:
+    """Another version may have taken other records: going on would train some of them twice."""
+    train(workspace, tmp_path, use_delta=True, max_steps=1)
+    path = tmp_path / "cpm_bee_finetune-state.pt"
+    state = torch.load(path, weights_only=True)
+    name = "version of the plan of steps"
+    del state["settings"][name]
+    if recorded is not None:
+        state["settings"][name] = recorded
+    torch.save(state, path)
+    with pytest.raises(InputError, match="--resume needs the same as before") as caught:
+        train(workspace, tmp_path, use_delta=True, resume=True)
+    told = "not recorded by the earlier version" if recorded is None else str(recorded)
+    assert f"{name}: {PLAN_VERSION}, it was {told}" in str(caught.value)
 
 
 def test_resuming_on_another_base_or_data_is_refused(workspace: Workspace, tmp_path: Path) -> None:

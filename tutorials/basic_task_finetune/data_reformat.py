@@ -12,11 +12,15 @@ Needs nothing but Python's standard library, so that the file can be copied and 
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import re
+import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,12 @@ QUESTION = "这段话形容了哪句诗的意境？"
 BEGIN, END = "[翻译]", "[答案]"
 MARKER = re.compile(r"\[(0|[1-9][0-9]?)\]")
 LEAST, MOST = 2, 26
+USED_KEYS = {"input", "target", "translation", "choices", "answer"}
+# Writes JSON that is no JSON lines as such, one object a line.
+TO_LINES = """import json, sys; d = json.JSONDecoder(); t = sys.stdin.read().strip()
+while t:
+ v, n = d.raw_decode(t); t = t[n:].lstrip()
+ for r in v if isinstance(v, list) else [v]: print(json.dumps(r, ensure_ascii=False))"""
 
 
 class BadInput(Exception):
@@ -120,34 +130,107 @@ def find_answer(raw: dict[str, Any], count: int) -> int | None:
 # ------------------------------------------------------------------ files
 
 
-def convert(source: Path, target: Path, question: str) -> tuple[int, list[str]]:
-    """Write the good records of `source` to `target`.
+@dataclass
+class Converted:
+    """What became of a file: numbers of records, `file:line: reason` of each bad line."""
 
-    Returns their number, and `file:line: reason` of each bad line.
-    """
-    good, bad = 0, []
+    good: int = 0
+    unanswered: int = 0
+    unused_keys: Counter[str] = field(default_factory=Counter)
+    bad: list[str] = field(default_factory=list)
+
+    def warning(self) -> str | None:
+        """About records without an answer, which nothing can be learnt from."""
+        if not self.unanswered:
+            return None
+        unused = ", ".join(json.dumps(k, ensure_ascii=False) for k in sorted(self.unused_keys))
+        keys = f"; keys that were not used: {unused}" if unused else ""
+        return (
+            f"{self.unanswered:,} of {self.good:,} records are without an answer "
+            f'("target" or "answer" in the raw data){keys}'
+        )
+
+
+def convert(source: Path, target: Path, question: str) -> Converted:
+    """Write the good records of `source` to `target`."""
+    check_is_lines(source)
+    result = Converted()
     with open(source, "rb") as lines, open(target, "w", encoding="utf-8", newline="\n") as out:
         for number, line in enumerate(lines, start=1):
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                record = reformat(json.loads(text), question) if text.strip() else None
+                raw = parse(line, source, is_first=number == 1)
+                record = None if raw is None else reformat(raw, question)
             except BadInput as error:
-                bad.append(f"{source}:{number}: {error}")
-            except UnicodeDecodeError as error:
-                bad.append(f"{source}:{number}: not UTF-8 text (at byte {error.start})")
-            except json.JSONDecodeError as error:
-                bad.append(f"{source}:{number}: not valid JSON ({error.msg}, column {error.colno})")
-            except (ValueError, RecursionError):  # a number or a nesting beyond all measure
-                bad.append(f"{source}:{number}: not valid JSON")
+                result.bad.append(f"{source}:{number}: {error}")
             else:
                 if record is not None:
                     out.write(json.dumps(record, ensure_ascii=False) + "\n")
-                    good += 1
+                    result.good += 1
+                    if not record["<ans>"]:
+                        result.unanswered += 1
+                        result.unused_keys.update(raw.keys() - USED_KEYS)
             if number % 100_000 == 0 and sys.stderr.isatty():
                 print(f"\r{source}: {number:,} lines read", end="", file=sys.stderr)
         out.flush()
         os.fsync(out.fileno())
-    return good, bad
+    return result
+
+
+def parse(line: bytes, source: Path, *, is_first: bool) -> Any:
+    """A line's JSON value; None for a blank line. Raises `BadInput` with the reason."""
+    try:
+        text = line.decode("utf-8-sig" if is_first else "utf-8")
+        return json.loads(text, object_pairs_hook=unique) if text.strip("\0 \r\n\t") else None
+    except UnicodeDecodeError as error:
+        hint = other_encoding(line, source)
+        raise BadInput(f"not UTF-8 text (at byte {error.start}{hint})") from None
+    except json.JSONDecodeError as error:
+        hint = other_encoding(line, source) if b"\0" in line else ""
+        reason = f"not valid JSON ({error.msg}, column {error.colno}{hint})"
+        raise BadInput(reason) from None
+    except (ValueError, RecursionError):  # a number or a nesting beyond all measure
+        raise BadInput("not valid JSON") from None
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object from its items; all but the last of two values of a key would be lost."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        key = json.dumps(next(k for k in keys if keys.count(k) > 1), ensure_ascii=False)
+        raise BadInput(f"the key {key} stands there twice; only one of its values could be kept")
+    return found
+
+
+def other_encoding(line: bytes, source: Path) -> str:
+    """What a line that is not UTF-8 seems to be encoded in, with the command that converts it."""
+    if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in line:
+        encoding, name = "UTF-16", "UTF-16"
+    else:
+        try:
+            line.decode("gb18030")
+        except UnicodeDecodeError:
+            return ""
+        encoding, name = "GB18030", "GBK"
+    new = shlex.quote(f"{source.stem}.utf8{source.suffix}")
+    return f"; it looks like {name}: iconv -f {encoding} -t UTF-8 {quoted(source)} > {new}"
+
+
+def check_is_lines(source: Path) -> None:
+    """Refuse a JSON array, and objects that run over several lines: one problem, not thousands."""
+    with open(source, "rb") as file:
+        head = next((line for raw in file if (line := raw.strip(b"\xef\xbb\xbf \t\r\n"))), b"")
+    if head.startswith(b"[") or head == b"{":
+        form = "a JSON array" if head.startswith(b"[") else "JSON over several lines"
+        new = shlex.quote(f"{source.stem}.lines.jsonl")
+        raise BadInput(
+            f"{source}: is {form}; one record a line is expected. This writes it so:\n"
+            f"python -c {shlex.quote(TO_LINES)} < {quoted(source)} > {new}"
+        )
+
+
+def quoted(path: Path) -> str:
+    return shlex.quote(str(path))
 
 
 def find_sources(path: Path) -> list[Path]:
@@ -203,28 +286,49 @@ def reformat_files(source: Path, output: Path, question: str, skip_bad: bool) ->
         finally:
             for target in targets:
                 temporary_beside(target).unlink(missing_ok=True)
-    for target, (good, bad) in zip(targets, results, strict=True):
-        print(f"{target}: {good:,} records" + (f", {len(bad):,} bad lines skipped" if bad else ""))
-    print(
-        "next, in tutorials/basic_task_finetune: python ../../src/preprocess_dataset.py "
-        f"--input {output} --output_path bin_data --output_name ccpm_data"
+    for target, result in zip(targets, results, strict=True):
+        skipped = f", {len(result.bad):,} bad lines skipped" if result.bad else ""
+        print(f"{target}: {result.good:,} records{skipped}")
+        if warning := result.warning():
+            print(f"warning: {target}: {warning}", file=sys.stderr)
+    print(next_step(output))
+
+
+def next_step(output: Path) -> str:
+    """The command that goes on, with the paths of this run."""
+    if output.resolve() == (HERE / "bee_data").resolve():
+        return (
+            "next, in tutorials/basic_task_finetune: python ../../src/preprocess_dataset.py "
+            "--input bee_data --output_path bin_data --output_name ccpm_data"
+        )
+    script = HERE.parent.parent / "src" / "preprocess_dataset.py"
+    command = quoted(script) if script.is_file() else script.name  # this file may be a copy
+    output = output.absolute()
+    binary = quoted(output.with_name(f"{output.name}_bin"))
+    return (
+        f"next: python {command} --input {quoted(output)} --output_path {binary} --output_name data"
     )
 
 
-def refuse(sources: list[Path], results: list[tuple[int, list[str]]], skip_bad: bool) -> None:
-    bad = [line for _, lines in results for line in lines]
+def refuse(sources: list[Path], results: list[Converted], skip_bad: bool) -> None:
+    bad = [line for result in results for line in result.bad]
     if bad and not skip_bad:
         raise BadInput(
             "\n".join(bad) + f"\n{len(bad)} bad lines, nothing was written "
             "(fix them, or leave them out with --skip-bad)"
         )
-    for source, (good, lines) in zip(sources, results, strict=True):
-        if not good:
-            detail = f", all of its {len(lines)} lines are bad" if lines else ", it is empty"
+    for source, result in zip(sources, results, strict=True):
+        if not result.good:
+            lines = len(result.bad)
+            detail = f", all of its {lines} lines are bad" if lines else ", it is empty"
             raise BadInput(f"{source}: holds no records{detail}; nothing was written")
 
 
 def main() -> int:
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that is not UTF-8 is no reason to fail.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -245,6 +349,12 @@ def main() -> int:
     parser.add_argument("--question", default=QUESTION, help=f"(default: {QUESTION})")
     parser.add_argument(
         "--skip-bad", "--skip_bad", action="store_true", help="leave out bad lines, count them"
+    )
+    parser.add_argument(
+        "--escape",
+        action="store_true",
+        help="write each literal < of a text as <<; raw texts are plain, so this is always done "
+        "here (the flag is that of preprocess_dataset.py and text_generation.py)",
     )
     arguments = parser.parse_args()
     if any("\ud800" <= character <= "\udfff" for character in arguments.question):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cpm_bee.checkpoint.reader import Checkpoint, layers_present
-from cpm_bee.distributed.rank import RankInfo
+from cpm_bee.checkpoint.sidecar import sidecar_path
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.model.config import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 _BUCKETS = ("buckets", "segment_buckets")
 
@@ -62,7 +64,7 @@ def _sidecar_config(path: Path, sidecar: dict[str, Any] | None) -> tuple[str, di
     """What is written down about a checkpoint's config, and where; maybe not all fields."""
     noted = (sidecar or {}).get("config")
     if isinstance(noted, dict):
-        return str(path.with_suffix(".json")), noted
+        return str(sidecar_path(path)), noted
     beside = path.parent / "config.json"
     if beside.is_file():
         return str(beside), ModelConfig.read(beside)
@@ -85,11 +87,9 @@ def warn_of_contradictions(
         text = _differences(told, derived).text()
     except InputError as error:
         text = str(error)
-    if text and RankInfo.of_this_process().local_rank == 0:
-        print(
-            f"warning: {source} does not describe {checkpoint.path}, whose tensors decide:\n{text}",
-            file=sys.stderr,
-            flush=True,
+    if text:
+        logger.warning(
+            f"{source} does not describe {checkpoint.path}, whose tensors decide:\n{text}"
         )
 
 

@@ -1,191 +1,129 @@
-"""Tensors of mapped files onto a device in a type: reading, converting and writing overlap.
+"""Values into the parameters of a model: the one place that does it.
 
-A mapping is read a page fault at a time, and leaves what was read in this process's memory. So
-the bytes are read from the file itself, in the order of the file, into small buffers.
+The tensors of a checkpoint are memory-mapped: reading a value reads its page of the file. They are
+converted a piece at a time into new memory of the model's own device and type, and the pages of
+each piece are given back to the kernel, so that loading takes little more memory than the model.
+Where a tensor has the wanted device and type already, nothing is copied: the parameter is the
+mapped tensor, and a page becomes memory of this process only when it is written to.
 """
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import mmap
-import os
-import threading
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+from torch import nn
 
-from cpm_bee.checkpoint.mapped_pages import (
-    MappedFile,
-    drop_pages,
-    find,
-    mapped_files,
-    use_huge_pages,
-)
-from cpm_bee.errors import InputError
+from cpm_bee.checkpoint.reader import LazyTensor
 from cpm_bee.progress import progress_bar
 
-# Bytes in a buffer: a converted chunk spans several huge pages, so that two threads seldom make
-# the same one.
-_CHUNK = 4 << 20
-# More threads than this do not read faster.
-_MAX_CONVERTING = 4
+_PIECE = 32 << 20  # bytes of a file that are mapped into memory at a time
+_HUGE_PAGE = 2 << 20
+_MAPS = Path("/proc/self/maps")
 
 
-class _FileRange(NamedTuple):
-    """Where in which file a tensor's bytes stand."""
+def load_into(
+    model: nn.Module, tensors: Iterable[tuple[str, LazyTensor]], device: torch.device
+) -> None:
+    """Give parameters their values on a device, each in the type that the parameter has.
 
-    file: int
-    offset: int
-    path: str
+    Shows a progress bar from the third second on.
 
-
-class _Chunk(NamedTuple):
-    source: torch.Tensor
-    target: torch.Tensor
-    file_range: _FileRange | None
-
-
-def transfer(
-    tensors: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """Tensors of the CPU on a device in a type; mapped ones leave no second copy in memory.
-
-    Where both are a tensor's own it is returned as it is: mapped (copy on write), if it was.
-    Shows a progress bar from the third second on. Mapped tensors must not have been written to.
-
-    Raises:
-        InputError: a file has become shorter than it was when it was mapped.
+    Args:
+        model: its parameters named in `tensors` are replaced; most often they are on the meta
+            device.
+        tensors: by name, best in the order of their file.
     """
-    results: dict[str, torch.Tensor] = {}
-    chunks: list[_Chunk] = []
-    with contextlib.ExitStack() as stack:
-        files = _Files(stack)
-        for name, tensor in tensors.items():
-            if device.type == "cpu" and tensor.dtype == dtype:
-                results[name] = tensor
-                continue
-            target = torch.empty(tensor.shape, dtype=dtype, device=device)
-            if device.type == "cpu":
-                use_huge_pages(target)
-            results[name] = target
-            chunks.extend(_split(tensor.detach(), target, files))
-        if chunks:
-            _run(chunks, device)
-    return results
+    parameters = dict(model.named_parameters())
+    total = sum(p.nbytes for p in parameters.values())
+    with progress_bar(total=total, description="loading", unit="B", delay=2) as bar:
+        for name, entry in tensors:
+            value = on_device(entry.read(), device, parameters[name].dtype)
+            set_parameter(model, name, value)
+            bar.update(value.nbytes)
 
 
-class _Files:
-    """Opens the files that tensors are mapped from."""
-
-    def __init__(self, stack: contextlib.ExitStack) -> None:
-        self._stack = stack
-        self._mapped = mapped_files()
-        self._opened: dict[str, int | None] = {}
-
-    def locate(self, tensor: torch.Tensor) -> _FileRange | None:
-        """Where a contiguous tensor lies; None where that is not known for certain."""
-        begin = tensor.data_ptr()
-        mapped = find(begin, begin + tensor.numel() * tensor.element_size(), self._mapped)
-        if mapped is None or not tensor.is_contiguous():
-            return None
-        if mapped.path not in self._opened:
-            self._opened[mapped.path] = self._open(mapped)
-        file = self._opened[mapped.path]
-        if file is None:
-            return None
-        return _FileRange(file, mapped.offset + begin - mapped.begin, mapped.path)
-
-    def _open(self, mapped: MappedFile) -> int | None:
-        try:
-            file = os.open(mapped.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return None
-        self._stack.callback(os.close, file)
-        # A file that was replaced by another since is still mapped as it was.
-        if os.fstat(file).st_ino != mapped.inode:
-            return None
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        return file
+def set_parameter(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Replace a parameter, named as in `named_parameters`; it stays trainable or frozen."""
+    owner, _, leaf = name.rpartition(".")
+    old = module.get_parameter(name)
+    setattr(module.get_submodule(owner), leaf, nn.Parameter(value, old.requires_grad))
 
 
-def _split(source: torch.Tensor, target: torch.Tensor, files: _Files) -> Iterator[_Chunk]:
-    if not source.is_contiguous():
-        yield _Chunk(source, target, None)
-        return
-    file_range = files.locate(source)
-    size = source.element_size()
-    step = _CHUNK // size
-    pairs = zip(source.view(-1).split(step), target.view(-1).split(step), strict=True)
-    for i, (values, room) in enumerate(pairs):
-        yield _Chunk(
-            values,
-            room,
-            file_range and file_range._replace(offset=file_range.offset + i * step * size),
-        )
+def on_device(source: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor on a device in a type: itself where it is so already, else a copy.
+
+    The pages of a mapped `source` are dropped, so it must not have been written to.
+    """
+    if source.device == device and source.dtype == dtype:
+        return source.detach()
+    target = torch.empty(source.shape, dtype=dtype, device=device)
+    use_huge_pages(target)
+    copy_values(target, source)
+    return target
 
 
-def _run(chunks: list[_Chunk], device: torch.device) -> None:
-    # The order of the files; those of no known file_range last.
-    chunks.sort(key=lambda chunk: chunk.file_range or _FileRange(1 << 62, 0, ""))
-    own = torch.get_num_threads()
-    # One reads while the others convert.
-    workers = min(own, _MAX_CONVERTING) + 1
-    staging = _Staging(pinned=device.type == "cuda")
-    total = sum(_num_bytes(chunk.source) for chunk in chunks)
-    try:
-        with (
-            progress_bar(total=total, description="loading", unit="B", delay=2) as bar,
-            # Threads of threads would wait for each other.
-            ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-        ):
-            for done in pool.map(staging.move, chunks):
-                bar.update(done)
-    finally:
-        torch.set_num_threads(own)  # setting it in a thread changes what new threads begin with
-
-
-class _Staging:
-    """A buffer for each thread."""
-
-    def __init__(self, *, pinned: bool) -> None:
-        self._pinned = pinned
-        self._own = threading.local()
-        self._reading = threading.Lock()
-
-    def move(self, chunk: _Chunk) -> int:
-        """Fill a chunk's target; returns the number of bytes read."""
-        values = chunk.source
-        if chunk.file_range is not None:
-            values = self._read(chunk.file_range, values)
+@torch.no_grad()
+def copy_values(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy into a tensor of any device and type; the pages of a mapped `source` are dropped."""
+    pairs = [(target, source)]
+    if target.is_contiguous() and source.is_contiguous():
+        size = _PIECE // source.element_size()
+        pairs = list(zip(target.view(-1).split(size), source.view(-1).split(size), strict=True))
+    _read_ahead(source)
+    for part, values in pairs:
         # Onto a GPU in the file's type, which has fewer bytes; the conversion is done there.
-        chunk.target.copy_(values.to(chunk.target.device))
-        if chunk.file_range is None:
-            drop_pages(chunk.source)
-        return _num_bytes(chunk.source)
-
-    def _new_buffer(self) -> torch.Tensor:
-        if self._pinned:
-            return torch.empty(_CHUNK, dtype=torch.uint8, pin_memory=True)
-        # Not from malloc, which keeps what a thread has freed for the next one.
-        return torch.frombuffer(mmap.mmap(-1, _CHUNK), dtype=torch.uint8)
-
-    def _read(self, file_range: _FileRange, like: torch.Tensor) -> torch.Tensor:
-        if not hasattr(self._own, "buffer"):
-            self._own.buffer = self._new_buffer()
-        buffer = self._own.buffer[: _num_bytes(like)]
-        room = memoryview(buffer.numpy())
-        filled = 0
-        # One at a time: the kernel reads ahead of a reader that goes through the file in order.
-        with self._reading:
-            while filled < len(room):
-                count = os.preadv(file_range.file, [room[filled:]], file_range.offset + filled)
-                if count == 0:
-                    raise InputError(f"{file_range.path}: has become shorter while it was read")
-                filled += count
-        return buffer.view(like.dtype)
+        part.copy_(values.to(part.device))
+        drop_pages(values)
 
 
-def _num_bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def drop_pages(tensor: torch.Tensor) -> None:
+    """Let the kernel take back the memory of a tensor that is mapped from a file.
+
+    The tensor keeps its values: they are read again where it is used again. Does nothing for any
+    other tensor, and outside of Linux. Not for tensors that were written to: the change is lost.
+    """
+    page = mmap.PAGESIZE
+    first = -(-tensor.data_ptr() // page) * page
+    last = (tensor.data_ptr() + tensor.nbytes) // page * page
+    # Other memory than a file's would come back as zeros.
+    if tensor.device.type == "cpu" and first < last and _is_of_a_file(first, last):
+        _advise(first, last, mmap.MADV_DONTNEED)
+
+
+def use_huge_pages(tensor: torch.Tensor) -> None:
+    """Back new memory of the CPU by pages of 2 MiB, which the kernel makes twice as fast."""
+    if tensor.device.type == "cpu" and tensor.nbytes >= _HUGE_PAGE:
+        first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        _advise(first, tensor.data_ptr() + tensor.nbytes, getattr(mmap, "MADV_HUGEPAGE", None))
+
+
+def _read_ahead(tensor: torch.Tensor) -> None:
+    """Have the kernel read a mapped tensor in large pieces; faults ask for 128 KiB at a time."""
+    if tensor.device.type == "cpu":
+        first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        _advise(first, tensor.data_ptr() + tensor.nbytes, mmap.MADV_WILLNEED)
+
+
+def _is_of_a_file(first: int, last: int) -> bool:
+    """Whether the addresses are those of one mapped file; false where the system does not say."""
+    if not _MAPS.exists():
+        return False
+    for line in _MAPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        # begin-end permissions offset device inode path; inode 0 is memory without a file.
+        addresses, _, _, _, inode, *_ = line.split(maxsplit=5)
+        begin, end = (int(part, 16) for part in addresses.split("-"))
+        if begin <= first and last <= end:
+            return inode != "0"
+    return False
+
+
+def _advise(first: int, last: int, advice: int | None) -> None:
+    # A refusal costs memory or time, nothing else: the result is of no interest.
+    if advice is not None:
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(advice)
+        )

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cpm_bee.checkpoint.loading import transfer
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.files import atomic_file
 
@@ -40,13 +39,6 @@ class LazyTensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
-
-    def copy_to(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """The tensor on a device in a type, without leaving a second copy in memory.
-
-        Where both are the file's own it stays mapped (copy on write).
-        """
-        return transfer({"": self.read()}, device, dtype)[""]
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> LazyTensor:

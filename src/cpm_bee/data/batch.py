@@ -35,6 +35,10 @@ class Batch:
     target_records: torch.Tensor  # (N,) int64, the record of each target
     extension_ids: torch.Tensor  # (E,) int64, the (id, sub > 0) pairs that the step can predict
     extension_subs: torch.Tensor  # (E,) int64
+    # What generation may write for a record beside the ordinary vocabulary; None in training.
+    unk_is_candidate: torch.Tensor | None = None  # (R,) bool
+    extension_is_candidate: torch.Tensor | None = None  # (R, E) bool
+    unk: int = 0  # id of <unk>, with these two
 
     @property
     def num_tokens(self) -> int:
@@ -133,13 +137,25 @@ def collate(
     return make_batch(Stream.of(records), tokenizer, extension)
 
 
-def make_batch(stream: Stream, tokenizer: Tokenizer, extension: Sequence[Pair]) -> Batch:
-    """Make a batch of a stream. `extension`: the (id, sub > 0) pairs of the whole step.
+def make_batch(
+    stream: Stream,
+    tokenizer: Tokenizer,
+    extension: Sequence[Pair],
+    *,
+    as_generated: bool = False,
+) -> Batch:
+    """Make a batch of a stream.
 
-    Raises `KeyError` if a target's pair is not among them.
+    Args:
+        extension: the (id, sub > 0) pairs of the whole step.
+        as_generated: with what generation may write for each record, for evaluation.
+
+    Raises:
+        KeyError: a target's pair is not in `extension`.
     """
     table = np.array(extension, dtype=np.int64).reshape(-1, 2)  # (E, 2)
     targets = _targets(stream, tokenizer)
+    unk, entries = _candidates(stream, tokenizer.unk, table) if as_generated else (None, None)
     return Batch(
         ids=torch.from_numpy(stream.ids.astype(np.int64)),
         subs=torch.from_numpy(stream.subs.astype(np.int64)),
@@ -153,7 +169,25 @@ def make_batch(stream: Stream, tokenizer: Tokenizer, extension: Sequence[Pair]) 
         target_records=torch.from_numpy(targets.records),
         extension_ids=torch.from_numpy(table[:, 0].copy()),
         extension_subs=torch.from_numpy(table[:, 1].copy()),
+        unk_is_candidate=unk,
+        extension_is_candidate=entries,
+        unk=tokenizer.unk,
     )
+
+
+def _candidates(stream: Stream, unk: int, table: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether each record's context has an unknown run, bool [R], and each pair, bool [R, E]."""
+    records = np.repeat(np.arange(len(stream.lengths)), stream.lengths)  # (T,)
+    unknown = np.zeros(len(stream.lengths), dtype=np.bool_)
+    unknown[records[stream.context & (stream.ids == unk)]] = True
+    entries = np.zeros((len(stream.lengths), len(table)), dtype=np.bool_)
+    tokens = np.flatnonzero(stream.context & (stream.subs > 0))
+    if len(tokens):
+        known = table[:, 0] << 16 | table[:, 1]
+        own = stream.ids[tokens].astype(np.int64) << 16 | stream.subs[tokens]
+        order = np.argsort(known)
+        entries[records[tokens], order[np.searchsorted(known, own, sorter=order)]] = True
+    return torch.from_numpy(unknown), torch.from_numpy(entries)
 
 
 def _flat(parts: list[np.ndarray], dtype: type) -> np.ndarray:

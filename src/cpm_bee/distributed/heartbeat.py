@@ -1,11 +1,24 @@
-"""Which process of a run has ended: told by those beside it, or by its silence."""
+"""Finds out which rank of a run has ended or hangs, so that the others do not wait for it.
+
+A collective operation ends in an error when a peer's connection breaks, but the error does not name
+the peer; and it waits for half an hour when the peer hangs. So every rank runs a thread that
+
+- registers its process (machine and process id) in the store of the process group,
+- increments a counter there every two seconds: its heartbeat,
+- looks in the store for a note about lost ranks, in /proc for the processes of its own machine, and
+  at the counters for those of others. Whoever misses a rank writes the note for all.
+
+A rank that fails with an error of its own writes the note itself (`close`). After a failed
+collective the main thread asks for the cause (`explain_failure`). A main thread that is still stuck
+in a collective ten seconds after a rank was lost cannot raise an error: the heartbeat thread then
+prints the cause and ends the process. It signals no other process: torchrun stops the rest.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,25 +27,25 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from cpm_bee.distributed.rank import end_torchrun_quietly, lost, reports
+from cpm_bee.distributed.rank import is_reporting_rank, lost_ranks, report_error
 
-_INTERVAL = 2.0  # seconds between two signs of life, and between two looks at the others
-# Seconds without a sign of life that tell of an end, where an exchange has failed; where none
-# has, since a machine may be busy.
+_INTERVAL = 2.0  # seconds between two heartbeats, and between two checks of the other ranks
+# Seconds without a heartbeat after which a rank counts as lost: when a collective has failed, and
+# when none has, since a machine may be busy.
 _SILENCE, _LONG_SILENCE = 10.0, 40.0
-# Seconds in which a process that waits for a lost one should see it by itself.
+# Seconds in which the main thread should come out of a collective by itself once a rank is lost.
 _GRACE = 10.0
-_LOST, _DONE = "lost", "done"
+_LOST, _DONE = "lost", "done"  # keys in the store
 
 
 class _Process(NamedTuple):
     machine: str
     host: str
-    number: int
+    pid: int
 
     @classmethod
     def of_this_process(cls) -> _Process:
-        """Processes can be looked up by number within a namespace of a running kernel."""
+        """`machine` is equal for processes that see each other in /proc (same PID namespace)."""
         with contextlib.suppress(OSError):
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
             return cls(
@@ -41,109 +54,112 @@ class _Process(NamedTuple):
         return cls(f"{socket.gethostname()}/{os.getpid()}", socket.gethostname(), os.getpid())
 
     def has_ended(self) -> bool:
-        """For a process of this machine; one that its parent has not noticed yet has ended, too."""
+        """Whether a process of this machine has ended; a zombie has."""
         try:
-            # number (name) state ...
-            stat = Path(f"/proc/{self.number}/stat").read_text(errors="replace")
+            # pid (name) state ...
+            stat = Path(f"/proc/{self.pid}/stat").read_text(errors="replace")
         except OSError:
             return True
         return stat.rpartition(")")[2].split()[0] in "ZX"
 
 
 class Heartbeat:
-    """Gives signs of life in a store, and looks for the end of the others.
-
-    Ends this process, with a message, where it hangs in an exchange with one that has ended.
-    """
+    """This rank's heartbeat in a store, and its check of the other ranks."""
 
     def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
-        # Of its own: another user of the connection may wait in it for long.
+        # A connection of its own: another user may block on the given one for long.
         self._store = dist.PrefixStore("heartbeat", store.clone())  # type: ignore[attr-defined]
         self._rank, self._ranks = rank, range(world_size)
         self._own = _Process.of_this_process()
         self._store.set(f"process/{rank}", "\n".join(map(str, self._own)))
         self._store.add(f"beat/{rank}", 1)
-        self._processes: list[_Process] = []
-        self._heard: dict[int, tuple[bytes, float]] = {}
-        self._ended = threading.Event()
+        self._processes: list[_Process] = []  # by rank, once all have registered
+        self._last_beats: dict[int, tuple[bytes, float]] = {}  # counter, and when it last changed
+        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
     def close(self, failure: str | None) -> None:
-        """Tell the others that this process ends now, and why if it is for a failure."""
-        self._ended.set()
+        """Stop. Tell the other ranks that this one ends, and why if an error ends it."""
+        self._closed.set()
         self._thread.join(_INTERVAL)
         with contextlib.suppress(RuntimeError):
             self._store.set(f"{_DONE}/{self._rank}", "")
-            if failure is not None and not lost:
+            if failure is not None and not lost_ranks:
                 self._publish(f"rank {self._rank} has ended: {failure}", [self._rank])
 
-    def find(self) -> str | None:
-        """After a failed exchange: a sentence that names who has ended, if it can be found out."""
+    def explain_failure(self) -> str | None:
+        """After a failed collective: a sentence that names the lost ranks, or None if none is."""
         deadline = time.monotonic() + _SILENCE + 3 * _INTERVAL
         with contextlib.suppress(RuntimeError):
             while time.monotonic() < deadline:
-                if found := self._look(_SILENCE):
+                if cause := self._check(_SILENCE):
                     if len({p.machine for p in self._processes}) > 1:
-                        time.sleep(2 * _INTERVAL)  # the store may end with this machine's torchrun
-                    return found
+                        # The store may end with this machine's torchrun: let the others read it.
+                        time.sleep(2 * _INTERVAL)
+                    return cause
                 time.sleep(0.2)
         return None
 
     def _run(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the store is gone: so is rank 0, or soon
-            while not self._ended.wait(_INTERVAL):
+        with contextlib.suppress(RuntimeError):  # the store has gone, and rank 0 with it
+            while not self._closed.wait(_INTERVAL):
                 self._store.add(f"beat/{self._rank}", 1)
-                if (found := self._look(_LONG_SILENCE)) and not self._ended.wait(_GRACE):
-                    if reports():
-                        print(f"error: {found}", file=sys.stderr, flush=True)
-                    end_torchrun_quietly(1)
-                    os._exit(1)
+                if (cause := self._check(_LONG_SILENCE)) and not self._closed.wait(_GRACE):
+                    self._end_process(cause)
 
-    def _look(self, silence: float) -> str | None:
+    def _end_process(self, cause: str) -> None:
+        if is_reporting_rank():
+            report_error(cause)
+        elif self._closed.wait(_GRACE):  # torchrun stops this rank when the reporting one exits
+            return
+        os._exit(1)
+
+    def _check(self, silence: float) -> str | None:
+        """A sentence that names the lost ranks, or None; `silence` is in seconds."""
         if self._store.check([_LOST]):
             ranks, _, text = self._store.get(_LOST).decode().partition("\n")
-            lost.update(map(int, ranks.split()))
+            lost_ranks.update(map(int, ranks.split()))
             return text
-        if not self._know_all():
+        if not self._all_registered():
             return None
-        gone = [rank for rank in self._ranks if self._is_gone(rank)]
-        text = " is gone"
-        if not gone:
-            gone = list(self._silent(silence))
-            text = f" has given no sign of life for {silence:.0f} seconds"
+        lost = [rank for rank in self._ranks if self._is_gone(rank)]
+        reason = "is gone"
+        if not lost:
+            lost = list(self._silent_ranks(silence))
+            reason = f"has sent no heartbeat for {silence:.0f} seconds"
         # One that ended well has said so before.
-        gone = [rank for rank in gone if not self._store.check([f"{_DONE}/{rank}"])]
-        if not gone:
+        lost = [rank for rank in lost if not self._store.check([f"{_DONE}/{rank}"])]
+        if not lost:
             return None
-        names = [f"{self._processes[r].number} on {self._processes[r].host}" for r in gone]
-        who = ", ".join(map(str, gone))
-        text = f"rank {who} of this run has ended (process {', '.join(names)}{text})"
-        self._publish(text, gone)
+        names = [f"{self._processes[r].pid} on {self._processes[r].host}" for r in lost]
+        ranks = ", ".join(map(str, lost))
+        text = f"rank {ranks} of this run has ended (process {', '.join(names)} {reason})"
+        self._publish(text, lost)
         return text
 
     def _publish(self, text: str, ranks: list[int]) -> None:
-        lost.update(ranks)
+        lost_ranks.update(ranks)
         self._store.set(_LOST, f"{' '.join(map(str, ranks))}\n{text}")
 
-    def _know_all(self) -> bool:
+    def _all_registered(self) -> bool:
         if not self._processes:
             keys = [f"process/{rank}" for rank in self._ranks]
             if self._store.check(keys):
                 values = [value.decode().split("\n") for value in self._store.multi_get(keys)]
-                self._processes = [_Process(m, host, int(n)) for m, host, n in values]
+                self._processes = [_Process(m, host, int(pid)) for m, host, pid in values]
         return bool(self._processes)
 
     def _is_gone(self, rank: int) -> bool:
         process = self._processes[rank]
         return process.machine == self._own.machine and process.has_ended()
 
-    def _silent(self, seconds: float) -> Iterator[int]:
+    def _silent_ranks(self, seconds: float) -> Iterator[int]:
         now = time.monotonic()
         beats = self._store.multi_get([f"beat/{rank}" for rank in self._ranks])
         for rank, beat in zip(self._ranks, beats, strict=True):
-            before, since = self._heard.get(rank, (b"", now))
-            if beat != before:
-                self._heard[rank] = (beat, now)
+            last, since = self._last_beats.get(rank, (b"", now))
+            if beat != last:
+                self._last_beats[rank] = (beat, now)
             elif now - since > seconds and rank != self._rank:
                 yield rank

@@ -1,7 +1,8 @@
-"""The processes of a run: how they find each other, and what the end of one does to the others."""
+"""The process group of a run: joined, left, and what the end of one rank does to the others."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import os
@@ -15,21 +16,21 @@ import torch.distributed as dist
 from cpm_bee.distributed.heartbeat import Heartbeat
 from cpm_bee.errors import RunError
 
-_TIMEOUT = datetime.timedelta(minutes=30)  # the first rank may be making a token index
+_TIMEOUT = datetime.timedelta(minutes=30)  # rank 0 may be making a token index
 _GLOO_RELEASE_TIME = 0.1  # seconds
-_RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=2)  # for an answer at the first machine's address
+_RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=2)  # for the first machine to answer
 
 
 _heartbeat: Heartbeat | None = None
 
 
 def join(device: torch.device) -> None:
-    """Join the other processes that torchrun started. Raises `RunError` if they do not come."""
+    """Join the other ranks that torchrun started. Raises `RunError` if they do not come."""
     global _heartbeat
     try:
-        # Not left to `init_process_group`, which would also wait `_TIMEOUT` for the first one.
+        # `init_process_group` itself would also wait `_TIMEOUT` for the first machine.
         store, rank, world_size = next(dist.rendezvous("env://", timeout=_RENDEZVOUS_TIMEOUT))
-        store.set_timeout(_TIMEOUT)  # some may need long to come, but they are on their way
+        store.set_timeout(_TIMEOUT)  # some ranks may take long to start
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=store,
@@ -43,12 +44,12 @@ def join(device: torch.device) -> None:
         raise RunError(
             f"the processes do not find each other at {address} within "
             f"{_RENDEZVOUS_TIMEOUT.total_seconds():.0f} seconds ({_reason(error)}); MASTER_ADDR "
-            "must be the first machine's address, and a firewall must let the processes pass"
+            "must be the first machine's address, and a firewall must let them connect"
         ) from None
 
 
 def leave() -> None:
-    """Leave the others, if there are any; called while an error ends the run, tell them of it."""
+    """Leave the process group, if there is one. Other ranks learn of an error being handled."""
     global _heartbeat
     error = sys.exc_info()[1]
     if _heartbeat is not None:
@@ -56,24 +57,25 @@ def leave() -> None:
         _heartbeat = None
     if dist.is_initialized():
         dist.destroy_process_group()
+        # A thread of gloo's may still have to release the last tensor, for which it needs the
+        # interpreter: one that is ending by then aborts the process.
         if error is None:
-            # A thread of gloo's may still have to let go of the last tensor, for which it needs the
-            # interpreter: one that is ending by then aborts the process, though all is done. After
-            # an error there is no time: torchrun may end this process before it says what it was.
             time.sleep(_GLOO_RELEASE_TIME)
+        else:  # report it first: torchrun may end this process
+            atexit.register(time.sleep, _GLOO_RELEASE_TIME)
 
 
 @contextlib.contextmanager
 def exchange() -> Iterator[None]:
-    """The end of one process shows in the others as an error of their next exchange."""
+    """The context of collectives: one that fails because a rank has ended raises `RunError`."""
     try:
         yield
     except RuntimeError as error:
         if not dist.is_initialized() or isinstance(error, torch.OutOfMemoryError):
             raise
-        found = None if _heartbeat is None else _heartbeat.find()
+        cause = None if _heartbeat is None else _heartbeat.explain_failure()
         unknown = f"another process of this run has ended ({_reason(error)})"
-        raise RunError(found or unknown) from error
+        raise RunError(cause or unknown) from error
 
 
 def _reason(error: BaseException) -> str:

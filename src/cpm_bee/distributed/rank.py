@@ -1,20 +1,32 @@
-"""This process's place among those that torchrun started, and how a mistake is reported there."""
+"""This process among those that torchrun started, and which of them reports an error.
+
+torchrun sets RANK, LOCAL_RANK and WORLD_SIZE for each process that it starts. When one of them
+fails, torchrun stops the others of its machine (SIGTERM, after 30 seconds SIGKILL), prints a report
+and exits with status 1. A wrong flag or a missing file usually fails on all ranks at about the same
+time, and has to be printed once:
+
+- Rank 0 prints the error and exits. On a machine without rank 0, or that has lost it, the lowest
+  rank that is left does so, and names itself.
+- The other ranks wait for torchrun to stop them. One that is still there after some seconds has an
+  error of its own: it prints it with its rank, and exits.
+- The message is also written to the file (TORCHELASTIC_ERROR_FILE) that torchrun's report is made
+  from; an unexpected error goes there with its traceback (`record`).
+"""
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
-import signal
+import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-# Taken at import, before anything slow: a process whose torchrun is gone has another parent by
-# the time it reports an error, usually process 1, whose children are none of our business.
-_PARENT = os.getppid()
-# How long the other workers of a machine leave the reporting to one, in seconds.
-_PATIENCE = 30.0
+# Seconds in which the reporting rank should come to an error that all ranks have. A longer time
+# delays the report of an error that it does not have.
+_PATIENCE = 20.0
 
 
 class RankInfo(NamedTuple):
@@ -26,7 +38,7 @@ class RankInfo(NamedTuple):
 
     @classmethod
     def of_this_process(cls) -> RankInfo:
-        """Read what torchrun set; a process of its own is rank 0 of 1."""
+        """Read what torchrun set; a process without torchrun is rank 0 of 1."""
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
         rank, local_rank, world_size = (os.environ.get(n, "") for n in names)
         if not (rank and local_rank and world_size):
@@ -35,61 +47,51 @@ class RankInfo(NamedTuple):
 
 
 # Ranks of this run that are known to have ended.
-lost: set[int] = set()
+lost_ranks: set[int] = set()
+
+# Set on SIGTERM by whoever handles it. torchrun is then stopping this machine's processes already,
+# and sends no second signal to one that waits.
+is_terminating = False
 
 
-def reports() -> bool:
-    """Whether this process reports for all of this machine: the first of those that are left."""
-    place = RankInfo.of_this_process()
-    return lost.issuperset(range(place.rank - place.local_rank, place.rank))
+def is_reporting_rank() -> bool:
+    """Whether this is the lowest rank left on this machine."""
+    info = RankInfo.of_this_process()
+    return lost_ranks.issuperset(range(info.rank - info.local_rank, info.rank))
 
 
-def under_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
+def report_error(message: str) -> None:
+    """Report an error that ends this process, unless the machine's reporting rank does so."""
+    if not is_reporting_rank():
+        if is_terminating:
+            return
+        time.sleep(_PATIENCE)  # torchrun ends this process when the reporting rank exits
+    rank = RankInfo.of_this_process().rank
+    where = f"rank {rank} on {socket.gethostname()}: " if rank > 0 else ""
+    print(f"error: {where}{message}", file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # torchrun prints "py_callstack", and takes the earliest timestamp for the root cause.
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        text = json.dumps({"message": {"message": message, "extraInfo": extra}})
+        Path(path).write_text(text, encoding="utf-8")
 
 
-def end_torchrun_quietly(exit_status: int) -> None:
-    """After an error was reported by message: end the torchrun above us without its traceback.
+def record(
+    main: Callable[[], int | None], is_reported: Callable[[BaseException], bool]
+) -> Callable[[], int | None]:
+    """Wrap an entry script's `main` so that torchrun's report has the traceback of an error.
 
-    torchrun answers every failing worker with a traceback of its own, which would bury the line
-    that says what to mend. All workers of a machine come to the same error, so one (`reports`) ends
-    the others and torchrun, by a signal that it does not handle; the others wait for that. A shell
-    sees status 128 + SIGUSR1 for exit status 2 and 128 + SIGUSR2 for 1.
-
-    Does not return under torchrun, and does nothing elsewhere.
+    This is `torch.distributed.elastic.multiprocessing.errors.record`, but for errors that
+    `report_error` has reported. Without torchrun, `main` is returned as it is, and torch is not
+    imported.
     """
-    if not under_torchrun():
-        return
-    if os.getppid() != _PARENT or _PARENT == 1:
-        sys.stdout.flush()
-        os._exit(exit_status)
-    if reports():
-        siblings = _children(_PARENT) - {os.getpid()}
-        remove_empty_log_folders()
-        os.kill(_PARENT, signal.SIGUSR1 if exit_status == 2 else signal.SIGUSR2)
-        for sibling in siblings:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(sibling, signal.SIGKILL)
-    deadline = time.monotonic() + _PATIENCE
-    while os.getppid() == _PARENT and time.monotonic() < deadline:
-        time.sleep(0.01)
-    sys.stdout.flush()
-    os._exit(exit_status)  # at once: the shell has its prompt back already
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return main
+    from torch.distributed.elastic.multiprocessing import errors
 
+    class UnexpectedErrors(errors.ErrorHandler):
+        def record_exception(self, e: BaseException) -> None:
+            if not is_reported(e):
+                super().record_exception(e)
 
-def _children(parent: int) -> set[int]:
-    """The processes that a process has started; empty where the kernel does not tell."""
-    try:
-        return set(map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split()))
-    except OSError:
-        return set()
-
-
-def remove_empty_log_folders() -> None:
-    """Remove the folder that torchrun makes for its workers' error files and leaves behind."""
-    error_file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))
-    top = next((p for p in error_file.parents if p.name.startswith("torchelastic_")), None)
-    if top is not None:
-        for folder, _, _ in os.walk(top, topdown=False):
-            with contextlib.suppress(OSError):  # not empty
-                os.rmdir(folder)
+    return errors.record(main, UnexpectedErrors())

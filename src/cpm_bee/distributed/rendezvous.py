@@ -1,34 +1,59 @@
-"""Before torchrun on several machines: whether the first one can be reached, and whether it is us.
+"""Checks before torchrun starts: whether the port is free, and whether the first machine answers.
 
-    python -m cpm_bee.distributed.rendezvous ADDRESS PORT SECONDS
+    python -m cpm_bee.distributed.rendezvous MASTER_ADDR MASTER_PORT NNODES SECONDS
 
-Prints flags for torchrun. By itself torchrun would wait for ten minutes and end in a traceback; it
-takes a machine for another one where its name stands for another of its addresses; and it tells the
-others that name, which they may not know.
+The agents (torchrun processes) of a run meet at MASTER_ADDR:MASTER_PORT, where the first machine's
+agent opens a store. Left to itself, torchrun waits more than a minute for a store on a port that
+another program has, waits ten minutes for a machine that cannot be reached, and ends both in a
+traceback. Here
+
+- the machine that has the address MASTER_ADDR is the first one, and checks that the port is free;
+- the others wait until something listens there.
+
+Printed are flags for torchrun: whether this machine is the first one, which torchrun gets wrong
+when a host name resolves to another of its addresses, and the address that the others see it at,
+since they may not know its host name. On a loopback address nothing is printed: several agents on
+one machine then agree among themselves which of them is the first.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import socket
 import sys
 import time
 
-from cpm_bee.errors import InputError, RunError, run_command
+from cpm_bee.cli import run_command
+from cpm_bee.errors import InputError, RunError
 
-_QUIET = 5.0  # seconds of waiting that are not worth a message
+_QUIET = 5.0  # seconds of waiting before a message says so
 
 
-def rendezvous_flags(address: str, port: int, seconds: float) -> str:
-    """Flags that tell torchrun whether it is the first machine, and its address; "" on loopback.
-
-    The machine that has the address is the first one. Others wait until somebody listens there.
+def rendezvous_flags(address: str, port: int, num_nodes: int, seconds: float) -> str:
+    """Flags for torchrun; "" for one machine, and on a loopback address.
 
     Raises:
-        InputError: no machine has this name.
-        RunError: nobody listens there in time.
+        InputError: no machine has this name, or another program has the port.
+        RunError: nothing listens there in time.
     """
+    if num_nodes == 1:
+        if port != 0:  # torchrun takes any free port for 0
+            _check_port_is_free(port)
+        return ""
+    if port == 0:
+        raise InputError("MASTER_PORT=0: several machines need a port, the same on all of them")
+    addresses = _resolve(address, port)
+    if all(ipaddress.ip_address(a.partition("%")[0]).is_loopback for a in addresses):
+        return ""
+    if any(map(_is_own, addresses)):
+        _check_port_is_free(port)
+        return _flags(address, seconds, is_host=True)
+    return _flags(_wait_for_host(address, port, seconds), seconds, is_host=False)
+
+
+def _resolve(address: str, port: int) -> set[str]:
     try:
         found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
     except OSError as error:
@@ -37,11 +62,11 @@ def rendezvous_flags(address: str, port: int, seconds: float) -> str:
             f"MASTER_ADDR={address}: {reason}; it must be the name or address of the first "
             "machine, as the others see it"
         ) from None
-    numbers = {str(info[4][0]) for info in found}
-    if all(ipaddress.ip_address(number.partition("%")[0]).is_loopback for number in numbers):
-        return ""
-    if any(map(_is_own, numbers)):
-        return _flags(address, seconds, is_host=True)
+    return {str(info[4][0]) for info in found}
+
+
+def _wait_for_host(address: str, port: int, seconds: float) -> str:
+    """Wait until something listens there; returns this machine's address on that connection."""
     begin = time.monotonic()
     told = False
     while time.monotonic() < begin + seconds:
@@ -49,7 +74,7 @@ def rendezvous_flags(address: str, port: int, seconds: float) -> str:
             contextlib.suppress(OSError),
             socket.create_connection((address, port), timeout=5) as connection,
         ):
-            return _flags(connection.getsockname()[0], seconds, is_host=False)
+            return str(connection.getsockname()[0])
         if not told and time.monotonic() > begin + min(_QUIET, seconds / 2):
             told = True
             text = f"waiting up to {seconds:.0f} seconds for {address}:{port}, the first machine"
@@ -66,19 +91,47 @@ def _flags(own: str, seconds: float, *, is_host: bool) -> str:
     return f"--rdzv_conf=is_host={int(is_host)},join_timeout={seconds:.0f} --local_addr={own}"
 
 
-def _is_own(number: str) -> bool:
-    family = socket.AF_INET6 if ":" in number else socket.AF_INET
+def _is_own(address: str) -> bool:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         try:
-            probe.bind((number, 0))
+            probe.bind((address, 0))
         except OSError:
             return False
     return True
 
 
+def _check_port_is_free(port: int) -> None:
+    """Raise `InputError` where torchrun could not listen on a port, on all addresses."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                # As torchrun does: a connection that has just been closed is no obstacle.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(("", port))
+                probe.listen()
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                reason = (error.strerror or str(error)).lower()
+                raise InputError(
+                    f"MASTER_PORT={port}: {reason}; perhaps another run uses it. Choose another "
+                    f"port, the same on all machines, for example MASTER_PORT={_free_port()}"
+                ) from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
 def _main() -> None:
-    address, port, seconds = sys.argv[1:]
-    print(rendezvous_flags(address, int(port), float(seconds)))
+    address, port, num_nodes, seconds = sys.argv[1:]
+    if not port.isdecimal() or int(port) > 65535:
+        raise InputError(f"MASTER_PORT={port}: is no port, a whole number up to 65535")
+    print(rendezvous_flags(address, int(port), int(num_nodes), float(seconds)))
 
 
 if __name__ == "__main__":

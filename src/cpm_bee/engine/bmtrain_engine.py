@@ -20,15 +20,23 @@ from typing import Any
 import torch
 
 from cpm_bee.distributed.rank import RankInfo
-from cpm_bee.engine import OptimizerSettings, StepResult, TensorStatistics, shrunk_scale
 from cpm_bee.engine.adamw import BETAS, EPS
 from cpm_bee.engine.bmtrain_sharding import part_of, shard_model, whole_of
+from cpm_bee.engine.protocol import (
+    OptimizerSettings,
+    StepResult,
+    TensorStatistics,
+    shrunk_scale,
+)
 from cpm_bee.errors import RunError
 from cpm_bee.model.network import CPMBee
+from cpm_bee.pretrained import PretrainedModel
+
+DISTRIBUTION = "ZeRO-3 by bmtrain, each process with a part of every tensor"
 
 
 def unavailable_reason(device: torch.device) -> str | None:
-    """Why this engine cannot run on a device here, and what mends it; None if it can."""
+    """Why this engine cannot run on a device here, and what to do about it; None if it can."""
     if device.type != "cuda":
         return "runs on GPUs only; --engine torch runs anywhere"
     if importlib.util.find_spec("bmtrain") is None:
@@ -59,7 +67,7 @@ def _start() -> Any:
 
 
 class BMTrainEngine:
-    """See `engine.Engine`. Every process holds a part of each tensor, trained or frozen.
+    """See `protocol.Engine`. Every process holds a part of each tensor, trained or frozen.
 
     The processes exchange parts in every pass.
 
@@ -81,6 +89,11 @@ class BMTrainEngine:
     @property
     def loss_scale(self) -> float:
         return float(self._manager.loss_scale)
+
+    def load_model(self, pretrained: PretrainedModel, parallel: str, offload: bool) -> str:
+        """See `Engine.load_model`; `choose_engine` refuses both flags with this engine."""
+        pretrained.materialize_mapped()  # `prepare` reads this process's parts
+        return DISTRIBUTION
 
     def prepare(self, model: CPMBee, settings: OptimizerSettings) -> None:
         """See `Engine.prepare`; the model may be in any type, on the CPU and memory-mapped."""

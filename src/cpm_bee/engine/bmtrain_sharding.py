@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cpm_bee.checkpoint.mapped_pages import drop_pages
+from cpm_bee.checkpoint.loading import drop_pages
 from cpm_bee.delta import LoRA
 from cpm_bee.model.block import TransformerBlock
 from cpm_bee.model.network import CPMBee

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from cpm_bee.distributed.process_group import exchange
+from cpm_bee.engine.parallel_strategy import ParallelStrategy
+from cpm_bee.model.network import CPMBee
 
 
-class DDPStrategy:
-    """How the torch engine deals with parameters where nothing is sharded; see `FSDPStrategy`.
+class DDPStrategy(ParallelStrategy):
+    """Every process has the whole model, and its part of a tensor is the tensor.
 
     Args:
         world_size: the number of processes.
@@ -24,24 +25,19 @@ class DDPStrategy:
         self._device = device
         self._world_size = world_size
 
-    def distribute(self, model: nn.Module) -> None:
-        """Move a model to the device."""
+    def distribute(self, model: CPMBee) -> None:
         model.to(self._device)
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This process's part of a parameter or gradient; shares its memory."""
         return tensor
 
     def whole(self, local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """A tensor on the CPU from its parts, cut as parameter `like` is; collective."""
         return local.detach().to("cpu", copy=True)
 
     def part_of(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """The part that this process has of parameter `like`, from values of all of it."""
         return whole
 
     def sum_gradients(self, gradients: Sequence[torch.Tensor]) -> None:
-        """Sum over processes, in place; collective."""
         if self._world_size == 1:
             return
         flat = torch.cat([g.reshape(-1) for g in gradients])
@@ -52,5 +48,4 @@ class DDPStrategy:
             gradient.copy_(summed.view_as(gradient))
 
     def sum_of_parts(self, value: torch.Tensor) -> torch.Tensor:
-        """A sum over all of a tensor from the sum over this process's part of it."""
         return value

@@ -23,9 +23,10 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from cpm_bee.checkpoint.mapped_pages import drop_pages
+from cpm_bee.checkpoint.loading import copy_values
 from cpm_bee.checkpoint.reader import LazyTensor
 from cpm_bee.distributed.process_group import exchange
+from cpm_bee.engine.parallel_strategy import ParallelStrategy
 from cpm_bee.model.network import CPMBee
 from cpm_bee.pretrained import Tensors
 from cpm_bee.progress import progress_bar
@@ -34,8 +35,8 @@ from cpm_bee.progress import progress_bar
 _PASSES = ("loss", "score")
 
 
-class FSDPStrategy:
-    """How the torch engine deals with parameters that are cut along their first dimension.
+class FSDPStrategy(ParallelStrategy):
+    """Every process has some rows of each tensor, which is cut along its first dimension.
 
     Args:
         tensors: the values of the model's tensors on the meta device; of each, a process reads
@@ -96,25 +97,14 @@ class FSDPStrategy:
         """Read this process's rows; returns their bytes."""
         local = self.local(parameter)
         begin = _first_row(parameter)
-        rows = entry.rows(begin, begin + len(local)).copy_to(local.device, local.dtype)
-        with torch.no_grad():
-            local.copy_(rows)
-        drop_pages(rows)
+        copy_values(local, entry.rows(begin, begin + len(local)).read())
         return local.nbytes
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This process's part of a parameter or gradient; shares its memory.
-
-        Not to be kept: PyTorch may lay a parameter elsewhere before the first pass.
-        """
         with torch.no_grad():
             return _dtensor(tensor).to_local()
 
     def whole(self, local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """A tensor on the CPU from its parts, cut as parameter `like` is; collective.
-
-        Empty but on rank 0.
-        """
         d = _dtensor(like)
         parts = DTensor.from_local(
             local.detach().to(self._device),
@@ -129,7 +119,6 @@ class FSDPStrategy:
         return full.to("cpu", copy=True) if dist.get_rank() == 0 else full.new_empty(0).cpu()
 
     def part_of(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """The part that this process has of parameter `like`, from values of all of it."""
         begin = _first_row(like)
         return whole[begin : begin + len(self.local(like))]
 
@@ -137,7 +126,6 @@ class FSDPStrategy:
         """PyTorch has summed them in the backward pass."""
 
     def sum_of_parts(self, value: torch.Tensor) -> torch.Tensor:
-        """A sum over all of a tensor from the sum over this process's part of it."""
         total = value.to(self._device)
         with exchange():
             dist.all_reduce(total)

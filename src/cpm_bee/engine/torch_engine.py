@@ -6,26 +6,37 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from cpm_bee.distributed import process_group
 from cpm_bee.distributed.rank import RankInfo
-from cpm_bee.engine import OptimizerSettings, StepResult, TensorStatistics, shrunk_scale
 from cpm_bee.engine.adamw import AdamW
+from cpm_bee.engine.clip import clip_by_global_norm
 from cpm_bee.engine.ddp import DDPStrategy
+from cpm_bee.engine.parallel_strategy import (
+    FSDP,
+    ParallelStrategy,
+    choose_parallel,
+    parallel_summary,
+)
+from cpm_bee.engine.protocol import (
+    OptimizerSettings,
+    StepResult,
+    TensorStatistics,
+    shrunk_scale,
+)
 from cpm_bee.errors import RunError
 from cpm_bee.model.network import CPMBee
+from cpm_bee.pretrained import PretrainedModel
 
-if TYPE_CHECKING:
-    from cpm_bee.engine.fsdp import FSDPStrategy
-    from cpm_bee.pretrained import Tensors
+ONE_PROCESS = "one process, with the whole model"
 
 
 class TorchEngine:
-    """See `engine.Engine`. Every process has the whole model, unless `shard` is called."""
+    """See `protocol.Engine`. Every process has the whole model, unless `load_model` shards it."""
 
     name = "torch"
 
@@ -39,18 +50,26 @@ class TorchEngine:
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
             process_group.join(self.device)
-        self._strategy: DDPStrategy | FSDPStrategy = DDPStrategy(self.device, self.world_size)
+        self._strategy: ParallelStrategy = DDPStrategy(self.device, self.world_size)
 
-    def shard(self, tensors: Tensors, *, offload: bool) -> None:
-        """Have `prepare` cut all tensors over the processes (FSDP2).
+    def load_model(self, pretrained: PretrainedModel, parallel: str, offload: bool) -> str:
+        if self.world_size == 1:
+            pretrained.materialize(self.device)
+            return ONE_PROCESS
+        choice = choose_parallel(parallel, pretrained.model, self.device, self.world_size)
+        # All must do the same; fsdp needs the least memory.
+        if self.reduce_max([int(choice.kind == FSDP)])[0] and choice.kind != FSDP:
+            choice = choice._replace(kind=FSDP, reason="another process has less memory")
+        if choice.kind == FSDP:
+            from cpm_bee.engine.fsdp import FSDPStrategy  # takes a second and 100 MiB
 
-        Args:
-            tensors: the values of the tensors that the model has on the meta device.
-            offload: keep the parts in host memory.
-        """
-        from cpm_bee.engine.fsdp import FSDPStrategy  # takes a second and 100 MiB
-
-        self._strategy = FSDPStrategy(self.device, self.world_size, tensors, offload=offload)
+            self._strategy = FSDPStrategy(
+                self.device, self.world_size, pretrained.tensors, offload=offload
+            )
+        else:
+            self._strategy = DDPStrategy(self.device, self.world_size)
+            pretrained.materialize(self.device)
+        return parallel_summary(choice, offload)
 
     @property
     def lockstep(self) -> bool:
@@ -108,7 +127,9 @@ class TorchEngine:
         self._strategy.sum_gradients(list(gradients.values()))
         if self._loss_scale != 1:
             torch._foreach_mul_(list(gradients.values()), 1 / self._loss_scale)
-        norm = self._clip(list(gradients.values()))
+        norm = clip_by_global_norm(
+            list(gradients.values()), self._settings.clip_grad, self._strategy.sum_of_parts
+        )
         self._has_stale_gradients = True
         if not math.isfinite(norm):
             self._shrink_scale()
@@ -119,15 +140,6 @@ class TorchEngine:
             self._loss_scale *= self._settings.loss_scale_factor
             self._good_steps = 0
         return StepResult(norm, skipped=False)
-
-    @torch.no_grad()
-    def _clip(self, gradients: list[torch.Tensor]) -> float:
-        """Clip by the global norm; returns it."""
-        norms = torch.stack(torch._foreach_norm(gradients))
-        norm = self._strategy.sum_of_parts(norms.double().square().sum()).sqrt()
-        factor = (self._settings.clip_grad / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, factor.to(norms))
-        return float(norm)
 
     def _shrink_scale(self) -> None:
         factor = self._settings.loss_scale_factor

@@ -3,49 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from cpm_bee.encoding import Encoder
-from cpm_bee.errors import InputError, RunError
+from cpm_bee.errors import RunError
 from cpm_bee.generate.decoder import Decoder, Token
+from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt, fill_answers
 from cpm_bee.model.network import CPMBee
 from cpm_bee.records import Record
 from cpm_bee.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class GenerationOptions:
-    """How to search.
-
-    Attributes:
-        beam_size: hypotheses kept; 1 is greedy search.
-        max_length: at most this many tokens, and two more, are written in all answers together.
-        repetition_penalty: divides positive and multiplies negative logits of ids that were
-            written before (Keskar et al. 2019, CTRL, section 4.1); 1 is none.
-        repetition_window: how many of the last ids count for that; None is all.
-
-    Raises:
-        InputError: an option is out of range; names the flag.
-    """
-
-    beam_size: int = 3
-    max_length: int = 100
-    repetition_penalty: float = 1.0
-    repetition_window: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.beam_size < 1:
-            raise InputError(f"--beam-size: {self.beam_size} is less than 1")
-        if self.max_length < 1:
-            raise InputError(f"--max-length: {self.max_length} is less than 1")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise InputError(f"--repetition-penalty: {self.repetition_penalty} is not above 0")
-        if self.repetition_window is not None and self.repetition_window < 1:
-            raise InputError(f"--repetition-window: {self.repetition_window} is less than 1")
 
 
 class Beam(NamedTuple):

@@ -14,10 +14,11 @@ from cpm_bee import records
 from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.files import atomic_file
-from cpm_bee.generate.beam_search import GenerationOptions, Generator
+from cpm_bee.generate.beam_search import Generator
+from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt
 from cpm_bee.progress import progress_bar
-from cpm_bee.records import ANSWER, Record, Tree
+from cpm_bee.records import ANSWER, Record
 
 STANDARD = "-"  # names standard input and output
 
@@ -45,6 +46,8 @@ def read_records(path: str) -> list[InputRecord]:
 
     Raises `InputError` with all problems of all lines.
     """
+    if path != STANDARD and Path(path).is_file():
+        records.check_is_lines(Path(path))
     inputs: list[InputRecord] = []
     problems = Problems()
     name = "standard input" if path == STANDARD else path
@@ -93,7 +96,7 @@ def generate_file(
     options: GenerationOptions,
     output: str,
 ) -> Score:
-    """Write each record with the model's answer in where of its own, one a line.
+    """Write each record with the model's answer in place of its own, one a line.
 
     Args:
         output: a file, which appears when it is complete; "-" is standard output, written line
@@ -110,7 +113,7 @@ def generate_file(
             file.write(json.dumps(result, ensure_ascii=False) + "\n")
             if output == STANDARD:
                 file.flush()
-            if _has_text(record[ANSWER]):
+            if records.has_answer(record[ANSWER]):
                 answered += 1
                 correct += result[ANSWER] == record[ANSWER]
     return Score(correct, answered)
@@ -121,7 +124,3 @@ def _output(path: str) -> AbstractContextManager[IO[Any]]:
         return atomic_file(Path(path))
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     return contextlib.nullcontext(sys.stdout)
-
-
-def _has_text(answer: Tree) -> bool:
-    return any(map(_has_text, answer.values())) if isinstance(answer, dict) else answer != ""

@@ -39,6 +39,14 @@ class Scores(NamedTuple):
     correct: torch.Tensor  # (N,) bool, the target is the argmax; the first one of equal logits
 
 
+class Candidates(NamedTuple):
+    """What generation could write at each of N targets, beside the ordinary vocabulary."""
+
+    unk: int  # id of <unk>
+    has_unk: torch.Tensor  # (N,) bool
+    extension: torch.Tensor  # (N, E) bool
+
+
 class OutputHead(NamedTuple):
     """What turns states into logits: V vocabulary and E extension entries (docs/format.md §5)."""
 
@@ -59,15 +67,26 @@ class _Piece:
         self._extension = (table @ padded.mT).float()  # (E, n)
         self._head, self._targets = head, targets
 
-    def correct(self) -> torch.Tensor:
-        """Whether each target is the argmax of its logits, bool [n]; before `losses`."""
-        best = self._vocabulary.argmax(dim=0)
-        if len(self._extension):
+    def correct(self, candidates: Candidates | None) -> torch.Tensor:
+        """Whether each target is the argmax of its logits, bool [n]; before `losses`.
+
+        With `candidates`, of those logits alone that generation would choose from.
+        """
+        extension = self._extension[:, : len(self._targets)]  # (E, n), padding left out
+        vocabulary = self._vocabulary[:, : len(self._targets)]  # (V, n)
+        if candidates is not None:
+            extension = extension.masked_fill(~candidates.extension.mT, float("-inf"))
+            unk = vocabulary[candidates.unk].clone()
+            vocabulary[candidates.unk].masked_fill_(~candidates.has_unk, float("-inf"))
+        best = vocabulary.argmax(dim=0)
+        if len(extension):
             # In 16 bit several may be equal: as in one row of logits, the first one counts.
-            higher = self._extension.amax(dim=0) > self._vocabulary.amax(dim=0)
-            other = self._extension.argmax(dim=0) + len(self._vocabulary)
+            higher = extension.amax(dim=0) > vocabulary.amax(dim=0)
+            other = extension.argmax(dim=0) + len(vocabulary)
             best = torch.where(higher, other, best)
-        return best[: len(self._targets)] == self._targets
+        if candidates is not None:
+            vocabulary[candidates.unk] = unk
+        return best == self._targets
 
     def losses(self) -> torch.Tensor:
         """The loss of each target, fp32 [n]; overwrites each logit with exp(logit - max)."""
@@ -127,12 +146,18 @@ class TargetLoss(torch.autograd.Function):
 
 
 @torch.no_grad()
-def score(h: torch.Tensor, head: OutputHead, targets: torch.Tensor) -> Scores:
-    """The scores of states [N, dim_model]."""
+def score(
+    h: torch.Tensor, head: OutputHead, targets: torch.Tensor, candidates: Candidates | None = None
+) -> Scores:
+    """The scores of states [N, dim_model]; see `_Piece.correct` for `candidates`."""
     scores = []
     for i in range(0, len(h), _PIECE):
-        piece = _Piece(h[i : i + _PIECE], head, targets[i : i + _PIECE])
-        correct = piece.correct()
+        part = slice(i, i + _PIECE)
+        piece = _Piece(h[part], head, targets[part])
+        own = candidates and candidates._replace(
+            has_unk=candidates.has_unk[part], extension=candidates.extension[part]
+        )
+        correct = piece.correct(own)
         scores.append(Scores(piece.losses(), correct))
         del piece
     return Scores(*(torch.cat(parts) for parts in zip(*scores, strict=True)))

@@ -23,7 +23,7 @@ from cpm_bee.model.block import TransformerBlock
 from cpm_bee.model.cached_attention import AnswerTokens, CachedAttention, KeyValueCache, Prefill
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.layers import AttentionFunction, Embedding, RMSNorm
-from cpm_bee.model.loss import OutputHead, Scores, TargetLoss, score
+from cpm_bee.model.loss import Candidates, OutputHead, Scores, TargetLoss, score
 
 
 class BlockStack(nn.Module):
@@ -99,7 +99,12 @@ class CPMBee(nn.Module):
     def score(self, batch: Batch) -> Scores:
         """The loss of each target and whether it is the most probable token; no gradients."""
         with torch.no_grad(), self.context():
-            return score(self._target_states(batch), self._output_head(batch), batch.targets)
+            return score(
+                self._target_states(batch),
+                self._output_head(batch),
+                batch.targets,
+                _candidates(batch),
+            )
 
     def prefill(self, prompt: Batch, answers: Sequence[int], cache: KeyValueCache) -> Prefill:
         """Run a prompt and put its keys and values into `cache`; what `decode` needs besides.
@@ -161,6 +166,14 @@ def _compute_dtype(h: torch.Tensor) -> torch.dtype:
     """The type that q, k and v of states h will have: autocast's where it is on."""
     device = h.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+
+
+def _candidates(batch: Batch) -> Candidates | None:
+    """What generation may write at each target, where the batch knows it."""
+    if batch.unk_is_candidate is None or batch.extension_is_candidate is None:
+        return None
+    own = batch.target_records  # (N,)
+    return Candidates(batch.unk, batch.unk_is_candidate[own], batch.extension_is_candidate[own])
 
 
 def target_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:

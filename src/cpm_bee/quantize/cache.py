@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import struct
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import IO, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cpm_bee.checkpoint.mapped_pages import drop_pages
+from cpm_bee.checkpoint.loading import drop_pages
 from cpm_bee.checkpoint.reader import Checkpoint, LazyTensor
 from cpm_bee.errors import InputError
 from cpm_bee.files import atomic_file
@@ -28,6 +28,8 @@ from cpm_bee.model.network import CPMBee
 from cpm_bee.progress import progress_bar
 from cpm_bee.quantize.formats import FORMATS, Format
 from cpm_bee.quantize.linear import insert_quantized_linears
+
+logger = logging.getLogger(__name__)
 
 VERSION = "1"
 _WEIGHT, _CODES, _ABSMAX = ".weight", ".codes", ".absmax"
@@ -99,7 +101,7 @@ def _from_cache(
         found = _open(path, checkpoint.path, notes, stored)
         if found is not None:
             return found
-        print(f"quantising {checkpoint.path} to {format.name}, once", file=sys.stderr, flush=True)
+        logger.info(f"quantising {checkpoint.path} to {format.name}, once")
         try:
             if locked:  # what a killed run left is nobody's
                 for left in path.parent.glob(f".{path.name}.partial-*"):
@@ -110,11 +112,9 @@ def _from_cache(
             newest = max(path.stat().st_mtime_ns, checkpoint.path.stat().st_mtime_ns)
             os.utime(path, ns=(newest, newest))
         except OSError as error:
-            print(
-                f"warning: {path} cannot be written ({(error.strerror or str(error)).lower()}): "
-                "quantising in memory, as every run will until it can",
-                file=sys.stderr,
-                flush=True,
+            logger.warning(
+                f"{path} cannot be written ({(error.strerror or str(error)).lower()}): "
+                "quantising in memory, as every run will until it can"
             )
             return None
         return _open(path, checkpoint.path, notes, stored)

@@ -148,8 +148,7 @@ def _replace(model: nn.Module, format: Format, make: Callable[[Linear], Quantize
             refused.add(kind)
     problems.raise_if_any(f"--quantize {format.name} does not fit this model:")
     for name, linear in linears.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, make(linear))
+        model.set_submodule(name, make(linear))
 
 
 def num_weights(model: nn.Module) -> int:

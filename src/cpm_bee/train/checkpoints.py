@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -10,14 +9,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cpm_bee import __version__, delta
 from cpm_bee.checkpoint.reader import load_tensors, save_tensors
+from cpm_bee.checkpoint.sidecar import write_sidecar
 from cpm_bee.delta import DeltaConfig
+from cpm_bee.delta import save as save_delta
 from cpm_bee.errors import InputError, Problems
-from cpm_bee.files import atomic_file
 from cpm_bee.model.config import ModelConfig
 
 _KEPT = ("best", "last")  # weights of a run
+_NOT_RECORDED = (
+    "not recorded by the earlier version of cpm_bee that saved the state; go on with that version, "
+    "or start again without --resume"
+)
 
 
 class RunProvenance(NamedTuple):
@@ -41,28 +44,32 @@ class RunFiles:
         self.last = self._folder / f"{name}{infix}-last.pt"
         self.state = self._folder / f"{name}-state.pt"
         self.log = self._folder / f"{name}-log.jsonl"
+        self.previous = self._folder / f"{name}-previous"
 
     def archive_previous(self) -> Path | None:
         """Move the files of an earlier run of this name to `SAVE_NAME-previous/`.
 
         One earlier run is kept. Returns the folder if there was one.
         """
-        weights = [f"{i}-{w}.{s}" for i in ("", "-delta") for w in _KEPT for s in ("pt", "json")]
-        own = [self._folder / f"{self._name}{ending}" for ending in weights]
-        earlier = [path for path in (*own, self.state, self.log) if path.is_file()]
+        earlier = self.files_of_previous()
         if not earlier:
             return None
-        previous = self._folder / f"{self._name}-previous"
-        shutil.rmtree(previous, ignore_errors=True)
-        previous.mkdir()
+        shutil.rmtree(self.previous, ignore_errors=True)
+        self.previous.mkdir()
         for path in earlier:
-            path.rename(previous / path.name)
-        return previous
+            path.rename(self.previous / path.name)
+        return self.previous
+
+    def files_of_previous(self) -> list[Path]:
+        """The files that a run of this name has left in the folder."""
+        weights = [f"{i}-{w}.{s}" for i in ("", "-delta") for w in _KEPT for s in ("pt", "json")]
+        own = [self._folder / f"{self._name}{ending}" for ending in weights]
+        return [path for path in (*own, self.state, self.log) if path.is_file()]
 
     def save_weights(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
         """A delta file, or a native checkpoint (fp16 if the config says half)."""
         if self._provenance.delta is not None:
-            delta.save(path, tensors, self._provenance.delta, self._provenance.base_fingerprint)
+            save_delta(path, tensors, self._provenance.delta, self._provenance.base_fingerprint)
             return
         config = self._provenance.config
         if config.half:
@@ -72,10 +79,8 @@ class RunFiles:
             "config": config.to_dict(),
             "vocab": self._provenance.vocabulary,
             "base_fingerprint": self._provenance.base_fingerprint,
-            "written_by": f"cpm_bee {__version__}",
         }
-        with atomic_file(path.with_suffix(".json")) as file:
-            file.write(json.dumps(sidecar, indent=2) + "\n")
+        write_sidecar(path, sidecar)
 
     def save_state(
         self, engine: dict[str, Any], progress: dict[str, Any], settings: dict[str, Any]
@@ -113,7 +118,8 @@ class RunFiles:
             before = state["delta"] or "full fine-tuning"
             problems.add("delta", f"{self._delta() or 'full fine-tuning'}, it was {before}")
         for name, value in (settings or {}).items():
-            if state["settings"][name] != value:
-                problems.add(name, f"{value}, it was {state['settings'][name]}")
+            before = state["settings"].get(name, _NOT_RECORDED)
+            if before != value:
+                problems.add(name, f"{value}, it was {before}")
         problems.raise_if_any(f"{self.state}: --resume needs the same as before:")
         return state["engine"], state["progress"]

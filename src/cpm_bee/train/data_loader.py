@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -13,9 +13,10 @@ import numpy as np
 from cpm_bee.data.batch import Batch, Pair, make_batch
 from cpm_bee.data.packing import PackedRow, Plan, micro_batches
 from cpm_bee.data.token_index.reader import TokenIndex
+from cpm_bee.encoding import AnswerState
 from cpm_bee.engine import Engine
-from cpm_bee.errors import InputError
 from cpm_bee.tokenizer import Tokenizer
+from cpm_bee.train.data_size import DataSize, StepShape, usable_lengths
 from cpm_bee.train.prefetch import Batches, prefetch
 
 
@@ -37,16 +38,14 @@ class DataLoader:
     """The batches of a data set for one rank.
 
     Args:
-        rows: rows of `max_length` tokens of a step, over all ranks and micro-steps.
+        rows, max_length, drop_last, shuffle_seed: see `StepShape`.
         accumulate: micro-steps of a step, each with as many of its rows.
         max_tokens: largest batch; a micro-step with more tokens is split, a longer record stands
             alone.
-        drop_last: leave out the last steps, which have fewer rows.
-        shuffle_seed: of the order and of shuffled answers; None keeps both, as evaluation does.
+        as_generated: make each record's tokens and candidates those of generation, for evaluation.
 
     Raises:
-        InputError: the data set is empty, no record fits into `max_length`, or `drop_last` leaves
-            no step.
+        InputError: as `DataSize.of`.
     """
 
     def __init__(
@@ -61,6 +60,7 @@ class DataLoader:
         max_tokens: int | None = None,
         drop_last: bool = False,
         shuffle_seed: int | None = None,
+        as_generated: bool = False,
     ) -> None:
         self._index = index
         self._tokenizer = tokenizer
@@ -71,39 +71,28 @@ class DataLoader:
         self._max_tokens = max_tokens
         self._drop_last = drop_last
         self._seed = shuffle_seed
-        self._plan = Plan(
-            index.lengths, rows=rows, max_length=max_length, shuffle_seed=shuffle_seed
-        )
-        # What makes the plan: with other values, a step of it is another one.
-        self.settings = {
-            "records of --dataset": index.dataset.fingerprint,
-            "rows of a step (--batch-size, --accumulate, processes)": rows,
-            "--max-length": max_length,
-            "--drop-last": drop_last,
-            "--seed": shuffle_seed,
-        }
-        self.tokens_per_step = rows * max_length
-        self.num_records = self._plan.num_records
-        self.num_too_long = len(index) - self.num_records
-        if self.num_records == 0:
-            longest = f" (the longest has {index.lengths.max()} tokens)" if len(index) else ""
-            raise InputError(
-                f"{index.dataset.folder}: none of its {len(index)} records fits into --max-length "
-                f"{max_length}{longest}"
-            )
-        # A row stream with a record has a row.
-        if drop_last and self.num_records < rows:
-            raise InputError(
-                f"--drop-last leaves nothing: {index.dataset.folder} does not fill one step of "
-                f"{rows} rows"
-            )
+        self._as_generated = as_generated
+        lengths = usable_lengths(index, max_length)
+        self._plan = Plan(lengths, rows=rows, max_length=max_length, shuffle_seed=shuffle_seed)
+        shape = StepShape(rows, max_length, drop_last, shuffle_seed)
+        self.settings = shape.settings(index.dataset.fingerprint)
+        self.tokens_per_step = shape.tokens
+        self.size = DataSize.of(index.dataset.folder, index.lengths, index.answers, shape)
 
     @property
-    def min_steps(self) -> int:
-        """The steps of an epoch if all rows were full, one or two less than there are."""
-        lengths = self._index.lengths
-        tokens = int(lengths[lengths <= self._max_length].sum(dtype=np.int64))
-        return max(1, -(-tokens // self.tokens_per_step))
+    def num_records(self) -> int:
+        """The records of an epoch: all that have an answer and fit into a row."""
+        return self.size.num_records
+
+    def is_writable(self, numbers: Sequence[int]) -> np.ndarray:
+        """Whether generation can write the answers of some records, bool [len(numbers)]."""
+        return (self._index.answers[numbers] & AnswerState.WRITABLE) > 0
+
+    def unwritable_answers(self, most: int = 3) -> list[str]:
+        """Some records whose answer generation cannot write: where each is, and what it lacks."""
+        states = self._index.answers & (AnswerState.KNOWN | AnswerState.WRITABLE)
+        numbers = np.flatnonzero(states == AnswerState.KNOWN)[:most].tolist()
+        return [self._index.unwritable_answer(number) for number in numbers]
 
     def batches(self, epoch: int, done: int = 0) -> Iterator[tuple[PlannedStep, Batches]]:
         """The steps of an epoch (from 0) after the first `done`, and this rank's batches of each.
@@ -160,7 +149,12 @@ class DataLoader:
 
         shuffle = None if self._seed is None else rng_of
         batches: list[Batch | None] = [
-            make_batch(self._index.stream(share, shuffle), self._tokenizer, step.extension)
+            make_batch(
+                self._index.stream(share, shuffle, as_generated=self._as_generated),
+                self._tokenizer,
+                step.extension,
+                as_generated=self._as_generated,
+            )
             for share in step.shares
         ]
         missing = step.num_batches - len(batches)

@@ -24,8 +24,12 @@ class Evaluation:
     records: int
 
 
-def sums_of(scores: Scores, batch: Batch) -> list[float]:
-    """Sums over a batch: loss, targets, correct tokens, correct records, records."""
+def sums_of(scores: Scores, batch: Batch, is_writable: torch.Tensor) -> list[float]:
+    """Sums over a batch: loss, targets, correct tokens, correct records, records.
+
+    Args:
+        is_writable: whether generation can write the answer of each record, bool [R].
+    """
     correct = scores.correct  # (N,)
     wrong = torch.zeros(len(batch.lengths), dtype=torch.int64, device=correct.device)
     wrong.index_add_(0, batch.target_records, (~correct).long())
@@ -33,7 +37,7 @@ def sums_of(scores: Scores, batch: Batch) -> list[float]:
         scores.losses.double().sum().item(),
         batch.num_targets,
         correct.sum().item(),
-        (wrong == 0).sum().item(),
+        ((wrong == 0) & is_writable.to(wrong.device)).sum().item(),
         len(batch.lengths),
     ]
 
@@ -42,8 +46,8 @@ def sums_of(scores: Scores, batch: Batch) -> list[float]:
 def evaluate(model: CPMBee, engine: Engine, loader: DataLoader) -> Evaluation:
     """Evaluate in eval mode; collective, with the same exact figures on every rank.
 
-    Exact match compares the most probable token at every target, which is what greedy decoding
-    writes.
+    Exact match is the share of records whose answer generation with beam 1 would write: at every
+    target the most probable of the tokens that generation can write there is the right one.
     """
     model.eval()
     sums = [0.0] * 5
@@ -61,7 +65,9 @@ def evaluate(model: CPMBee, engine: Engine, loader: DataLoader) -> Evaluation:
                 with engine.autocast():
                     scores = model.score(batch)
                 if number < len(step.shares):  # the others only keep other ranks going
-                    sums = [a + b for a, b in zip(sums, sums_of(scores, batch), strict=True)]
+                    is_writable = torch.from_numpy(loader.is_writable(step.shares[number]))
+                    own = sums_of(scores, batch, is_writable)
+                    sums = [a + b for a, b in zip(sums, own, strict=True)]
             bar.update(step.records)
     loss, targets, correct, exact, records = engine.reduce(sums)
     model.train()

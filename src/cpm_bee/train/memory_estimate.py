@@ -1,7 +1,7 @@
 """Peak memory of a training step, predicted by running the step on tensors without values.
 
-The step is the real one: `CPMBee.loss`, its backward pass, clipping, the engine's AdamW. The
-weights are PyTorch's fake tensors. The batch is real, so that what depends on its values (which
+The step is the real one: `CPMBee.loss`, its backward pass, the torch engine's clipping and AdamW.
+The weights are PyTorch's fake tensors. The batch is real, so that what depends on its values (which
 records are grouped) is as it will be.
 """
 
@@ -10,17 +10,19 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cpm_bee import delta, quantize
+from cpm_bee import quantize as quantization
+from cpm_bee.checkpoint.loading import set_parameter
 from cpm_bee.data.batch import Batch
+from cpm_bee.delta import DeltaConfig
+from cpm_bee.delta import insert as insert_delta
 from cpm_bee.engine.adamw import AdamW
+from cpm_bee.engine.clip import clip_by_global_norm
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.network import CPMBee
 from cpm_bee.quantize.formats import FORMATS, Format
@@ -30,8 +32,6 @@ _SEGMENTS = 8  # of a record of `typical_batch`; no matter for memory
 # What is predicted may take so much more, by fragmentation and inside of kernels.
 _MARGIN = 1.2
 _GIB = 2**30
-# Where control groups of version 2 and 1 keep a container's limit.
-_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class TrainingSetup:
     """
 
     dtype: torch.dtype
-    delta: delta.DeltaConfig | None = None
-    quantize: str = quantize.NONE
+    delta: DeltaConfig | None = None
+    quantize: str = quantization.NONE
     checkpointing: bool = False
     held: torch.dtype | None = None
 
@@ -103,8 +103,8 @@ def estimate(config: ModelConfig, training: TrainingSetup, batch: Batch) -> Memo
             p.grad = None
         (loss / batch.num_targets).backward()
         del loss
-        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         found = {name: p.grad for name, p in trained.items() if p.grad is not None}
+        clip_by_global_norm(list(found.values()), 1.0)
         optimizer.step(trained, found, 1e-3)
     return MemoryEstimate(weights, gradients, moments, live.peak - weights - gradients - moments)
 
@@ -113,10 +113,10 @@ def meta_model(config: ModelConfig, training: TrainingSetup) -> CPMBee:
     """The model without values, as it is trained; `set_parameters` gives it some."""
     with torch.device("meta"):
         model = CPMBee(config)
-    if training.quantize != quantize.NONE:
+    if training.quantize != quantization.NONE:
         insert_quantized_linears(model, _opaque(FORMATS[training.quantize]))
     if training.delta is not None:
-        delta.insert(model, training.delta, seed=0)
+        insert_delta(model, training.delta, seed=0)
     model.encoder.set_checkpointing(training.checkpointing)
     return model.train()
 
@@ -129,11 +129,8 @@ def set_parameters(
     """Put what `make` makes in the place of a model's parameters, in the types of training."""
     held = training.held or (torch.float32 if training.delta is None else training.dtype)
     for name, p in list(model.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
-        keeps_type = leaf in ("codes", "absmax", "lora_A", "lora_B")
-        value = make(p.shape, p.dtype if keeps_type else held)
-        parameter = nn.Parameter(value, requires_grad=p.requires_grad)
-        setattr(model.get_submodule(owner), leaf, parameter)
+        keeps_type = name.endswith((".codes", ".absmax", ".lora_A", ".lora_B"))
+        set_parameter(model, name, make(p.shape, p.dtype if keeps_type else held))
 
 
 def _opaque(format: Format) -> Format:
@@ -298,30 +295,3 @@ def choose_checkpointing(
 
 def _gib(size: float) -> str:
     return f"{size / _GIB:.2f} GiB"
-
-
-def free_memory(device: torch.device, processes: int = 1) -> int:
-    """Bytes that this process can have on a device, with those that it has already.
-
-    Args:
-        processes: that share the machine, for a CPU; each takes as much.
-    """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device)
-    unused = _kib("/proc/meminfo", "MemAvailable") * 1024
-    own = _kib("/proc/self/status", "RssAnon") * 1024
-    limits = [int(t) for t in map(_text, _LIMITS) if t.isdigit()]
-    return min([unused // processes + own, *(limit // processes for limit in limits)])
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
-
-
-def _kib(path: str, name: str) -> int:
-    line = next(line for line in _text(path).splitlines() if line.startswith(name + ":"))
-    return int(line.split()[1])

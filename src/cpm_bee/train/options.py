@@ -1,233 +1,234 @@
-"""The flags of finetune_cpm_bee.py. Imports nothing heavy: `--help` must be quick."""
+"""The flags of finetune_cpm_bee.py. Imports nothing heavy: `--help` must be quick.
+
+What is trained on what is in `ModelOptions`; `Options` has those flags too.
+"""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 from dataclasses import dataclass
 
-from cpm_bee import quantize
-from cpm_bee.cli import (
-    ArgumentParser,
-    comma_list,
-    not_negative,
-    positive,
-    real_number,
-    whole_number,
-)
+from cpm_bee import hints
+from cpm_bee.cli import not_negative, positive, real_number, whole_number
+from cpm_bee.options import GENERAL, CommandOptions, Group
+from cpm_bee.train.model_options import AUTO, DATA, DELTA, MODEL, ModelOptions, above_zero
 from cpm_bee.train.schedules import STYLES
 
-PARALLEL = AUTO, DDP, FSDP = ("auto", "ddp", "fsdp")  # --parallel
+DDP, FSDP = "ddp", "fsdp"  # --parallel, or AUTO
+
+TRAINING = Group("training", "训练")
+SCHEDULE = Group("learning rate", "学习率")
+EVALUATION = Group("evaluation and saving", "评测与保存")
+MACHINE = Group("machine", "运行环境")
 
 
-@dataclass(frozen=True)
-class Options:
-    """One field a flag; the meanings stand in `parser`."""
+@dataclass(frozen=True, kw_only=True)
+class Options(ModelOptions, CommandOptions):
+    """The flags of finetune_cpm_bee.py."""
 
-    model_config: str
-    load: str | None
-    vocab: str | None
-    quantize: str
-    dataset: str
-    eval_dataset: str | None
-    max_length: int
-    drop_last: bool
-    use_delta: bool
-    delta_rank: int
-    delta_alpha: float
-    delta_targets: tuple[str, ...]
-    delta_dropout: float
-    epoch: int
-    max_steps: int | None
-    batch_size: int
-    accumulate: int
-    max_tokens: int | None
-    lr: float
-    lr_decay_style: str
-    warmup_iters: int
-    train_iters: int
-    lr_decay_iters: int | None
-    start_step: int
-    weight_decay: float
-    clip_grad: float
-    loss_scale: float
-    loss_scale_factor: float
-    loss_scale_steps: int
-    seed: int
-    eval_interval: int
-    early_stop_patience: int
-    inspect_iters: int
-    save: str
-    save_name: str
-    save_interval: int | None
-    resume: bool
-    task_name: str
-    tensorboard: str | None
-    engine: str
-    device: str
-    dtype: str
-    checkpointing: str
-    attention: str
-    compile: bool
-    parallel: str
-    offload: bool
+    script = "finetune_cpm_bee.py"
+    description = (
+        "Fine-tune a CPM-Bee model, by delta tuning (LoRA) or in full. Runs as one process, or as "
+        "many under torchrun."
+    )
+    chinese = (
+        "微调 CPM-Bee 模型，可做增量微调（LoRA）或全参数微调。"
+        "可单进程运行，也可用 torchrun 以多进程运行。"
+    )
+    groups = (MODEL, DATA, DELTA, TRAINING, SCHEDULE, EVALUATION, MACHINE)
+    hints = hints.FINETUNE
+
+    epoch: int = TRAINING.option(1, "passes over the training set", "训练轮数", type=positive)
+    max_steps: int | None = TRAINING.option(
+        None, "stop after this many steps", "达到此步数即停止", type=positive
+    )
+    batch_size: int = TRAINING.option(
+        32,
+        "rows (of `--max-length` tokens) in a micro-batch of one process",
+        "每个进程的微批行数（每行 `--max-length` 个 token）",
+        type=positive,
+    )
+    accumulate: int = TRAINING.option(
+        1,
+        "gradient accumulation: micro-batches in a step",
+        "梯度累积：每步包含的微批数",
+        type=positive,
+    )
+    max_tokens: int | None = TRAINING.option(
+        None,
+        "most tokens to compute at once: larger micro-batches are split, with the same result in "
+        "less memory; a longer record is computed by itself",
+        "一次计算的最大 token 数：更大的微批会被拆分，结果相同、内存更少；超长的单条记录单独计算",
+        type=positive,
+    )
+    weight_decay: float = TRAINING.option(
+        1e-2, "decoupled weight decay (AdamW)", "解耦的权重衰减（AdamW）", type=real_number(0)
+    )
+    clip_grad: float = TRAINING.option(
+        1.0,
+        "the gradient is clipped to this global norm",
+        "梯度裁剪：全局范数的上限",
+        type=above_zero,
+    )
+    loss_scale: float = TRAINING.option(
+        1_048_576.0,
+        "initial loss scale (fp16 only)",
+        "初始 loss scale（仅 fp16）",
+        type=above_zero,
+    )
+    loss_scale_factor: float = TRAINING.option(
+        2.0,
+        "the loss scale is divided by this on overflow and multiplied by it to grow",
+        "溢出时 loss scale 除以该值，增大时乘以该值",
+        type=real_number(1, exclusive=True),
+    )
+    loss_scale_steps: int = TRAINING.option(
+        512,
+        "steps without overflow before the loss scale grows",
+        "连续多少步无溢出后增大 loss scale",
+        type=positive,
+    )
+    seed: int = TRAINING.option(
+        1234,
+        "random seed of data order, initial values and dropout",
+        "数据顺序、初始值和 dropout 的随机种子",
+        type=whole_number,
+    )
+
+    lr: float = SCHEDULE.option(
+        1e-4,
+        "base learning rate, which the schedule scales",
+        "基础学习率，按学习率调度缩放",
+        type=above_zero,
+    )
+    lr_decay_style: str = SCHEDULE.option("noam", "schedule", "学习率调度", choices=STYLES)
+    warmup_iters: int = SCHEDULE.option(
+        100,
+        "steps of warm-up; the first step has rate 0",
+        "预热步数；第一步的学习率为 0",
+        type=not_negative,
+    )
+    train_iters: int = SCHEDULE.option(
+        1_000_000,
+        "step at which the schedule ends: from there on, `linear` and `cosine` have rate 0",
+        "学习率调度结束的步数：`linear` 和 `cosine` 从这一步起学习率为 0",
+        type=positive,
+    )
+    lr_decay_iters: int | None = SCHEDULE.option(
+        None, "overrides `--train-iters`", "覆盖 `--train-iters`", type=positive
+    )
+    start_step: int = SCHEDULE.option(
+        0,
+        "step of the schedule at which the run begins",
+        "训练开始时所处的调度步数",
+        type=not_negative,
+    )
+
+    eval_interval: int = EVALUATION.option(
+        500, "steps between evaluations", "评测间隔（步）", type=positive
+    )
+    early_stop_patience: int = EVALUATION.option(
+        5,
+        "stop after this many evaluations in a row without a lower loss",
+        "连续多少次评测损失没有下降就提前停止",
+        type=positive,
+    )
+    inspect_iters: int = EVALUATION.option(
+        1000,
+        "steps between printed statistics of the trained tensors",
+        "打印被训练张量统计量的间隔（步）",
+        type=positive,
+    )
+    save: str = EVALUATION.option(
+        "results", "folder that the run writes to", "输出文件夹", metavar="FOLDER"
+    )
+    save_name: str = EVALUATION.option(
+        "cpm_bee_finetune", "prefix of the names of its files", "输出文件名的前缀", metavar="NAME"
+    )
+    save_interval: int | None = EVALUATION.option(
+        None,
+        "steps between saved training states; `--eval-interval` when not given",
+        "保存训练状态的间隔（步）；不指定时等于 `--eval-interval`",
+        type=positive,
+    )
+    resume: bool = EVALUATION.option(
+        False,
+        "continue from the training state saved in `--save`",
+        "从 `--save` 中保存的训练状态继续",
+    )
+    task_name: str = EVALUATION.option(
+        "task", "name of the task in the logs", "日志中的任务名", metavar="NAME"
+    )
+    tensorboard: str | None = EVALUATION.option(
+        None,
+        "also write TensorBoard events to this folder (needs the extra: "
+        '`python -m pip install -e ".[tensorboard]"`)',
+        "同时向该文件夹写入 TensorBoard 事件（需安装附加依赖："
+        '`python -m pip install -e ".[tensorboard]"`）',
+        metavar="FOLDER",
+    )
+
+    engine: str = MACHINE.option(
+        AUTO,
+        "training engine: `torch`, or `bmtrain` (ZeRO-3, on GPUs only); `auto` is `bmtrain` on "
+        "GPUs where bmtrain is installed (`python -m pip install --no-deps bmtrain==1.0.1`, Python "
+        "3.10 or 3.11), else `torch`",
+        "训练引擎：`torch`，或 `bmtrain`（ZeRO-3，仅限 GPU）；`auto` 在使用 GPU 且已安装 bmtrain 时"
+        "（`python -m pip install --no-deps bmtrain==1.0.1`，Python 3.10 或 3.11）选 `bmtrain`，"
+        "否则选 `torch`",
+        choices=(AUTO, "torch", "bmtrain"),
+    )
+    parallel: str = MACHINE.option(
+        AUTO,
+        "with several processes: each holds the whole model (`ddp`), or a part of every tensor "
+        "(`fsdp`); `auto` is `ddp` where model and optimizer state fit into half of the memory",
+        "多进程时：每个进程持有完整模型（`ddp`），或每个张量的一部分（`fsdp`）；"
+        "`auto` 在模型与优化器状态放得进一半内存时用 `ddp`",
+        choices=(AUTO, DDP, FSDP),
+    )
+    offload: bool = MACHINE.option(
+        False,
+        "with `--parallel fsdp`: keep the parts in host memory and copy them to the GPU layer by "
+        "layer",
+        "与 `--parallel fsdp` 合用：分片放在主机内存，计算时逐层拷到 GPU",
+    )
+    device: str = MACHINE.option(
+        AUTO,
+        "`cpu` or `cuda`; `auto` is the GPU where there is one",
+        "`cpu` 或 `cuda`；`auto` 在有 GPU 时用 GPU",
+        metavar="DEVICE",
+    )
+    dtype: str = MACHINE.option(
+        AUTO,
+        "compute type; `auto` is fp32 on a CPU, and bf16 (fp16 where that is not supported) on a "
+        "GPU",
+        "计算精度；`auto` 在 CPU 上为 fp32，在 GPU 上为 bf16（不支持时为 fp16）",
+        choices=(AUTO, "fp32", "bf16", "fp16"),
+    )
+    checkpointing: str = MACHINE.option(
+        AUTO,
+        "`full` recomputes activations in the backward pass, which saves memory and costs time; "
+        "`none` keeps them; `auto` is `full` where a step without it is predicted not to fit into "
+        "the free memory",
+        "激活重计算：`full` 在反向传播时重新计算激活，以时间换内存；`none` 保留激活；"
+        "`auto` 预测不重算就放不下空闲内存时才用 `full`",
+        choices=(AUTO, "none", "full"),
+    )
+    attention: str = MACHINE.option(
+        AUTO,
+        "`sdpa`, or `flex` (FlexAttention, which needs a GPU and triton); `auto` is `flex` where "
+        "it can run",
+        "`sdpa` 或 `flex`（FlexAttention，需要 GPU 和 triton）；`auto` 在可用时选 `flex`",
+        choices=(AUTO, "sdpa", "flex"),
+    )
+    compile: bool = MACHINE.option(
+        False, "compile the blocks with `torch.compile`", "用 `torch.compile` 编译各层"
+    )
+    dry_run: bool = GENERAL.option(
+        False,
+        "check flags, files and data and print what would run, then stop",
+        "检查参数、文件和数据并打印将要运行的内容，然后停止",
+    )
 
     @property
     def schedule_end(self) -> int:
         return self.train_iters if self.lr_decay_iters is None else self.lr_decay_iters
-
-    @classmethod
-    def parse(cls, arguments: list[str] | None = None) -> Options:
-        values = vars(parser().parse_args(arguments))
-        return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)})
-
-
-def parser() -> ArgumentParser:
-    result = ArgumentParser(
-        prog="finetune_cpm_bee.py",
-        description="Fine-tune a CPM-Bee model, by delta tuning (LoRA) or in full. Runs as one "
-        "process, or as many under torchrun.",
-    )
-    _add_model(result.add_argument_group("model"))
-    _add_data(result.add_argument_group("data"))
-    _add_delta(result.add_argument_group("delta tuning"))
-    _add_training(result.add_argument_group("training"))
-    _add_watching(result.add_argument_group("evaluation and saving"))
-    _add_machine(result.add_argument_group("machine"))
-    return result
-
-
-def _add_model(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--model-config", default="auto", help="config file; auto: derive it from the checkpoint")
-    add(
-        "--load",
-        metavar="CHECKPOINT",
-        help="base model: .bin, .safetensors, an index of shards "
-        "or a folder; without it training starts from random weights",
-    )
-    add("--vocab", metavar="FILE", help="vocabulary; default: vocab.txt beside the checkpoint")
-    add(
-        "--quantize",
-        choices=quantize.CHOICES,
-        default=quantize.NONE,
-        help="hold the frozen base in 4 or 8 bit; needs --use-delta. Kept beside the checkpoint",
-    )
-
-
-def _add_data(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--dataset", required=True, metavar="FOLDER", help="training set, bin_data/NAME")
-    add("--eval-dataset", metavar="FOLDER", help="evaluation set")
-    add(
-        "--max-length",
-        type=positive,
-        default=512,
-        help="tokens of a row; longer records are left out and counted",
-    )
-    add("--drop-last", action="store_true", help="leave out an epoch's last, incomplete steps")
-
-
-def _add_delta(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--use-delta", action="store_true", help="train a LoRA only, the base stays as it is")
-    add("--delta-rank", type=positive, default=8, help="rank r")
-    add("--delta-alpha", type=real_number(0, exclusive=True), default=16.0, help="scale is alpha/r")
-    add(
-        "--delta-targets",
-        type=comma_list,
-        default="project_q,project_v",
-        metavar="LAYER,...",
-        help="layers that carry a LoRA: project_q, project_k, project_v, "
-        "attention_out, w_0, w_1, w_out",
-    )
-    add("--delta-dropout", type=real_number(0), default=0.0, help="dropout before the LoRA")
-
-
-def _add_training(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    above_zero = real_number(0, exclusive=True)
-    add("--epoch", type=positive, default=1, help="passes over the training set")
-    add("--max-steps", type=positive, help="stop after this many steps")
-    add("--batch-size", type=positive, default=32, help="rows of max-length tokens a step and rank")
-    add("--accumulate", type=positive, default=1, help="micro-steps of batch-size rows a step")
-    add(
-        "--max-tokens",
-        type=positive,
-        help="tokens computed at once: larger micro-steps are split, with the same result in less "
-        "memory; a longer record stands alone",
-    )
-    add("--lr", type=above_zero, default=1e-4, help="start learning rate")
-    add("--lr-decay-style", choices=STYLES, default="noam", help="schedule")
-    add("--warmup-iters", type=not_negative, default=100, help="steps of warm-up")
-    add("--train-iters", type=positive, default=1_000_000, help="step at which the schedule ends")
-    add("--lr-decay-iters", type=positive, help="overrides --train-iters")
-    add("--start-step", type=not_negative, default=0, help="where in the schedule to begin")
-    add("--weight-decay", type=real_number(0), default=1e-2, help="decoupled (AdamW)")
-    add("--clip-grad", type=above_zero, default=1.0, help="largest global norm of the gradient")
-    add("--loss-scale", type=above_zero, default=1_048_576.0, help="first loss scale (fp16 only)")
-    add(
-        "--loss-scale-factor",
-        type=real_number(1, exclusive=True),
-        default=2.0,
-        help="the scale shrinks by it on overflow and grows by it",
-    )
-    add("--loss-scale-steps", type=positive, default=512, help="good steps until the scale grows")
-    add("--seed", type=whole_number, default=1234, help="of order, initial values and dropout")
-
-
-def _add_watching(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--eval-interval", type=positive, default=500, help="steps between evaluations")
-    add(
-        "--early-stop-patience",
-        type=positive,
-        default=5,
-        help="evaluations without a lower loss after which training stops",
-    )
-    add(
-        "--inspect-iters",
-        type=positive,
-        default=1000,
-        help="steps between printed statistics of the trained tensors",
-    )
-    add("--save", default="results", metavar="FOLDER", help="where the run writes")
-    add("--save-name", default="cpm_bee_finetune", help="first part of the names of its files")
-    add("--save-interval", type=positive, help="steps between saved states; default: eval-interval")
-    add("--resume", action="store_true", help="go on from the state saved in --save")
-    add("--task-name", default="task", help="name of the task in the logs")
-    add("--tensorboard", metavar="FOLDER", help="also write TensorBoard events there")
-
-
-def _add_machine(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--engine", choices=("auto", "torch", "bmtrain"), default="auto", help="training engine")
-    add(
-        "--parallel",
-        choices=PARALLEL,
-        default=AUTO,
-        help="with several processes: each has the whole model (ddp) or a part of every tensor "
-        "(fsdp); auto: ddp where the model fits into half of the memory",
-    )
-    add("--offload", action="store_true", help="with --parallel fsdp: keep the parts on the host")
-    add("--device", default="auto", help="cpu, cuda or auto")
-    add(
-        "--dtype",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        default="auto",
-        help="compute type; auto: fp32 on a CPU, bf16 (else fp16) on a GPU",
-    )
-    add(
-        "--checkpointing",
-        choices=("auto", "none", "full"),
-        default="auto",
-        help="compute activations again in the backward pass; auto: where a step without it is "
-        "predicted not to fit into free memory",
-    )
-    add(
-        "--attention",
-        choices=("auto", "sdpa", "flex"),
-        default="auto",
-        help="FlexAttention needs a GPU and triton; auto: flex where it can be",
-    )
-    add("--compile", action="store_true", help="compile the blocks with torch.compile")

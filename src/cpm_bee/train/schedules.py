@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 STYLES = ("constant", "linear", "cosine", "exponential", "noam")
+EXPONENTIAL_DECAY = 0.95  # a step
 
 
 def learning_rate(style: str, lr: float, step: int, warmup: int, end: int) -> float:
@@ -25,7 +26,7 @@ def learning_rate(style: str, lr: float, step: int, warmup: int, end: int) -> fl
     if style == "constant":
         return lr
     if style == "exponential":
-        return lr * 0.95 ** (step - warmup)
+        return lr * EXPONENTIAL_DECAY ** (step - warmup)
     if step >= end:
         return 0.0
     progress = (step - warmup) / (end - warmup)

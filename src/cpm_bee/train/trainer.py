@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from cpm_bee.distributed import rank
 from cpm_bee.engine import Engine, StepResult
 from cpm_bee.errors import RunError
 from cpm_bee.model.network import CPMBee
@@ -47,16 +48,13 @@ class _Interrupted(RunError):
     """A signal ended the run; unlike after other errors, its state is good and is saved."""
 
 
-class _Stop(Exception):
-    """Ends the loop; its text is the reason."""
-
-
 class Trainer:
     """Trains a model that an engine has been prepared for.
 
     Args:
         evaluation: the evaluation set's loader, or None to train without.
         files: where to write; used on rank 0.
+        state: where to begin; the engine is there already.
     """
 
     def __init__(
@@ -68,6 +66,7 @@ class Trainer:
         options: Options,
         files: RunFiles,
         reporter: Reporter,
+        state: TrainingState,
     ) -> None:
         self._model = model
         self._engine = engine
@@ -77,14 +76,7 @@ class Trainer:
         self._files = files
         self._reporter = reporter
         self._signals = 0
-        self._interrupted = False
-        self.state = TrainingState()
-
-    def resume(self) -> None:
-        """Take up the state saved in the run's folder. Raises `InputError` if it does not fit."""
-        engine_state, state = self._files.load_state(self._training.settings)
-        self._engine.load_training_state(engine_state)
-        self.state = TrainingState(**state)
+        self.state = state
 
     def run(self) -> str:
         """Train to the end; returns the reason why it ended, which is also written down.
@@ -93,50 +85,45 @@ class Trainer:
             RunError: the loss or the gradients are not finite, or the run was interrupted; the
                 last good state is saved.
         """
+        state = self.state
         self._model.train()
         with self._watch_signals():
             try:
-                if self.state.step == 0:
+                if state.step == 0:
                     self._evaluate()
                     self._save()  # what a run that breaks at once falls back to
                 reason = self._train()
+                if state.evaluated_step != state.step:
+                    self._evaluate()
             except _Interrupted as error:
                 self._save()
-                self._reporter.end(str(error), self.state.step)
+                self._reporter.end(str(error), state.step)
                 raise
             except RunError as error:
-                reason = self._broken(error)
-                self._reporter.end(reason, self.state.step)
+                reason = str(error)
+                if state.saved_step >= 0:
+                    reason += f"; the state saved after {state.saved_step} steps is kept"
+                self._reporter.end(reason, state.step)
                 raise RunError(reason) from error
             self._save()
-        self._reporter.end(reason, self.state.step)
+        self._reporter.end(reason, state.step)
         return reason
-
-    def _broken(self, error: RunError) -> str:
-        saved = self.state.saved_step
-        return f"{error}; the state saved after {saved} steps is kept" if saved >= 0 else str(error)
 
     def _train(self) -> str:
-        try:
-            self._epochs()
-            reason = f"all {self._options.epoch} epochs are done"
-        except _Stop as stop:
-            reason = str(stop)
-        if self.state.evaluated_step != self.state.step:
-            self._evaluate()
-        return reason
-
-    def _epochs(self) -> None:
-        while self.state.epoch < self._options.epoch:
+        """All epochs, or as far as it goes; returns the reason for the end."""
+        state, limit = self.state, self._options.max_steps
+        while state.epoch < self._options.epoch:
             with closing(self._remaining_steps()) as steps:
                 started = time.perf_counter()
                 for step, batches in steps:
-                    self._check_limits()
-                    self._train_step(step, batches, started)
-                    self._after_step()
+                    if limit is not None and state.step >= limit:
+                        return f"the limit of {limit} steps (--max-steps) is reached"
+                    if reason := self._step(step, batches, started):
+                        return reason
                     started = time.perf_counter()
-            self.state.epoch += 1
-            self.state.step_in_epoch = self.state.records_in_epoch = 0
+            state.epoch += 1
+            state.step_in_epoch = state.records_in_epoch = 0
+        return f"all {self._options.epoch} epochs are done"
 
     def _remaining_steps(self) -> Generator[tuple[PlannedStep, Batches], None, None]:
         epoch, done = self.state.epoch, self.state.step_in_epoch
@@ -152,56 +139,58 @@ class Trainer:
                 yield step, batches
                 bar.update(step.records)
 
-    def _check_limits(self) -> None:
-        limit = self._options.max_steps
-        if limit is not None and self.state.step >= limit:
-            raise _Stop(f"the limit of {limit} steps (--max-steps) is reached")
-
-    def _train_step(self, step: PlannedStep, batches: Batches, started: float) -> None:
+    def _step(self, step: PlannedStep, batches: Batches, started: float) -> str | None:
+        """One optimiser step and what is due after it; a reason to stop, if there is one."""
         options, engine, state = self._options, self._engine, self.state
         # Dropout: other masks on every rank and step, and the same ones after a resume.
         torch.manual_seed((options.seed + state.step) * engine.world_size + engine.rank)
-        loss = self._forward_backward(step, batches)
+        own_loss = 0.0  # this rank's share of the mean over all targets of the step on all ranks
+        for number, batch in enumerate(batches):
+            if batch is None:
+                continue
+            weight = 1 if number < len(step.shares) else 0  # 0: it only keeps other ranks going
+            with engine.autocast():
+                share = self._model.loss(batch) * weight / step.targets
+            engine.backward(share)
+            own_loss += share.item()
+            del share  # and what its graph holds, before the next forward pass
+        # In the same exchange all ranks learn of a signal that any of them got, so that they leave
+        # at the same step.
+        loss, signals = engine.reduce([own_loss, float(self._signals > 0)])
         _require_finite(loss, f"loss of step {state.step + 1}")
-        rate = learning_rate(
+        lr = learning_rate(
             options.lr_decay_style,
             options.lr,
             options.start_step + state.step,
             options.warmup_iters,
             options.schedule_end,
         )
-        scale = engine.loss_scale
-        result = engine.step(rate)
+        loss_scale = engine.loss_scale  # `engine.step` may change it
+        result = engine.step(lr)
         state.step += 1
         state.step_in_epoch += 1
         state.records_in_epoch += step.records
-        self._report(step, loss, rate, scale, result, time.perf_counter() - started)
+        self._log(step, loss, lr, loss_scale, result, time.perf_counter() - started)
 
-    def _forward_backward(self, step: PlannedStep, batches: Batches) -> float:
-        """The mean loss over all targets of the step on all ranks; adds up its gradients.
+        if state.step % options.inspect_iters == 0:
+            self._reporter.inspection(state.step, engine.statistics())
+        if state.step % options.eval_interval == 0:
+            self._evaluate()
+        if state.step % (options.save_interval or options.eval_interval) == 0:
+            self._save()
+        if signals:
+            raise _Interrupted(f"interrupted after step {state.step}; --resume goes on from there")
+        if state.evaluations_without_gain >= options.early_stop_patience:
+            patience = options.early_stop_patience
+            return f"early stop: {patience} evaluations in a row without a lower loss"
+        return None
 
-        In the same exchange all ranks learn of a signal that any of them got, so that they leave
-        at the same step.
-        """
-        total = 0.0
-        for number, batch in enumerate(batches):
-            if batch is None:
-                continue
-            weight = 1 if number < len(step.shares) else 0  # 0: it only keeps other ranks going
-            with self._engine.autocast():
-                loss = self._model.loss(batch) * weight / step.targets
-            self._engine.backward(loss)
-            total += loss.item()
-        mean, signals = self._engine.reduce([total, float(self._signals > 0)])
-        self._interrupted = signals > 0
-        return mean
-
-    def _report(
+    def _log(
         self,
         step: PlannedStep,
         loss: float,
-        rate: float,
-        scale: float,
+        lr: float,
+        loss_scale: float,
         result: StepResult,
         seconds: float,
     ) -> None:
@@ -209,9 +198,9 @@ class Trainer:
             "step": self.state.step,
             "epoch": self.state.epoch,
             "loss": loss,
-            "lr": rate,
+            "lr": lr,
             "grad_norm": result.grad_norm,
-            "loss_scale": scale,
+            "loss_scale": loss_scale,
             "tokens": step.tokens,
             "tokens_per_second": step.tokens / seconds,
         }
@@ -221,20 +210,6 @@ class Trainer:
             row_fill=step.tokens / self._training.tokens_per_step,
             skipped=result.skipped,
         )
-
-    def _after_step(self) -> None:
-        options, step = self._options, self.state.step
-        if step % options.inspect_iters == 0:
-            self._reporter.inspection(step, self._engine.statistics())
-        if step % options.eval_interval == 0:
-            self._evaluate()
-        if step % (options.save_interval or options.eval_interval) == 0:
-            self._save()
-        if self._interrupted:
-            raise _Interrupted(f"interrupted after step {step}; --resume goes on from there")
-        patience = options.early_stop_patience
-        if self.state.evaluations_without_gain >= patience:
-            raise _Stop(f"early stop: {patience} evaluations in a row without a lower loss")
 
     def _evaluate(self) -> None:
         state = self.state
@@ -278,6 +253,7 @@ class Trainer:
         """Let a running step end before Ctrl-C or SIGTERM takes effect."""
 
         def note(number: int, frame: object) -> None:
+            rank.is_terminating |= number == signal.SIGTERM
             # torchrun passes Ctrl-C on as SIGTERM, so only a second Ctrl-C means "at once".
             self._signals += number == signal.SIGINT or not self._signals
             if self._signals > 1:

@@ -8,18 +8,22 @@ import os
 import tempfile
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from preprocess_support import assert_same_index, bee_data, make, numbers, read, record, tree, write
+from properties import examples
 
 from cpm_bee.data.bin_dataset import BinaryDataset
+from cpm_bee.data.preprocess import gather
 from cpm_bee.data.token_index import reader as index
 from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.errors import InputError
 from cpm_bee.records import Record
+from cpm_bee.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -111,6 +115,29 @@ def test_what_is_no_text_is_said_once(bee: Path) -> None:
         make(bee, chunk_bytes=100)
 
 
+@pytest.mark.parametrize("tokenizer", [None, tiny.TOKENIZER], ids=["plain", "index"])
+def test_no_chunk_is_read_for_a_bucket_without_its_records(
+    tmp_path: Path, tokenizer: Tokenizer | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of few bytes make many chunks and buckets, nearly all without records."""
+    count, reads = 30, 0
+    for name in ("read_sizes", "read_group"):
+        original = getattr(gather, name)
+
+        def counted(path: Path, bucket: int, original: Any = original) -> Any:
+            nonlocal reads
+            reads += 1
+            return original(path, bucket)
+
+        monkeypatch.setattr(gather, name, counted)
+    write(tmp_path / "bee_data" / "a.jsonl", count)
+    folder = make(tmp_path, bucket_bytes=20, chunk_bytes=20, tokenizer=tokenizer)
+    assert reads <= 2 * count
+    assert sorted(numbers(folder / "a")) == list(range(count))
+    if tokenizer is not None:
+        assert_same_index(folder / "a", tmp_path, tokenizer)
+
+
 def test_memory_is_that_of_a_piece(tmp_path: Path) -> None:
     path = write(tmp_path / "bee_data" / "train.jsonl", 6_000)
     piece = path.stat().st_size // 40
@@ -148,14 +175,19 @@ def test_the_index_is_that_of_training(
     assert tree(plain).items() <= tree(folder).items()
 
 
-@settings(max_examples=10, deadline=None)
-@given(st.lists(tiny.records(), min_size=1, max_size=8), st.integers(1, 500))
-def test_the_index_of_any_records(records: list[Record], piece: int) -> None:
+@examples(10)
+@given(st.lists(tiny.records(), min_size=1, max_size=8), st.integers(1, 20), st.integers(1, 20))
+def test_the_index_of_any_records(records: list[Record], chunks: int, buckets: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         (path / "bee_data").mkdir()
         lines = "".join(json.dumps(r) + "\n" for r in records)
         (path / "bee_data" / "a.jsonl").write_text(lines, encoding="utf-8")
-        options = {"bucket_bytes": piece, "chunk_bytes": piece, "block_size": 1 << 20}
-        folder = make(path, tokenizer=tiny.TOKENIZER, **options)
+        # A number of pieces, not of bytes: records of thousands of bytes cut into pieces of one
+        # make thousands of chunks and buckets, which take minutes and show nothing more.
+        pieces = {
+            "chunk_bytes": -(-len(lines) // chunks),
+            "bucket_bytes": -(-len(lines) // buckets),
+        }
+        folder = make(path, tokenizer=tiny.TOKENIZER, block_size=1 << 20, **pieces)
         assert_same_index(folder / "a", path, tiny.TOKENIZER)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpm_bee.data.token_index.arrays import (
+    ADDRESS_ARRAYS,
     ARRAYS,
-    LOCATION_ARRAYS,
     Arrays,
     TokenChunk,
     counts_of,
@@ -43,7 +43,7 @@ def assert_equal(a: Arrays, b: Arrays) -> None:
 def check(chunk: TokenChunk, records: list[Record]) -> None:
     """The arrays hold what the encoder makes of each single record."""
     arrays = chunk.arrays()
-    assert set(arrays) == {*ARRAYS} - {*LOCATION_ARRAYS}
+    assert set(arrays) == {*ARRAYS} - {*ADDRESS_ARRAYS}
     assert len(chunk) == len(records)
     ends = ends_of(arrays, [1] * len(records)) if records else np.zeros((0, 3), dtype=int)
     for record, part in zip(records, split(arrays, ends), strict=True):

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
+from dataset_writer import DatasetWriter
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from cpm_bee.data.batch import Stream, collate, extension_pairs, make_batch
-from cpm_bee.data.bin_dataset import BinaryDataset, DatasetWriter
+from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.token_index import reader as index_module
 from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.encoding import EncodedRecord, Encoder
@@ -131,7 +133,7 @@ def test_it_holds_what_the_encoder_makes(folder: Path) -> None:
     check(RECORDS, folder, seed=0)
 
 
-@settings(max_examples=10, deadline=None)
+@examples(10)
 @given(st.lists(tiny.records(), max_size=6), st.integers(0, 1000))
 def test_any_records(records: list[Record], seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from dataset_writer import DatasetWriter
 from preprocess_support import record, tree
 
-from cpm_bee.data.bin_dataset import BinaryDataset, DatasetWriter
+from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.token_index import writer as index_writer
 from cpm_bee.data.token_index.arrays import ARRAYS
 from cpm_bee.data.token_index.writer import FORMAT, build, folder_name

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import statistics
 
 import pytest
+import rounding
 import tiny
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from cpm_bee import delta
 from cpm_bee.data.batch import Batch, collate
@@ -26,9 +29,11 @@ RECORDS: list[Record] = [
 MASKS = ((False, False), (True, False), (False, True), (True, True), (False, False), (True, False))
 
 
-def model_with_delta(targets: tuple[str, ...], masks: tuple[tuple[bool, bool], ...] = ()) -> CPMBee:
+def model_with_delta(
+    targets: tuple[str, ...], masks: tuple[tuple[bool, bool], ...] = (), seed: int = 3
+) -> CPMBee:
     sizes = {"num_layers": len(masks), "mask_modules": masks} if masks else {}
-    model = tiny.make_model(3, **sizes)
+    model = tiny.make_model(seed, **sizes)
     delta.insert(model, delta.DeltaConfig(rank=3, targets=targets), seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -51,16 +56,16 @@ def gradients(loss: torch.Tensor, model: CPMBee) -> dict[str, torch.Tensor]:
     return dict(zip(trained, found, strict=True))
 
 
-def compare(model: CPMBee, batch: Batch, tolerance: float) -> None:
-    expected, loss = plainly(model, batch), model.loss(batch)
-    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
-    theirs, ours = gradients(expected, model), gradients(loss, model)
-    largest = max(g.abs().max().item() for g in theirs.values())
-    assert largest > 0
-    for name, gradient in theirs.items():
-        scale = max(gradient.abs().max().item(), 1e-3 * largest)
-        error = (ours[name] - gradient).abs().max().item()
-        assert error <= tolerance * scale, f"{name}: {error / scale}"
+def compare(model: CPMBee, batch: Batch) -> None:
+    def ours(model: CPMBee) -> dict[str, torch.Tensor]:
+        loss = model.loss(batch)
+        return {"loss": loss, **gradients(loss, model)}
+
+    def theirs(model: CPMBee) -> dict[str, torch.Tensor]:
+        loss = plainly(model, batch)
+        return {"loss": loss, **gradients(loss, model)}
+
+    rounding.assert_same(model, ours, theirs)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -75,26 +80,31 @@ def test_same_as_plain(
 ) -> None:
     model = model_with_delta(targets, masks)
     model.encoder.set_checkpointing(checkpointing)
-    compare(model, collate(tiny.encode(RECORDS), tiny.TOKENIZER), 2e-5)
+    compare(model, collate(tiny.encode(RECORDS), tiny.TOKENIZER))
 
 
 def test_all_targets_at_once() -> None:
-    compare(model_with_delta(delta.TARGETS), collate(tiny.encode(RECORDS), tiny.TOKENIZER), 2e-5)
+    compare(model_with_delta(delta.TARGETS), collate(tiny.encode(RECORDS), tiny.TOKENIZER))
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(st.lists(tiny.records(), min_size=1, max_size=4))
 def test_any_records(records: list[Record]) -> None:
-    compare(
-        model_with_delta(("project_q", "project_v")),
-        collate(tiny.encode(records), tiny.TOKENIZER),
-        5e-5,
-    )
+    batch = collate(tiny.encode(records), tiny.TOKENIZER)
+    compare(model_with_delta(("project_q", "project_v")), batch)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_near_to_fp32_as_plain(dtype: torch.dtype) -> None:
-    exact = model_with_delta(("project_q", "project_v", "w_out"))
+    """In the middle of several models: for a single one, either may come out nearer by luck."""
+    found = [distances_in_half_precision(dtype, seed) for seed in range(11)]
+    assert statistics.median(ours for _, ours in found) < 0.05, found
+    assert statistics.median(ours / plain for plain, ours in found) < 1.3, found
+
+
+def distances_in_half_precision(dtype: torch.dtype, seed: int) -> list[float]:
+    """How far the gradients in 16 bits are from those in fp32, plainly and by our blocks."""
+    exact = model_with_delta(("project_q", "project_v", "w_out"), seed=seed)
     batch = collate(tiny.encode(RECORDS), tiny.TOKENIZER)
     truth = gradients(exact.loss(batch), exact)
     model = copy.deepcopy(exact)
@@ -109,7 +119,7 @@ def test_half_precision_is_as_near_to_fp32_as_plain(dtype: torch.dtype) -> None:
         assert all(g.dtype == torch.float32 for g in found.values())
         error = sum((found[n] - truth[n]).pow(2).sum().item() for n in truth)
         distances.append((error / sum(g.pow(2).sum().item() for g in truth.values())) ** 0.5)
-    assert distances[1] < 0.05 and distances[1] < 1.3 * distances[0], distances
+    return distances
 
 
 def test_dropout_and_full_tuning_take_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:

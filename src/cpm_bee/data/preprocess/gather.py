@@ -1,7 +1,13 @@
 """The second pass of preprocessing: buckets on disk -> a dataset, and its token index.
 
-Where each record goes is settled here, bucket by bucket; processes then write the buckets to
-their places in the files.
+`scatter` has put every record into a random bucket. Here the records of each bucket are shuffled,
+and the buckets are written one after the other: together that is a random order of all records,
+though no more than one bucket a process is ever in memory.
+
+The main process shuffles: it reads only the sizes of a bucket's records, and computes where each
+record begins in the data file and how much of the token index lies before the bucket. With that,
+worker processes write the buckets independently, each to its own place in the same files. The bytes
+are the same for any number of workers.
 """
 
 from __future__ import annotations
@@ -11,27 +17,27 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import numpy as np
 
 from cpm_bee.data.bin_dataset import BinaryDataset, BlockLayout
 from cpm_bee.data.bin_meta import write_meta
-from cpm_bee.data.preprocess.scatter import Buckets, read_group, read_sizes
+from cpm_bee.data.preprocess.scatter import Buckets, read_part, read_sizes
 from cpm_bee.data.preprocess.workers import Workers
+from cpm_bee.data.token_index import arrays as token_arrays
+from cpm_bee.data.token_index.writer import folder_name, write_arrays, write_info
+from cpm_bee.encoding import SegmentTree
 from cpm_bee.progress import progress_bar
-
-if TYPE_CHECKING:  # numpy, which it needs, may not be installed
-    import numpy as np
-
-    from cpm_bee.encoding import SegmentTree
-    from cpm_bee.tokenizer import Tokenizer
+from cpm_bee.tokenizer import Tokenizer
 
 
 @dataclass
-class _Files:
-    """What is read and written.
+class _Paths:
+    """What the processes that write buckets read from and write to.
 
     Attributes:
-        chunks: files that `spread` made.
+        chunks: the files that `scatter` wrote, one for each chunk of the input.
         data: the data file.
         index: folder of the token index, if one is made.
         tree_numbers: the index's number of each tree of each chunk.
@@ -47,12 +53,14 @@ class _Bucket(NamedTuple):
     """A bucket's records in their final order.
 
     Attributes:
+        chunks: the chunks that have any of them; no other is opened.
         order: their numbers within the bucket.
         offsets: where they begin in the data file.
-        index_at: what of the index lies before them (see `token_arrays.COUNTED`).
+        index_at: what of the index lies before them, counted as in `token_arrays.COUNTED`.
     """
 
     number: int
+    chunks: array[int]
     order: array[int]
     offsets: array[int]
     index_at: np.ndarray | None
@@ -72,43 +80,38 @@ def gather(
     Args:
         tokenizer: the one that the chunks' tokens were made with; None makes no index.
     """
-    files = _Files(buckets.paths, folder / output_name)
+    files = _Paths(buckets.paths, folder / output_name)
     files.data.touch(exist_ok=False)
     layout = BlockLayout(block_size)
     counts = None if tokenizer is None else buckets.counts
     trees: list[SegmentTree] = []
     if tokenizer is not None:
-        from cpm_bee.data.token_index.writer import folder_name
-
         files.index = folder / folder_name(tokenizer)
         files.index.mkdir()
         trees = _number_trees(files, buckets)
-    num_buckets = buckets.num_buckets
-    tasks = _tasks(buckets, seed, layout, counts)
+    filled = buckets.with_records()
+    tasks = _tasks(buckets, filled, seed, layout, counts)
     with (
-        Workers(files, min(workers, num_buckets)) as processes,
+        Workers(files, min(workers, len(filled))) as processes,
         progress_bar(
-            total=num_buckets, description=f"writing {folder.name}", unit="buckets"
+            total=len(filled), description=f"writing {folder.name}", unit="buckets"
         ) as bar,
     ):
         for _ in processes.map(_write_bucket, tasks):
             bar.update()
-    for path in buckets.paths:
-        path.unlink()
+    for path, bits in zip(buckets.paths, buckets.filled, strict=True):
+        if bits:
+            path.unlink()
     with open(files.data, "r+b") as file:
         file.truncate(layout.size)  # what was not written reads as zeros
     write_meta(folder, layout.info(output_name))
     if tokenizer is not None and files.index is not None and counts is not None:
-        from cpm_bee.data.token_index.writer import write_info
-
         dataset, total = BinaryDataset(folder), counts.sum(axis=0)
         write_info(files.index, dataset, tokenizer, total, trees, buckets.extension_vocabulary)
 
 
-def _number_trees(files: _Files, buckets: Buckets) -> list[SegmentTree]:
+def _number_trees(files: _Paths, buckets: Buckets) -> list[SegmentTree]:
     """All trees, sorted; notes the number of each chunk's."""
-    import numpy as np
-
     trees = sorted(set().union(*buckets.trees))
     numbers = {tree: number for number, tree in enumerate(trees)}
     files.tree_numbers = [
@@ -118,26 +121,27 @@ def _number_trees(files: _Files, buckets: Buckets) -> list[SegmentTree]:
 
 
 def _tasks(
-    buckets: Buckets, seed: int, layout: BlockLayout, counts: np.ndarray | None
+    buckets: Buckets, filled: list[int], seed: int, layout: BlockLayout, counts: np.ndarray | None
 ) -> Iterator[_Bucket]:
     index_at = None if counts is None else counts.cumsum(axis=0) - counts
-    for number in range(buckets.num_buckets):
-        sizes = array("I")
-        for path in buckets.paths:
-            sizes.extend(read_sizes(path, number))
+    for number in filled:
+        chunks, sizes = buckets.chunks_of(number), array("I")
+        for chunk in chunks:
+            sizes.extend(read_sizes(buckets.paths[chunk], number))
         order = array("I", range(len(sizes)))
         random.Random(f"{seed}/bucket {number}").shuffle(order)
         offsets = layout.append(map(sizes.__getitem__, order))
-        yield _Bucket(number, order, offsets, None if index_at is None else index_at[number])
+        at = None if index_at is None else index_at[number]
+        yield _Bucket(number, chunks, order, offsets, at)
 
 
-def _write_bucket(files: _Files, bucket: _Bucket) -> None:
-    groups = [read_group(path, bucket.number) for path in files.chunks]
+def _write_bucket(files: _Paths, bucket: _Bucket) -> None:
+    parts = [read_part(files.chunks[chunk], bucket.number) for chunk in bucket.chunks]
     frames = []
-    for group in groups:
+    for part in parts:
         begin = 0
-        for size in group.sizes:
-            frames.append(group.frames[begin : begin + size])
+        for size in part.sizes:
+            frames.append(part.frames[begin : begin + size])
             begin += size
     with open(files.data, "r+b") as file:
         end = -1
@@ -148,16 +152,11 @@ def _write_bucket(files: _Files, bucket: _Bucket) -> None:
             end = offset + len(frames[number])
     if files.index is None or bucket.index_at is None:
         return
-    import numpy as np
-
-    from cpm_bee.data.token_index import arrays as token_arrays
-    from cpm_bee.data.token_index.writer import write_arrays
-
-    parts = [token_arrays.from_bytes(group.tokens, len(group.sizes)) for group in groups]
-    for part, numbers in zip(parts, files.tree_numbers, strict=True):
-        part["trees"] = numbers[part["trees"]]
-    joined = token_arrays.join(parts)
-    del frames, groups, parts  # memory
+    tokens = [token_arrays.from_bytes(part.tokens, len(part.sizes)) for part in parts]
+    for arrays, chunk in zip(tokens, bucket.chunks, strict=True):
+        arrays["trees"] = files.tree_numbers[chunk][arrays["trees"]]
+    joined = token_arrays.join(tokens)
+    del frames, parts, tokens  # memory
     arrays = token_arrays.take(joined, np.array(bucket.order, dtype=np.int64))
     arrays["files"] = np.zeros(len(bucket.order))
     arrays["offsets"] = np.array(bucket.offsets)

@@ -8,24 +8,24 @@ of the dataset. Where there is a vocabulary, the dataset's token index is made o
 from __future__ import annotations
 
 import contextlib
-import sys
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpm_bee.data.bin_dataset import BinaryDataset, payload_limit
 from cpm_bee.data.bin_meta import META
 from cpm_bee.data.preprocess.gather import gather
-from cpm_bee.data.preprocess.scatter import Buckets, Chunk, ScatterResult, scatter
+from cpm_bee.data.preprocess.scatter import Buckets, Chunk, Remarks, ScatterResult, scatter
 from cpm_bee.data.preprocess.workers import Workers
+from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.files import atomic_folder
 from cpm_bee.progress import progress_bar
+from cpm_bee.records import check_is_lines
+from cpm_bee.tokenizer import Tokenizer
 
-if TYPE_CHECKING:  # numpy, which it needs, may not be installed
-    from cpm_bee.encoding import Encoder
-    from cpm_bee.tokenizer import Tokenizer
+logger = logging.getLogger(__name__)
 
 # Bytes of input. A process needs some ten times as much memory; small pieces of small files keep
 # all processes busy, few pieces of large files keep the files' number down.
@@ -44,6 +44,7 @@ def preprocess(
     tokenizer: Tokenizer | None = None,
     tokens_needed: bool = True,
     workers: int = 1,
+    escape: bool = False,
     chunk_bytes: int | None = None,
     bucket_bytes: int | None = None,
 ) -> list[BinaryDataset]:
@@ -62,6 +63,7 @@ def preprocess(
         tokens_needed: a record that the tokenizer cannot encode is an error; otherwise the
             datasets are written without index, with a warning.
         workers: processes.
+        escape: take all texts as plain, so that a literal `<` needs no escaping.
         chunk_bytes: how much input a process takes at a time; None suits the file's size.
         bucket_bytes: about what one bucket holds; None suits the file's size.
 
@@ -77,6 +79,8 @@ def preprocess(
     files = _input_files(inputs)
     folders = [output_path / file.stem for file in files]
     _check_destinations(output_path, folders, overwrite)
+    for file in files:
+        check_is_lines(file)
     problems = Problems()
     with contextlib.ExitStack() as datasets:
         spreads = [
@@ -92,13 +96,14 @@ def preprocess(
         num_chunks = sum(len(s.chunks) for s in spreads)
         with Workers(_encoder(tokenizer), min(workers, num_chunks)) as processes:
             for spreading in spreads:
-                spreading.run(processes, seed, limit, problems, tokens_needed)
+                spreading.run(processes, seed, limit, problems, tokens_needed, escape)
         problems.raise_if_any(
             f"{inputs}: {problems.count} problems, nothing was written", _record_help()
         )
-        reasons = [s.no_tokens for s in spreads if s.no_tokens]
-        if reasons and tokenizer is not None:
-            _warn(tokenizer, reasons[0])
+        for s in spreads:
+            s.warn_of_answers()
+        if any(s.unencodable.count for s in spreads) and tokenizer is not None:
+            _warn_of_vocabulary(tokenizer, spreads)
             tokenizer = None
         for s in spreads:
             gather(s.buckets, s.folder, output_name, seed, block_size, tokenizer, workers)
@@ -112,18 +117,17 @@ def _piece(file: Path, count: int) -> int:
 def _encoder(tokenizer: Tokenizer | None) -> Encoder | None:
     if tokenizer is None:
         return None
-    from cpm_bee.encoding import Encoder
-
     tokenizer.match("")  # makes its tables, which the processes then share
     return Encoder(tokenizer)
 
 
-def _warn(tokenizer: Tokenizer, reason: str) -> None:
-    print(
-        f"warning: no token index is made, training will make one: {tokenizer.source} is not the "
-        f"vocabulary of these records, or {reason}\n"
-        "--vocab FILE names the vocabulary of your model, --vocab none makes no index",
-        file=sys.stderr,
+def _warn_of_vocabulary(tokenizer: Tokenizer, files: list[_Scatter]) -> None:
+    count = sum(file.unencodable.count for file in files)
+    shown = "".join(file.listed(file.unencodable) for file in files)
+    logger.warning(
+        f"no token index is made, training will make one: {tokenizer.source} is not the vocabulary "
+        f"of these records, or lacks what {count} of them hold:{shown}\n"
+        "--vocab FILE names the vocabulary of your model, --vocab none makes no index"
     )
 
 
@@ -134,7 +138,7 @@ class _Scatter:
     Attributes:
         folder: of the dataset.
         buckets: where its records are.
-        no_tokens: why the index cannot be made.
+        unanswered, unwritable, unencodable: see `ScatterResult`.
     """
 
     file: Path
@@ -142,7 +146,10 @@ class _Scatter:
     chunk_bytes: int
     bucket_bytes: int
     buckets: Buckets = field(init=False)
-    no_tokens: str | None = None
+    num_records: int = 0
+    unanswered: Remarks = field(default_factory=Remarks)
+    unwritable: Remarks = field(default_factory=Remarks)
+    unencodable: Remarks = field(default_factory=Remarks)
 
     @property
     def chunks(self) -> list[tuple[int, int]]:
@@ -157,6 +164,7 @@ class _Scatter:
         limit: int,
         problems: Problems,
         tokens_needed: bool,
+        escape: bool,
     ) -> None:
         num_buckets = min(MAX_BUCKETS, self.file.stat().st_size // self.bucket_bytes + 1)
         self.buckets = Buckets(num_buckets)
@@ -173,32 +181,54 @@ class _Scatter:
                     num_buckets=num_buckets,
                     limit=limit,
                     target=None if problems.count else target,
-                    make_tokens=self.no_tokens is None,
                     tokens_needed=tokens_needed,
+                    escape=escape,
                 )
 
         before = problems.count
-        num_lines = num_records = 0
+        num_lines = 0
         size = self.file.stat().st_size
         with progress_bar(total=size, description=f"reading {self.file.stem}", unit="B") as bar:
             for result in processes.map(scatter, tasks()):
                 self._note(result, num_lines + 1, problems)
                 num_lines += result.num_lines
-                num_records += result.num_records
+                self.num_records += result.num_records
                 bar.update(min(self.chunk_bytes, size))
                 if not result.is_text:
                     break
-        if num_records == 0 and problems.count == before:
+        if self.num_records == 0 and problems.count == before:
             problems.add(str(self.file), "holds no records")
 
     def _note(self, result: ScatterResult, first_line: int, problems: Problems) -> None:
         for line, reason in result.problems:
             problems.add(f"{self.file}:{first_line + line}", reason)
         problems.count += result.num_problems - len(result.problems)
-        if result.no_tokens is not None and self.no_tokens is None:
-            line, reason = result.no_tokens
-            self.no_tokens = f"{self.file}:{first_line + line}: {reason}"
+        self.unanswered.extend(result.unanswered, first_line)
+        self.unwritable.extend(result.unwritable, first_line)
+        self.unencodable.extend(result.unencodable, first_line)
         self.buckets.add(result)
+
+    def listed(self, remarks: Remarks) -> str:
+        """The lines of some remarks, each with its reason."""
+        lines = [f"\n  {self.file}:{line}: {text}" for line, text in remarks.shown]
+        more = remarks.count - len(lines)
+        return "".join(lines) + (f"\n  ... and {more} more in {self.file}" if more else "")
+
+    def warn_of_answers(self) -> None:
+        """Tell of records that nothing can be learnt from, and of answers that stay unwritten."""
+        if self.unanswered.count:
+            line, _ = self.unanswered.shown[0]
+            logger.warning(
+                f"{self.file}: {self.unanswered.count} of {self.num_records} records are without "
+                f'an answer ("<ans>" is empty), the first one in line {line}; training and '
+                "evaluation leave them out"
+            )
+        if self.unwritable.count:
+            logger.warning(
+                f"{self.file}: {self.unwritable.count} of {self.num_records} records have an "
+                "answer that can never be generated, since the vocabulary lacks some of its "
+                f"characters; exact match counts it as wrong:{self.listed(self.unwritable)}"
+            )
 
 
 def _input_files(inputs: Path) -> list[Path]:

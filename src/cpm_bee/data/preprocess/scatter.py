@@ -1,51 +1,58 @@
-"""The first pass of preprocessing: lines of JSON -> checked records, spread over buckets on disk.
+"""The first pass of preprocessing: lines of JSON -> checked records, in random buckets on disk.
 
-The input is cut into chunks, which processes can take independently. What becomes of a chunk
-depends on its place in the input alone, not on who takes it.
+A file may be larger than memory, so it cannot be shuffled at once. Each record is put into a random
+bucket; `gather` can then shuffle each bucket in memory.
 
-A chunk's records go into one file, bucket by bucket: a table of where each bucket's group begins
-(uint64, one more than buckets), then the groups. A group is the number of its records (uint32),
-the bytes of each one's frame (uint32), the frames (see `container.frame`), and, where there is a
-tokenizer, the records' token arrays one after the other (see `token_arrays`).
+The input is cut into chunks of bytes, which processes take independently; a line belongs to the
+chunk that it begins in. What becomes of a chunk depends on its place in the input alone, not on the
+process that takes it.
+
+A chunk's records go into one file, bucket by bucket. The file begins with a table of where each
+bucket's part begins (uint64, one more than buckets). A part has the number of its records (uint32),
+the bytes of each record's frame (uint32), the frames (see `bin_dataset.frame`), and, where there is
+a tokenizer, the token arrays of the records (see `token_arrays.to_bytes`). A bucket without records
+has no part, and a chunk without records no file: `Buckets.chunks_of` says what to read.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 import random
 import struct
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import IO, NamedTuple
+
+import numpy as np
 
 from cpm_bee import records
 from cpm_bee.data.bin_dataset import frame
 from cpm_bee.data.record_pickle import encode
+from cpm_bee.data.token_index import arrays as token_arrays
+from cpm_bee.data.token_index.arrays import TokenChunk
+from cpm_bee.encoding import AnswerState, Encoder, SegmentTree
 from cpm_bee.errors import InputError
 
-if TYPE_CHECKING:  # numpy, which it needs, may not be installed
-    import numpy as np
-
-    from cpm_bee.data.token_index.arrays import TokenChunk
-    from cpm_bee.encoding import Encoder, SegmentTree
-
-COUNT = struct.Struct("<I")
-OFFSET = struct.Struct("<Q")
+RECORD_COUNT = struct.Struct("<I")
+TABLE_ENTRY = struct.Struct("<Q")  # where a bucket's records begin in a chunk's file
 MAX_SHOWN = 1000  # problems of a chunk that are kept
+REMARKS_SHOWN = 10
 
 
 class Chunk(NamedTuple):
     """The lines of `file` that begin at bytes `begin` to `end` - 1.
 
     Attributes:
-        seed: of the spreading, another one for each chunk.
-        num_buckets: over how many buckets to spread.
+        seed: of the choice of buckets, another one for each chunk.
+        num_buckets: how many there are.
         limit: the most bytes of a payload.
         target: file to write to; None only checks.
-        make_tokens: whether to make tokens, where there is a tokenizer.
         tokens_needed: whether a record without tokens (of a special token that the vocabulary
             lacks) is a problem.
+        escape: take all texts as plain (see `records.escape_texts`).
     """
 
     file: Path
@@ -55,8 +62,28 @@ class Chunk(NamedTuple):
     num_buckets: int
     limit: int
     target: Path | None
-    make_tokens: bool
     tokens_needed: bool
+    escape: bool = False
+
+
+@dataclass
+class Remarks:
+    """Lines of which something is to be said, without being wrong: their number, and the first."""
+
+    count: int = 0
+    shown: list[tuple[int, str]] = field(default_factory=list)
+
+    def add(self, line: int, text: str = "") -> None:
+        self.count += 1
+        self.shown.append((line, text))
+        if len(self.shown) > 2 * REMARKS_SHOWN:
+            self.shown = sorted(self.shown)[:REMARKS_SHOWN]
+
+    def extend(self, other: Remarks, first_line: int) -> None:
+        """Add those of a later part of the file, which begins at `first_line`."""
+        self.count += other.count
+        moved = [(first_line + line, text) for line, text in sorted(other.shown)]
+        self.shown = (self.shown + moved)[:REMARKS_SHOWN]
 
 
 @dataclass
@@ -69,7 +96,10 @@ class ScatterResult:
         num_problems: all that were found.
         problems: (line of the chunk from 0, what is wrong with it), the first `MAX_SHOWN`.
         is_text: false where a line is not UTF-8; the rest of the chunk was not looked at.
-        no_tokens: why the chunk has no tokens: (line of the chunk from 0, reason).
+        unanswered: records without an answer.
+        unwritable: records whose answer generation cannot write, and what it cannot write.
+        unencodable: records that the vocabulary cannot express, and why; then there are no tokens.
+        filled: a bit for each bucket, set where the chunk has records of it.
         counts: of each bucket's tokens (see `token_arrays.COUNTED`), int64 [buckets, 3].
         trees: the tokens' trees, by number within the chunk.
         extension_vocabulary: ids that have a sub > 0.
@@ -80,7 +110,10 @@ class ScatterResult:
     num_problems: int = 0
     problems: list[tuple[int, str]] = field(default_factory=list)
     is_text: bool = True
-    no_tokens: tuple[int, str] | None = None
+    unanswered: Remarks = field(default_factory=Remarks)
+    unwritable: Remarks = field(default_factory=Remarks)
+    unencodable: Remarks = field(default_factory=Remarks)
+    filled: int = 0
     counts: np.ndarray | None = None
     trees: list[SegmentTree] = field(default_factory=list)
     extension_vocabulary: set[int] = field(default_factory=set)
@@ -94,11 +127,12 @@ class ScatterResult:
 
 @dataclass
 class Buckets:
-    """The records of a whole file, spread over buckets on disk.
+    """The records of a whole file, in buckets on disk.
 
     Attributes:
-        num_buckets: over how many.
+        num_buckets: how many there are.
         paths: the files of the chunks.
+        filled: of each chunk, see `ScatterResult`.
         counts: of each bucket's tokens, int64 [buckets, 3]; None without tokens.
         trees: the trees of each chunk's tokens.
         extension_vocabulary: ids that have a sub > 0.
@@ -106,6 +140,7 @@ class Buckets:
 
     num_buckets: int
     paths: list[Path] = field(default_factory=list)
+    filled: list[int] = field(default_factory=list)
     counts: np.ndarray | None = None
     trees: list[list[SegmentTree]] = field(default_factory=list)
     extension_vocabulary: set[int] = field(default_factory=set)
@@ -113,8 +148,18 @@ class Buckets:
     def add(self, result: ScatterResult) -> None:
         if result.counts is not None:
             self.counts = result.counts if self.counts is None else self.counts + result.counts
+        self.filled.append(result.filled)
         self.trees.append(result.trees)
         self.extension_vocabulary |= result.extension_vocabulary
+
+    def with_records(self) -> list[int]:
+        """The buckets that have any records."""
+        union = functools.reduce(operator.or_, self.filled, 0)
+        return [bucket for bucket in range(self.num_buckets) if union >> bucket & 1]
+
+    def chunks_of(self, bucket: int) -> array[int]:
+        """The chunks that have records of a bucket."""
+        return array("I", [n for n, bits in enumerate(self.filled) if bits >> bucket & 1])
 
 
 def scatter(encoder: Encoder | None, chunk: Chunk) -> ScatterResult:
@@ -124,16 +169,14 @@ def scatter(encoder: Encoder | None, chunk: Chunk) -> ScatterResult:
     rng = random.Random(chunk.seed)
     buckets = [int(rng.random() * chunk.num_buckets) for _ in lines]
     order = sorted(range(len(lines)), key=buckets.__getitem__)
-    tokens: TokenChunk | None = None
-    if encoder is not None and chunk.make_tokens:
-        from cpm_bee.data.token_index.arrays import TokenChunk
-
-        tokens = TokenChunk(encoder)
+    tokens = None if encoder is None else TokenChunk(encoder)
     frames: list[bytes] = []
     for i in order:
         number, line = lines[i]
         lines[i] = number, ""  # memory
         value, reason = records.parse_line(line)
+        if chunk.escape:
+            value = records.escape_texts(value)
         found = [reason] if reason else records.validate(value)
         if not found:
             payload = encode(value)
@@ -143,18 +186,23 @@ def scatter(encoder: Encoder | None, chunk: Chunk) -> ScatterResult:
                     f"the record takes {len(payload)} bytes, a block holds {chunk.limit} "
                     "(give a larger --block-size)"
                 )
-            if tokens is not None:
+            if not records.has_answer(value[records.ANSWER]):
+                result.unanswered.add(number)
+            if encoder is not None and tokens is not None:
                 try:
-                    tokens.add(value)
+                    if tokens.add(value) & ~AnswerState.RENUMBERED == AnswerState.KNOWN:
+                        pieces = encoder.unwritable_pieces(value)
+                        result.unwritable.add(number, ", ".join(map(repr, pieces)))
                 except InputError as error:
                     if chunk.tokens_needed:
                         found.append(str(error))
                     else:
-                        result.no_tokens = number, str(error)
-                        tokens = None
+                        result.unencodable.add(number, str(error))
         result.add(number, found)
+    if result.unencodable.count:
+        tokens = None
     result.problems = sorted(result.problems)[:MAX_SHOWN]
-    if not result.num_problems and chunk.target is not None:
+    if lines and not result.num_problems and chunk.target is not None:
         sizes = [0] * chunk.num_buckets
         for bucket in buckets:
             sizes[bucket] += 1
@@ -167,7 +215,9 @@ def _lines(chunk: Chunk, result: ScatterResult) -> list[tuple[int, str]]:
     lines: list[tuple[int, str]] = []
     for number, raw in enumerate(_raw_lines(chunk)):
         result.num_lines = number + 1
-        line, reason = records.decode_line(raw, is_first=number == 0 and chunk.begin == 0)
+        line, reason = records.decode_line(
+            raw, chunk.file, is_first=number == 0 and chunk.begin == 0
+        )
         if reason:
             result.add(number, [reason])
             result.is_text = False
@@ -200,25 +250,30 @@ def _write(
     tokens: TokenChunk | None,
     result: ScatterResult,
 ) -> None:
-    """Write the groups, of so many records each, that the frames and tokens come in."""
+    """Write the parts of a chunk's file; frames and tokens come in their order.
+
+    Args:
+        sizes: the number of records of each bucket.
+    """
+    filled = [bucket for bucket, size in enumerate(sizes) if size]
+    result.filled = sum(1 << bucket for bucket in filled)
     parts: Iterator[Iterable[bytes]] | None = None
     if tokens is not None:
-        import numpy as np
-
-        from cpm_bee.data.token_index import arrays as token_arrays
-
         arrays = tokens.arrays()
-        ends = token_arrays.ends_of(arrays, sizes)
+        ends = token_arrays.ends_of(arrays, [sizes[bucket] for bucket in filled])
         result.trees = tokens.trees
         result.extension_vocabulary = set(arrays["extension_ids"].tolist())
-        result.counts = np.diff(ends, axis=0, prepend=0)
+        result.counts = np.zeros((len(sizes), ends.shape[1]), dtype=np.int64)
+        result.counts[filled] = np.diff(ends, axis=0, prepend=0)
         parts = map(token_arrays.to_bytes, token_arrays.split(arrays, ends))
     offsets = array("Q")
     with open(target, "wb") as file:
-        file.seek(OFFSET.size * (len(sizes) + 1))
+        file.seek(TABLE_ENTRY.size * (len(sizes) + 1))
         begin = 0
         for size in sizes:
             offsets.append(file.tell())
+            if size == 0:
+                continue
             _write_frames(file, frames[begin : begin + size])
             begin += size
             if parts is not None:
@@ -229,12 +284,12 @@ def _write(
 
 
 def _write_frames(file: IO[bytes], frames: list[bytes]) -> None:
-    file.write(COUNT.pack(len(frames)))
+    file.write(RECORD_COUNT.pack(len(frames)))
     file.write(array("I", map(len, frames)).tobytes())
     file.writelines(frames)
 
 
-class Group(NamedTuple):
+class BucketPart(NamedTuple):
     """The records of a bucket that come from one chunk.
 
     Attributes:
@@ -249,23 +304,24 @@ class Group(NamedTuple):
 
 
 def read_sizes(path: Path, bucket: int) -> array[int]:
-    """The bytes of each frame of a bucket's group in a chunk's file."""
+    """The bytes of each frame of a bucket's part in a chunk's file."""
     with open(path, "rb", buffering=0) as file:
-        file.seek(OFFSET.size * bucket)
-        (begin,) = OFFSET.unpack(file.read(OFFSET.size))
+        file.seek(TABLE_ENTRY.size * bucket)
+        (begin,) = TABLE_ENTRY.unpack(file.read(TABLE_ENTRY.size))
         file.seek(begin)
-        (count,) = COUNT.unpack(file.read(COUNT.size))
+        (count,) = RECORD_COUNT.unpack(file.read(RECORD_COUNT.size))
         return array("I", file.read(4 * count))
 
 
-def read_group(path: Path, bucket: int) -> Group:
+def read_part(path: Path, bucket: int) -> BucketPart:
+    """A bucket's part of a chunk's file."""
     with open(path, "rb", buffering=0) as file:
-        file.seek(OFFSET.size * bucket)
-        begin, end = struct.unpack("<2Q", file.read(2 * OFFSET.size))
+        file.seek(TABLE_ENTRY.size * bucket)
+        begin, end = struct.unpack("<2Q", file.read(2 * TABLE_ENTRY.size))
         file.seek(begin)
         data = memoryview(file.read(end - begin))
-    (count,) = COUNT.unpack_from(data)
-    first = COUNT.size + 4 * count
-    sizes = array("I", bytes(data[COUNT.size : first]))
+    (count,) = RECORD_COUNT.unpack_from(data)
+    first = RECORD_COUNT.size + 4 * count
+    sizes = array("I", bytes(data[RECORD_COUNT.size : first]))
     last = first + sum(sizes)
-    return Group(sizes, data[first:last], data[last:])
+    return BucketPart(sizes, data[first:last], data[last:])

@@ -1,19 +1,19 @@
-"""Functions spread over processes of this machine, their results in order."""
+"""Functions run by several processes of this machine, their results in order."""
 
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
 
 from cpm_bee.errors import RunError
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future, ProcessPoolExecutor
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -48,9 +48,6 @@ class Workers:
 
     def __enter__(self) -> Workers:
         if self._count > 1:
-            import multiprocessing
-            from concurrent.futures import ProcessPoolExecutor
-
             gc.freeze()  # collecting garbage would write to the shared pages, and so copy them
             self._pool = ProcessPoolExecutor(
                 self._count,
@@ -78,8 +75,6 @@ class Workers:
         if self._pool is None:
             yield from (function(self._local_state, task) for task in tasks)
             return
-        from concurrent.futures.process import BrokenProcessPool
-
         waiting: deque[Future[Result]] = deque()
         try:
             for task in tasks:
@@ -104,8 +99,6 @@ def _begin(state: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    import multiprocessing
-
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

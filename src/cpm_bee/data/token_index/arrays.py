@@ -1,7 +1,10 @@
 """The tokens of many records as arrays, as a token index holds them.
 
 Records are encoded in chunks, and everything about a chunk is made, moved and written as whole
-arrays: single numpy calls for each record would take longer than its tokens.
+arrays: single numpy calls for each record would take longer than its tokens. Each array counts one
+of three things (`COUNTED`): records, tokens, or extensions, the largest sub of each id in each
+record that has any. So three numbers say where a run of records begins in all arrays, and records
+are put in another order (`take`), cut (`split`) and joined without looking at a single one.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cpm_bee.encoding import Encoder, SegmentTree, TokenLists, is_shuffled, outline
+from cpm_bee.encoding import AnswerState, Encoder, SegmentTree, TokenLists, is_shuffled, outline
 from cpm_bee.records import Record
 
 # The arrays of an index by file name, with their types and what counts their items.
@@ -22,6 +25,7 @@ ARRAYS: dict[str, tuple[type, str]] = {
     "num_targets": (np.int32, "records"),
     "trees": (np.int32, "records"),
     "shuffled": (np.bool_, "records"),
+    "answers": (np.uint8, "records"),
     "extension_counts": (np.int32, "records"),
     "files": (np.int32, "records"),
     "offsets": (np.int64, "records"),
@@ -31,8 +35,9 @@ ARRAYS: dict[str, tuple[type, str]] = {
     "extension_ids": (np.int32, "extensions"),
     "extension_subs": (np.uint16, "extensions"),
 }
-LOCATION_ARRAYS = ("files", "offsets")  # where a record lies: known once it is in its dataset
-_CHUNK_ARRAYS = [name for name in ARRAYS if name not in LOCATION_ARRAYS]
+# The address of a record, known once it is in its dataset: number of the data file, byte offset.
+ADDRESS_ARRAYS = ("files", "offsets")
+_CHUNK_ARRAYS = [name for name in ARRAYS if name not in ADDRESS_ARRAYS]
 COUNTED = ("records", "tokens", "extensions")
 
 # Arrays by name, of consecutive records.
@@ -45,7 +50,7 @@ def counts_of(arrays: Arrays) -> np.ndarray:
 
 
 class TokenChunk:
-    """Encodes records one by one and gives all arrays but `LOCATION_ARRAYS` of them at once.
+    """Encodes records one by one and gives all arrays but `ADDRESS_ARRAYS` of them at once.
 
     Attributes:
         trees: the distinct trees; array `trees` holds numbers in this list.
@@ -58,6 +63,7 @@ class TokenChunk:
         self._num_segments = array("i")
         self._record_ends = array("q")  # in tokens
         self._shuffled: list[bool] = []
+        self._answers = bytearray()  # an `AnswerState` of each record
         self._tree_numbers = array("i")
         self._numbers: dict[int, int] = {}  # identity of a tree -> its number
         self.trees: list[SegmentTree] = []
@@ -69,10 +75,16 @@ class TokenChunk:
     def num_tokens(self) -> int:
         return len(self._tokens.ids)
 
-    def add(self, record: Record) -> None:
-        """Encode a valid record. Raises `InputError` as `Encoder.encode`; it is then left out."""
+    def add(self, record: Record) -> AnswerState:
+        """Encode a valid record; returns the state of its answer.
+
+        Raises:
+            InputError: as `Encoder.encode`; the record is then left out.
+        """
         texts, tree = segments = outline(record)
-        self._encoder.append(segments, self._tokens)
+        extension = self._encoder.append(segments, self._tokens)
+        state = self._encoder.answer_state(segments, extension)
+        self._answers.append(state)
         self._predicted += tree.predicted
         self._num_segments.append(len(texts))
         self._record_ends.append(len(self._tokens.ids))
@@ -82,6 +94,7 @@ class TokenChunk:
             number = self._numbers[id(tree)] = len(self.trees)
             self.trees.append(tree)
         self._tree_numbers.append(number)
+        return state
 
     def arrays(self) -> Arrays:
         ids = np.array(self._tokens.ids, dtype=np.int32)
@@ -103,6 +116,7 @@ class TokenChunk:
             "num_targets": target_ends[first_segments + num_segments] - target_ends[first_segments],
             "trees": self._tree_numbers,
             "shuffled": self._shuffled,
+            "answers": np.frombuffer(self._answers, dtype=np.uint8),
             "extension_counts": np.bincount(record, minlength=len(self)),
             "ids": ids,
             "subs": all_subs,

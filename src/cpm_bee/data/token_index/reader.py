@@ -1,7 +1,13 @@
 """The token index: a dataset's tokens, made once and memory-mapped beside it.
 
-The index can always be rebuilt from the records, so a missing, stale or damaged one is simply
-made again. Its folder is named after the vocabulary; the dataset itself is never touched.
+The index is a folder of flat files, one array each (`arrays.ARRAYS`), and `index.json`. The ids of
+all records stand one after the other; the lengths of the records say where each begins. The segment
+trees, of which a dataset has few, are in `index.json`, and each record has the number of its tree.
+A batch is so made by taking slices out of mapped arrays: no record is parsed or tokenised while
+training, but for those whose answer is a dictionary to be shuffled, which are encoded anew.
+
+The index can always be rebuilt from the records, so a missing, stale or damaged one is simply made
+again. Its folder is named after the vocabulary; the dataset itself is never touched.
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ from cpm_bee.data.batch import Pair, Stream
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.token_index.arrays import ARRAYS
 from cpm_bee.data.token_index.writer import INFO, build, folder_name
-from cpm_bee.encoding import EncodedRecord, Encoder, SegmentTree
+from cpm_bee.encoding import AnswerState, EncodedRecord, Encoder, SegmentTree
 from cpm_bee.files import BusyError, atomic_folder
 from cpm_bee.records import Record
 from cpm_bee.tokenizer import Tokenizer
@@ -37,6 +43,7 @@ class TokenIndex:
     Attributes:
         lengths: tokens of each record, int32 [R].
         num_targets: targets of each record, int32 [R].
+        answers: an `encoding.AnswerState` of each record, uint8 [R].
         extension_vocabulary: the ids, sorted, that have a sub > 0 in some record, int64 [V].
     """
 
@@ -51,6 +58,7 @@ class TokenIndex:
         self.dataset = dataset
         self.lengths = arrays["lengths"]
         self.num_targets = arrays["num_targets"]
+        self.answers = arrays["answers"]
         self.extension_vocabulary = np.array(info["extension_vocabulary"], dtype=np.int64)
         self._arrays = arrays
         self._starts = _starts(self.lengths)
@@ -70,9 +78,9 @@ class TokenIndex:
         Raises:
             InputError: records that cannot be encoded; all are listed.
         """
+        if (existing := cls.open_existing(dataset, tokenizer)) is not None:
+            return existing
         folder = dataset.folder / folder_name(tokenizer)
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return cls(folder, dataset, tokenizer)
         try:
             with atomic_folder(folder, replace=True) as new:
                 build(new, dataset, tokenizer)
@@ -86,6 +94,13 @@ class TokenIndex:
             index = cls(Path(own.name), dataset, tokenizer)
             index._keep = own
             return index
+
+    @classmethod
+    def open_existing(cls, dataset: BinaryDataset, tokenizer: Tokenizer) -> TokenIndex | None:
+        """Open the index without making one; None if it is missing, stale or damaged."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return cls(dataset.folder / folder_name(tokenizer), dataset, tokenizer)
+        return None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -107,16 +122,28 @@ class TokenIndex:
         """The record as it stands in the dataset."""
         return self.dataset.read(*self.location(number))
 
+    def unwritable_answer(self, number: int) -> str:
+        """Where a record is, and what of its answer generation cannot write."""
+        pieces = self._encoder.unwritable_pieces(self.source(number))
+        return f"{self.dataset.where(*self.location(number))}: {', '.join(map(repr, pieces))}"
+
     def location(self, number: int) -> tuple[int, int]:
         """A record's data file and the byte it begins at."""
         return int(self._arrays["files"][number]), int(self._arrays["offsets"][number])
 
     def stream(
-        self, numbers: Sequence[int], rng_of: Callable[[int], random.Random] | None = None
+        self,
+        numbers: Sequence[int],
+        rng_of: Callable[[int], random.Random] | None = None,
+        *,
+        as_generated: bool = False,
     ) -> Stream:
         """The tokens of some records; with `rng_of` a record, answers are shuffled as in `record`.
 
         The same as a stream of what `record` gives, without going through single records.
+
+        Args:
+            as_generated: number each record's extension entries as generation does.
         """
         a = self._arrays
         chosen = np.asarray(numbers, dtype=np.int64)
@@ -137,6 +164,10 @@ class TokenIndex:
         if rng_of is not None:
             for place in np.flatnonzero(a["shuffled"][chosen]).tolist():
                 stream.replace(place, self.record(numbers[place], rng_of(numbers[place])))
+        if as_generated:
+            for place in np.flatnonzero(self.answers[chosen] & AnswerState.RENUMBERED).tolist():
+                record = self.source(numbers[place])
+                stream.replace(place, self._encoder.encode_as_generated(record))
         return stream
 
     def largest_subs(self, numbers: Sequence[int]) -> list[int]:

@@ -1,4 +1,13 @@
-"""Writing a token index: see `data.index`."""
+"""Writing a token index, whose form `reader` describes.
+
+There are two ways. Preprocessing has the tokens of a bucket of records at a time, and writes each
+bucket to its place in the files (`write_arrays`, `write_info`). Where a dataset has no index,
+`build` goes through its records in order, encodes them in chunks and appends each chunk.
+
+The numbers of segment trees are those of the sorted list of all trees, so that both ways give the
+same bytes. `build` knows that list only at its end: it numbers the trees as they come, and then
+goes through the file of numbers once more.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +21,9 @@ import numpy as np
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.record_pickle import decode
 from cpm_bee.data.token_index.arrays import (
+    ADDRESS_ARRAYS,
     ARRAYS,
     COUNTED,
-    LOCATION_ARRAYS,
     Arrays,
     TokenChunk,
     counts_of,
@@ -116,7 +125,7 @@ class _Builder:
         numbers = [self._trees.setdefault(tree, len(self._trees)) for tree in chunk.trees]
         arrays["trees"] = np.array(numbers, dtype=np.int32)[arrays["trees"]]
         arrays |= dict(
-            zip(LOCATION_ARRAYS, np.array(positions, dtype=np.int64).reshape(-1, 2).T, strict=True)
+            zip(ADDRESS_ARRAYS, np.array(positions, dtype=np.int64).reshape(-1, 2).T, strict=True)
         )
         write_arrays(self._folder, arrays, self._counts)
         self._counts += counts_of(arrays)

@@ -1,0 +1,127 @@
+"""Make the pages of docs/ that list flags, in English and Chinese, from the options classes.
+
+    python scripts/make_docs.py            write the pages
+    python scripts/make_docs.py --check    exit with 1 where a page is not what would be written
+
+scripts/templates/docs/NAME.md.in becomes docs/NAME.md. In it, a line
+`<!-- flags of SCRIPT -->` stands for the heading, description and tables of that script.
+Needs nothing but this repository: neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+# Also where the project is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+from cpm_bee.cli import ArgumentParser, run_command, shown_default
+from cpm_bee.data.preprocess.options import PreprocessOptions
+from cpm_bee.errors import RunError
+from cpm_bee.files import atomic_file
+from cpm_bee.generate.options import TextGenerationOptions
+from cpm_bee.options import DEBUG, GENERAL, CommandOptions, Flag
+from cpm_bee.train.options import Options
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = "python scripts/make_docs.py"
+TEMPLATES = Path("scripts", "templates")
+SCRIPTS: dict[str, type[CommandOptions]] = {
+    options.script: options for options in (Options, TextGenerationOptions, PreprocessOptions)
+}
+
+
+@dataclass(frozen=True)
+class Language:
+    """The words of a table."""
+
+    header: tuple[str, ...]
+    required: str
+    off: str
+    separator: str  # between choices
+    chinese: bool = False
+
+
+ENGLISH = Language(("Flag", "Default", "Meaning", "Choices"), "required", "off", ", ")
+CHINESE = Language(("参数", "默认值", "含义", "可选值"), "必填", "关", "、", chinese=True)
+
+
+def shown(flag: Flag, language: Language) -> list[str]:
+    """The cells of a flag's row."""
+    if flag.required:
+        default = language.required
+    elif flag.is_switch:
+        default = language.off
+    else:
+        default = "–" if flag.default is None else f"`{shown_default(flag.default)}`"
+    choices = language.separator.join(f"`{choice}`" for choice in flag.choices or ())
+    return [f"`{flag.flag}`", default, flag.chinese if language.chinese else flag.help, choices]
+
+
+def section(options: type[CommandOptions], language: Language) -> str:
+    """Heading, description and a table for each group."""
+    text = options.chinese if language.chinese else options.description
+    parts = [f"## {options.script}", text]
+    flags = [*options.flags(), DEBUG]
+    for group in (*options.groups, GENERAL):
+        title = group.chinese if language.chinese else group.title.capitalize()
+        rows = [list(language.header), ["---"] * len(language.header)]
+        rows += [shown(flag, language) for flag in flags if flag.group == group]
+        parts += [f"### {title}", "\n".join(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n\n".join(parts)
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """Each page, relative to `root`, with the text that it should have."""
+    made = {}
+    for template in sorted((root / TEMPLATES).rglob("*.md.in")):
+        source = template.relative_to(root)
+        language = CHINESE if template.parent.name == "zh" else ENGLISH
+        text = re.sub(
+            r"<!-- flags of (\S+) -->",
+            lambda match, language=language: section(SCRIPTS[match[1]], language),  # type: ignore[misc]
+            template.read_text(encoding="utf-8"),
+        )
+        note = f"<!-- Made by `{COMMAND}` from {source} and the options classes in src/cpm_bee. -->"
+        made[template.relative_to(root / TEMPLATES).with_suffix("")] = f"{note}\n\n{text}"
+    return made
+
+
+def stale_pages(root: Path) -> dict[Path, str]:
+    """The pages that are missing or have another text, with the text that they should have."""
+    return {
+        path: text
+        for path, text in pages(root).items()
+        if not (root / path).is_file() or (root / path).read_text(encoding="utf-8") != text
+    }
+
+
+def make(root: Path, *, check: bool) -> None:
+    """Write the stale pages, or say which they are.
+
+    Raises:
+        RunError: with `check`, if a page is stale.
+    """
+    stale = stale_pages(root)
+    if check and stale:
+        names = "\n".join(f"  {path}" for path in stale)
+        raise RunError(f"not up to date with the flags or the template:\n{names}\nrun: {COMMAND}")
+    for path, text in stale.items():
+        with atomic_file(root / path) as file:
+            file.write(text)
+        print(f"written: {path}")
+
+
+def main() -> None:
+    parser = ArgumentParser(
+        prog="scripts/make_docs.py", description="Make the pages of docs/ that list flags."
+    )
+    parser.add_argument("--check", action="store_true", help="only say which pages are stale")
+    make(ROOT, check=parser.parse_args().check)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,29 @@
+"""Clipping by the global norm, as the torch engine does it and the memory estimate predicts it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+@torch.no_grad()
+def clip_by_global_norm(
+    gradients: list[torch.Tensor],
+    max_norm: float,
+    sum_of_parts: Callable[[torch.Tensor], torch.Tensor] = lambda square: square,
+) -> float:
+    """Scale gradients, in place, so that their global norm is at most `max_norm`.
+
+    Args:
+        gradients: this process's parts of all of them, in fp32.
+        sum_of_parts: makes the sum of squares over all processes out of this process's own.
+
+    Returns:
+        The norm before clipping. Where it is not finite, neither are the gradients.
+    """
+    norms = torch.stack(torch._foreach_norm(gradients))
+    norm = sum_of_parts(norms.double().square().sum()).sqrt()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, factor.to(norms))
+    return float(norm)

@@ -1,0 +1,71 @@
+"""What a run computes on and in: the device, the compute type, and the memory that is free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from cpm_bee.errors import InputError
+
+AUTO = "auto"
+# Where control groups of version 2 and 1 keep a container's limit.
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def choose_device(name: str = AUTO) -> torch.device:
+    """The device of a name; `auto` is the GPU where there is one.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    if name == AUTO:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: no such device; cpu, cuda and cuda:N can be used")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: this machine has no usable GPU (--device cpu works)")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: the last GPU is cuda:{torch.cuda.device_count() - 1}")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute type of `--dtype`; `auto` is fp32 on a CPU and bf16, else fp16, on a GPU."""
+    if name != AUTO:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def free_memory(device: torch.device, processes: int = 1) -> int:
+    """The bytes that this process can use on a device, including those that it uses already.
+
+    Args:
+        processes: the number of processes that share the machine; on a CPU each gets an equal
+            share.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    unused = _kib("/proc/meminfo", "MemAvailable") * 1024
+    own = _kib("/proc/self/status", "RssAnon") * 1024
+    limits = [int(t) for t in map(_text, _LIMITS) if t.isdigit()]
+    return min([unused // processes + own, *(limit // processes for limit in limits)])
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def _kib(path: str, name: str) -> int:
+    line = next(line for line in _text(path).splitlines() if line.startswith(name + ":"))
+    return int(line.split()[1])

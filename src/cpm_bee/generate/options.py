@@ -1,0 +1,126 @@
+"""The flags of text_generation.py. Imports nothing heavy: `--help` must be quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cpm_bee import hints, quantize
+from cpm_bee.cli import positive, real_number
+from cpm_bee.options import REQUIRED, CommandOptions, Group, check_values
+
+FILES = Group("files", "文件")
+MODEL = Group("model", "模型")
+SEARCH = Group("beam search", "束搜索")
+MACHINE = Group("machine", "运行环境")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How to search.
+
+    Raises:
+        InputError: a value is out of range; names the flag.
+    """
+
+    beam_size: int = SEARCH.option(
+        3, "number of beams; 1 is greedy decoding", "束的个数；1 为贪心解码", type=positive
+    )
+    max_length: int = SEARCH.option(
+        100,
+        "most tokens to write for a record, all answers together (up to two more are possible)",
+        "每条记录最多生成的 token 数，所有答案合计（可能多出至多两个）",
+        type=positive,
+    )
+    # Keskar et al. 2019, CTRL, section 4.1, for logits of either sign.
+    repetition_penalty: float = SEARCH.option(
+        1.0,
+        "above 1 makes tokens that were already written less likely: divides their positive "
+        "logits and multiplies their negative ones; 1 is no penalty",
+        "大于 1 时降低已生成 token 再次出现的概率：正的 logits 除以该值，负的乘以该值；1 为不惩罚",
+        type=real_number(0, exclusive=True),
+    )
+    repetition_window: int | None = SEARCH.option(
+        None,
+        "how many of the last tokens the penalty looks at; all when not given",
+        "重复惩罚回看的 token 数；不指定则为全部",
+        type=positive,
+    )
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextGenerationOptions(GenerationOptions, CommandOptions):
+    """The flags of text_generation.py."""
+
+    script = "text_generation.py"
+    description = (
+        "Answer records with a model: reads a file of records and writes the same records with "
+        'the text under "<ans>" replaced by the model\'s answer (null where the model wrote too '
+        "much before it reached that answer). Where the input has answers, the share of exact "
+        "matches is printed."
+    )
+    chinese = (
+        "用模型回答记录：读入一个记录文件，写出同样的记录，其中 `<ans>` 下的文本换成模型的答案"
+        "（在到达该答案之前已写满时为 `null`）。若输入中带有答案，还会打印完全一致的比例。"
+    )
+    groups = (FILES, MODEL, SEARCH, MACHINE)
+    hints = hints.GENERATE
+
+    input: str = FILES.option(
+        REQUIRED,
+        "records, one JSON object a line; `-` is standard input",
+        "记录文件，每行一个 JSON 对象；`-` 为标准输入",
+        metavar="FILE",
+    )
+    output: str = FILES.option(
+        REQUIRED,
+        "where to write the answered records; `-` is standard output",
+        "写入作答后的记录的文件；`-` 为标准输出",
+        metavar="FILE",
+    )
+    load: str = MODEL.option(
+        "ckpts/pytorch_model.bin",
+        "checkpoint of the base model, or of a fully fine-tuned one",
+        "基座模型的检查点，或全参数微调得到的检查点",
+        metavar="CHECKPOINT",
+    )
+    model_config: str = MODEL.option(
+        "auto",
+        "config file of the model; `auto` reads the sizes from the checkpoint",
+        "模型配置文件；`auto` 表示从检查点推断",
+        metavar="FILE",
+    )
+    vocab: str | None = MODEL.option(
+        None,
+        "vocabulary; `vocab.txt` beside the checkpoint when not given",
+        "词表；不指定时用检查点旁边的 `vocab.txt`",
+        metavar="FILE",
+    )
+    delta: str | None = MODEL.option(
+        None,
+        "delta file that fine-tuning saved; the base model alone when not given",
+        "微调保存的增量文件；不指定则只用基座模型",
+        metavar="FILE",
+    )
+    quantize: str = MODEL.option(
+        quantize.NONE,
+        "hold the base model in 4 bit (`nf4`) or 8 bit (`int8`); quantized once and cached beside "
+        "the checkpoint",
+        "以 4 bit（`nf4`）或 8 bit（`int8`）加载基座模型；只量化一次，结果缓存在检查点旁",
+        choices=quantize.CHOICES,
+    )
+    dtype: str = MACHINE.option(
+        "auto",
+        "compute type; `auto` is fp32 on a CPU, and bf16 (fp16 where that is not supported) on a "
+        "GPU",
+        "计算精度；`auto` 在 CPU 上为 fp32，在 GPU 上为 bf16（不支持时为 fp16）",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    device: str = MACHINE.option(
+        "auto",
+        "`cpu`, `cuda` or `cuda:N`; `auto` is the GPU where there is one",
+        "`cpu`、`cuda` 或 `cuda:N`；`auto` 在有 GPU 时用 GPU",
+        metavar="DEVICE",
+    )

@@ -1,0 +1,96 @@
+"""What other tools call our flags, so that a flag typed from habit gets a hint instead of a "no".
+
+Each table has what to write here, and the names that mean the same elsewhere: in the trainers of
+Hugging Face and of the tools built on it, in Megatron-LM, DeepSpeed, Lightning and llama.cpp.
+A name stands in a script's table only where that script has a flag of this meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_MODEL = {
+    "--load": "model-name-or-path model-path model-name model base-model pretrained-model "
+    "pretrained-model-name-or-path",
+    "--model-config": "config config-name config-file",
+    "--vocab": "tokenizer tokenizer-name tokenizer-path tokenizer-name-or-path vocab-file",
+    "--quantize nf4": "load-in-4bit use-4bit bnb-4bit-quant-type quantization-bit",
+    "--quantize int8": "load-in-8bit use-8bit",
+    "--dtype bf16": "bf16 bfloat16",
+    "--dtype fp16": "fp16 half",
+    "--dtype": "torch-dtype precision mixed-precision compute-dtype",
+    "--device cpu": "cpu use-cpu no-cuda",
+}
+
+_FINETUNE = _MODEL | {
+    "--dataset": "train-file train-data train-data-path train-dataset data data-dir data-path "
+    "dataset-dir dataset-name dataset-path",
+    "--eval-dataset": "validation-file validation-data eval-file eval-data eval-data-path "
+    "val-data valid-data dev-file",
+    "--max-length": "cutoff-len max-seq-length max-seq-len max-len seq-length seq-len block-size "
+    "model-max-length context-length",
+    "--drop-last": "dataloader-drop-last",
+    "--use-delta": "delta use-lora lora use-peft peft finetuning-type",
+    "--delta-rank": "lora-rank lora-r lora-dim r",
+    "--delta-alpha": "lora-alpha",
+    "--delta-targets": "lora-target-modules lora-target lora-targets target-modules",
+    "--delta-dropout": "lora-dropout",
+    "--epoch": "num-train-epochs num-epochs max-epochs epochs",
+    "--max-steps": "max-train-steps num-train-steps max-iters",
+    "--batch-size": "per-device-train-batch-size per-gpu-train-batch-size train-batch-size "
+    "micro-batch-size train-micro-batch-size-per-gpu",
+    "--accumulate": "gradient-accumulation-steps gradient-accumulation grad-accum "
+    "grad-accum-steps accumulate-grad-batches",
+    "--lr": "learning-rate",
+    "--lr-decay-style": "lr-scheduler-type lr-scheduler lr-schedule scheduler",
+    "--warmup-iters": "warmup-steps num-warmup-steps lr-warmup-steps lr-warmup-iters",
+    "--weight-decay": "wd",
+    "--clip-grad": "max-grad-norm clip-grad-norm grad-clip gradient-clipping gradient-clip-val",
+    "--loss-scale": "initial-loss-scale",
+    "--loss-scale-steps": "loss-scale-window",
+    "--seed": "random-seed data-seed",
+    "--eval-interval": "eval-steps eval-every eval-freq val-check-interval",
+    "--early-stop-patience": "early-stopping-patience patience",
+    "--save": "output-dir output-path output out-dir save-dir save-path",
+    "--save-interval": "save-steps save-every save-freq checkpoint-interval checkpointing-steps",
+    "--resume": "resume-from-checkpoint resume-from",
+    "--task-name": "run-name",
+    "--tensorboard": "logging-dir tensorboard-dir",
+    "--parallel fsdp": "fsdp deepspeed zero-stage",
+    "--parallel ddp": "ddp",
+    "--offload": "cpu-offload",
+    "--checkpointing full": "gradient-checkpointing activation-checkpointing "
+    "checkpoint-activations recompute-activations",
+    "--attention": "attn-implementation attn-impl flash-attn use-flash-attn",
+    "--compile": "torch-compile",
+}
+
+_GENERATE = _MODEL | {
+    "--input": "input-file input-path prompt-file prompts-file test-file dataset",
+    "--output": "output-file output-path output-dir save",
+    "--delta": "adapter adapter-path adapter-name-or-path lora lora-path lora-weights peft-model",
+    "--beam-size": "num-beams beams beam-width",
+    "--max-length": "max-new-tokens max-tokens max-gen-len num-predict",
+    "--repetition-penalty": "repeat-penalty",
+    "--repetition-window": "repeat-last-n",
+}
+
+_PREPROCESS = {
+    "--input": "input-file input-path data-path raw-data dataset",
+    "--output-path": "output output-dir output-folder output-prefix out-dir",
+    "--output-name": "output-file dataset-name",
+    "--vocab": _MODEL["--vocab"],
+    "--workers": "num-workers num-proc preprocessing-num-workers nproc processes",
+    "--seed": "random-seed",
+    "--overwrite": "force overwrite-output-dir overwrite-cache",
+}
+
+
+def _by_foreign_flag(table: Mapping[str, str]) -> dict[str, str]:
+    return {f"--{name}": ours for ours, names in table.items() for name in names.split()}
+
+
+# Flag of another tool, with hyphens -> what to write here.
+FINETUNE = _by_foreign_flag(_FINETUNE)
+GENERATE = _by_foreign_flag(_GENERATE)
+PREPROCESS = _by_foreign_flag(_PREPROCESS)

@@ -1,0 +1,175 @@
+"""Flags declared once: as the fields of a dataclass.
+
+A script's flags are the fields of one frozen dataclass. A field holds everything about its flag,
+with the help text in both languages:
+
+    TRAINING = Group("training", "训练")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(CommandOptions):
+        script = "tool.py"
+        ...
+        batch_size: int = TRAINING.option(32, "rows a step", "每步的行数", type=positive)
+
+`Options.parse()` reads the command line. `scripts/make_docs.py` makes docs/training.md and its
+Chinese page from the same fields. A `bool` field is a switch; a field without `type` is text; the
+default `REQUIRED` makes a flag that must be given. Help texts are Markdown: `--help` drops the
+backticks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from cpm_bee.cli import (
+    DEBUG_HELP,
+    DEBUG_HELP_CHINESE,
+    ArgumentParser,
+    not_negative,
+    positive,
+    whole_number,
+)
+from cpm_bee.errors import InputError
+
+REQUIRED: Any = dataclasses.MISSING
+Parsed = TypeVar("Parsed", bound="CommandOptions")
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group of flags in `--help` and in the documentation."""
+
+    title: str
+    chinese: str
+
+    def option(
+        self,
+        default: Any,
+        help: str,
+        chinese: str,
+        *,
+        type: Callable[[str], Any] | None = None,
+        choices: Sequence[str] | None = None,
+        metavar: str | None = None,
+    ) -> Any:
+        """A dataclass field that is a flag of this group.
+
+        Args:
+            default: the value when the flag is not given; `REQUIRED` where it must be.
+            help: the meaning in English.
+            chinese: the meaning in Chinese.
+            type: makes the value from the text; raises `argparse.ArgumentTypeError`.
+        """
+        declared = {
+            "group": self, "help": help, "chinese": chinese,
+            "type": type, "choices": choices, "metavar": metavar,
+        }  # fmt: skip
+        return dataclasses.field(default=default, metadata=declared)
+
+
+GENERAL = Group("general", "通用")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag as it was declared."""
+
+    name: str  # of the field
+    default: Any
+    is_switch: bool
+    group: Group
+    help: str
+    chinese: str
+    type: Callable[[str], Any] | None = None
+    choices: Sequence[str] | None = None
+    metavar: str | None = None
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def required(self) -> bool:
+        return self.default is REQUIRED
+
+    def add_to(self, parser: argparse._ActionsContainer) -> None:
+        text = self.help.replace("`", "").replace("%", "%%")
+        if self.is_switch:
+            parser.add_argument(self.flag, action="store_true", help=text)
+            return
+        metavar = self.metavar
+        if metavar is None and self.choices is None and self.type is not None:
+            metavar = "N" if self.type in (whole_number, positive, not_negative) else "X"
+        parser.add_argument(
+            self.flag,
+            default=None if self.required else self.default,
+            required=self.required,
+            type=self.type,  # type: ignore[arg-type]  # None, the default, leaves text
+            choices=self.choices,
+            metavar=metavar,
+            help=text,
+        )
+
+
+# Every script has it; no field holds it, since `cli.run_command` looks for it by itself.
+DEBUG = Flag("debug", False, True, GENERAL, DEBUG_HELP, DEBUG_HELP_CHINESE)
+
+
+def flags_of(options: Any) -> list[Flag]:
+    """The flags of a dataclass or of its instance, in the order of its fields."""
+    return [
+        Flag(field.name, field.default, field.type in (bool, "bool"), **field.metadata)
+        for field in dataclasses.fields(options)
+        if "group" in field.metadata
+    ]
+
+
+def check_values(options: Any) -> None:
+    """Apply each flag's `type` to a value that did not come from the command line.
+
+    Raises:
+        InputError: a value is out of range; names the flag.
+    """
+    for flag in flags_of(options):
+        value = getattr(options, flag.name)
+        if value is None or flag.type is None:
+            continue
+        try:
+            flag.type(str(value))
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"{flag.flag}: {error}") from None
+
+
+class CommandOptions:
+    """The flags of one script: the base of a frozen dataclass whose fields are options."""
+
+    script: ClassVar[str]
+    description: ClassVar[str]
+    chinese: ClassVar[str]  # the description
+    groups: ClassVar[tuple[Group, ...]]  # in the order of `--help`; GENERAL comes last
+    hints: ClassVar[Mapping[str, str]]  # see `cpm_bee.hints`
+
+    @classmethod
+    def parser(cls) -> ArgumentParser:
+        parser = ArgumentParser(prog=cls.script, description=cls.description, hints=cls.hints)
+        places: dict[Group, argparse._ActionsContainer] = {GENERAL: parser}
+        for group in cls.groups:
+            places[group] = parser.add_argument_group(group.title)
+        for flag in cls.flags():
+            flag.add_to(places[flag.group])
+        return parser
+
+    @classmethod
+    def flags(cls) -> list[Flag]:
+        """The flags by group, without --debug."""
+        order = [*cls.groups, GENERAL]
+        return sorted(flags_of(cls), key=lambda flag: order.index(flag.group))
+
+    @classmethod
+    def parse(cls: type[Parsed], arguments: Sequence[str] | None = None) -> Parsed:
+        values = vars(cls.parser().parse_args(arguments))
+        return cls(**{flag.name: values[flag.name] for flag in cls.flags()})

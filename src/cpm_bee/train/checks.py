@@ -1,0 +1,220 @@
+"""What can be checked before a run starts: all that its flags say, and all files that they name.
+
+Each process does it alone, before it waits for others. Of weights only samples are read, and
+nothing is written, with one exception: a run that is no dry run and has no mistakes so far makes
+its quantised base beside the checkpoint. Everything that is wrong is raised at once.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cpm_bee import quantize
+from cpm_bee.checkpoint.config_from_weights import derive_config
+from cpm_bee.checkpoint.reader import Checkpoint
+from cpm_bee.data.bin_dataset import BinaryDataset
+from cpm_bee.delta import DeltaConfig
+from cpm_bee.delta import insert as insert_delta
+from cpm_bee.distributed.rank import RankInfo
+from cpm_bee.engine.device import choose_device, choose_dtype
+from cpm_bee.engine.select import choose_engine
+from cpm_bee.errors import Problems
+from cpm_bee.model import flex_attention
+from cpm_bee.model.config import ModelConfig
+from cpm_bee.pretrained import PretrainedModel, open_pretrained
+from cpm_bee.quantize.formats import FORMATS
+from cpm_bee.quantize.linear import insert_quantized_linears
+from cpm_bee.tokenizer import Tokenizer
+from cpm_bee.train.checkpoints import RunFiles, RunProvenance
+from cpm_bee.train.data_size import DataSurvey, StepShape, survey
+from cpm_bee.train.flag_checks import (
+    MAX_SEED,
+    check_flags,
+    check_paths,
+    data_folders,
+    torch_only_flags,
+)
+from cpm_bee.train.options import AUTO, Options
+
+SavedState = tuple[dict[str, Any], dict[str, Any]]  # of the engine, and of the trainer
+
+
+@dataclass
+class Inputs:
+    """What a run is made from. The model has its LoRA, but no values yet.
+
+    Attributes:
+        engine: "torch" or "bmtrain".
+        datasets: by flag: to train on and, if there is one, to evaluate on.
+        surveys: of each data set, for a dry run.
+        saved_state: for a run that is resumed; see `RunFiles.load_state`.
+    """
+
+    num_processes: int
+    device: torch.device
+    dtype: torch.dtype
+    engine: str
+    delta_config: DeltaConfig | None
+    pretrained: PretrainedModel
+    datasets: dict[str, BinaryDataset]
+    surveys: dict[str, DataSurvey]
+    files: RunFiles
+    saved_state: SavedState | None
+
+    def take_saved_state(self) -> SavedState | None:
+        """The state, which is not kept here."""
+        taken, self.saved_state = self.saved_state, None
+        return taken
+
+
+def check(options: Options) -> Inputs:
+    """Open and check what a run is made from.
+
+    Raises:
+        InputError: with everything that is wrong.
+    """
+    problems = Problems()
+    num_processes = RankInfo.of_this_process().world_size
+    device, dtype, engine, delta_config = None, torch.float32, "", None
+    check_flags(options, num_processes, problems)
+    missing = check_paths(options, problems)
+    with problems.collecting():
+        device = choose_device(options.device)
+        dtype = choose_dtype(options.dtype, device)
+        engine = choose_engine(options.engine, device, options.quantize, torch_only_flags(options))
+    with problems.collecting():
+        delta_config = _delta_config(options)
+
+    datasets: dict[str, BinaryDataset] = {}
+    for flag, folder in data_folders(options).items():
+        if flag not in missing:
+            with problems.collecting():
+                datasets[flag] = BinaryDataset(folder)
+    # Full fine-tuning updates fp32 weights; a frozen base is held in the compute type.
+    held = dtype if options.use_delta else torch.float32
+    pretrained = _open_pretrained(options, held, missing, problems)
+
+    surveys: dict[str, DataSurvey] = {}
+    files = saved_state = None
+    shapes = step_shapes(options, num_processes)
+    if device is not None:
+        dropout = 0.0 if pretrained is None else pretrained.model.config.dropout_p
+        with problems.collecting():
+            flex_attention.is_chosen(options.attention, device, dropout)
+    if pretrained is not None:
+        if delta_config is not None:
+            _insert_delta(pretrained, delta_config, _seed(options), problems)
+        files = _run_files(options, pretrained, delta_config)
+        for flag, dataset in datasets.items() if options.dry_run else ():
+            with problems.collecting():
+                surveys[flag] = survey(dataset, pretrained.tokenizer, shapes[flag])
+    if files is not None and options.resume and "--dataset" in datasets:
+        settings = shapes["--dataset"].settings(datasets["--dataset"].fingerprint)
+        with problems.collecting():
+            saved_state = files.load_state(settings)
+
+    problems.raise_if_any("this run cannot start:")
+    assert device is not None and pretrained is not None and files is not None
+    return Inputs(
+        num_processes=num_processes,
+        device=device,
+        dtype=dtype,
+        engine=engine,
+        delta_config=delta_config,
+        pretrained=pretrained,
+        datasets=datasets,
+        surveys=surveys,
+        files=files,
+        saved_state=saved_state,
+    )
+
+
+def step_shapes(options: Options, num_processes: int) -> dict[str, StepShape]:
+    """The steps in training and in evaluation, by the flag of the data set."""
+    rows = options.batch_size * num_processes
+    training = StepShape(
+        rows * options.accumulate, options.max_length, options.drop_last, options.seed
+    )
+    return {"--dataset": training, "--eval-dataset": StepShape(rows, options.max_length)}
+
+
+def _seed(options: Options) -> int:
+    """The seed; 0 for one that no generator takes, which is among the problems by then."""
+    return options.seed if abs(options.seed) < MAX_SEED else 0
+
+
+def _delta_config(options: Options) -> DeltaConfig | None:
+    if not options.use_delta:
+        return None
+    return DeltaConfig(
+        rank=options.delta_rank,
+        alpha=options.delta_alpha,
+        targets=options.delta_targets,
+        dropout=options.delta_dropout,
+    )
+
+
+def _open_pretrained(
+    options: Options, dtype: torch.dtype, missing: set[str], problems: Problems
+) -> PretrainedModel | None:
+    """The model with its vocabulary; None, and all problems, if it cannot be had."""
+    if missing & {"--load", "--model-config", "--vocab"}:
+        _check_each_alone(options, missing, problems)
+        return None
+    only_checks = options.dry_run or problems.count > 0  # quantising takes long, and writes
+    before = problems.count
+    with problems.collecting():
+        pretrained = open_pretrained(
+            options.load,
+            options.model_config,
+            options.vocab,
+            dtype,
+            seed=_seed(options),
+            quantize=quantize.NONE if only_checks else options.quantize,
+        )
+        if only_checks and options.quantize != quantize.NONE:
+            insert_quantized_linears(pretrained.model, FORMATS[options.quantize])
+    if problems.count == before:
+        return pretrained
+    if options.load is not None and options.model_config != AUTO:
+        # The given config may be the only thing that is wrong, or hide something else.
+        with problems.collecting():
+            open_pretrained(options.load, AUTO, options.vocab, dtype)
+    return None
+
+
+def _insert_delta(
+    pretrained: PretrainedModel, config: DeltaConfig, seed: int, problems: Problems
+) -> None:
+    insert_delta(pretrained.model, config, seed)
+    if not any(p.requires_grad for p in pretrained.model.parameters()):
+        problems.add("--delta-targets", "this model has none of these layers")
+
+
+def _check_each_alone(options: Options, missing: set[str], problems: Problems) -> None:
+    """Check the files of the model that are there, which cannot be compared with each other."""
+    if options.load is not None and "--load" not in missing:
+        with problems.collecting():
+            derive_config(Checkpoint(options.load))
+    if options.model_config != AUTO and "--model-config" not in missing:
+        with problems.collecting():
+            ModelConfig.load(options.model_config)
+    if options.vocab is not None and "--vocab" not in missing:
+        with problems.collecting():
+            Tokenizer.load(options.vocab)
+
+
+def _run_files(
+    options: Options, pretrained: PretrainedModel, delta_config: DeltaConfig | None
+) -> RunFiles:
+    provenance = RunProvenance(
+        pretrained.model.config,
+        os.path.abspath(pretrained.tokenizer.source),
+        pretrained.fingerprint,
+        delta_config,
+    )
+    return RunFiles(options.save, options.save_name, provenance)

@@ -1,0 +1,163 @@
+"""How much there is to train on: from a token index or, before there is one, from some records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cpm_bee.data.bin_dataset import BinaryDataset
+from cpm_bee.data.packing import PLAN_VERSION
+from cpm_bee.data.record_pickle import decode
+from cpm_bee.data.token_index.arrays import Arrays, TokenChunk
+from cpm_bee.data.token_index.reader import TokenIndex
+from cpm_bee.encoding import AnswerState, Encoder
+from cpm_bee.errors import InputError, Problems
+from cpm_bee.tokenizer import Tokenizer
+
+SAMPLE = 1000  # records that are read where there is no token index: a fraction of a second
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What makes the plan of a run's steps, beside the lengths of the records.
+
+    Attributes:
+        rows: rows of `max_length` tokens of a step, over all ranks and micro-steps.
+        drop_last: leave out the last steps, which have fewer rows.
+        shuffle_seed: of the order and of shuffled answers; None keeps both, as evaluation does.
+    """
+
+    rows: int
+    max_length: int
+    drop_last: bool = False
+    shuffle_seed: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.max_length
+
+    def settings(self, dataset_fingerprint: str) -> dict[str, Any]:
+        """What a resumed run must have as before: with other values, a step is another one."""
+        return {
+            "records of --dataset": dataset_fingerprint,
+            "rows of a step (--batch-size, --accumulate, processes)": self.rows,
+            "--max-length": self.max_length,
+            "--drop-last": self.drop_last,
+            "--seed": self.shuffle_seed,
+            "version of the plan of steps": PLAN_VERSION,
+        }
+
+
+@dataclass(frozen=True)
+class DataSize:
+    """What is trained on, or evaluated on, of a data set."""
+
+    num_records: int  # that have an answer and fit into a row
+    num_too_long: int
+    min_steps: int  # of an epoch, if all rows were full: one or two less than there are
+    num_unanswered: int = 0
+    num_unwritable: int = 0  # of `num_records`, those whose answer generation cannot write
+
+    @classmethod
+    def of(
+        cls, folder: Path, lengths: np.ndarray, answers: np.ndarray, shape: StepShape
+    ) -> DataSize:
+        """The size from the tokens and the answers' states of all records.
+
+        Raises:
+            InputError: the data set is empty, no record has an answer or fits into a row, or
+                `drop_last` leaves no step.
+        """
+        has_answer = (answers & AnswerState.KNOWN) > 0
+        if len(lengths) and not has_answer.any():
+            raise InputError(
+                f'{folder}: none of its {len(lengths)} records has an answer ("<ans>" is empty in '
+                "all of them), so there is nothing to learn or to compare with; data_reformat.py "
+                "names the keys of the raw data that it did not use"
+            )
+        used = has_answer & (lengths <= shape.max_length)
+        fitting = lengths[used]
+        if not len(fitting):
+            longest = f" (the longest has {lengths.max()} tokens)" if len(lengths) else ""
+            raise InputError(
+                f"{folder}: none of its {len(lengths)} records fits into --max-length "
+                f"{shape.max_length}{longest}"
+            )
+        # A row stream with a record has a row.
+        if shape.drop_last and len(fitting) < shape.rows:
+            raise InputError(
+                f"--drop-last leaves nothing: {folder} does not fill one step of {shape.rows} rows"
+            )
+        tokens = int(fitting.sum(dtype=np.int64))
+        steps = max(1, -(-tokens // shape.tokens))
+        return cls(
+            num_records=len(fitting),
+            num_too_long=int(np.count_nonzero(has_answer)) - len(fitting),
+            min_steps=steps,
+            num_unanswered=int(np.count_nonzero(~has_answer)),
+            num_unwritable=int(np.count_nonzero(used & ((answers & AnswerState.WRITABLE) == 0))),
+        )
+
+
+def usable_lengths(index: TokenIndex, max_length: int) -> np.ndarray:
+    """The lengths of an index's records; those without an answer are too long to be used."""
+    has_answer = (index.answers & AnswerState.KNOWN) > 0
+    return (
+        index.lengths if has_answer.all() else np.where(has_answer, index.lengths, max_length + 1)
+    )
+
+
+class DataSurvey(NamedTuple):
+    """What can be known of a data set without writing a token index."""
+
+    size: DataSize
+    lengths: np.ndarray  # of the records that were looked at, and their targets
+    num_targets: np.ndarray
+    is_exact: bool  # all records were looked at; else the size is an estimate
+
+
+def survey(dataset: BinaryDataset, tokenizer: Tokenizer, shape: StepShape) -> DataSurvey:
+    """Look at a data set's index, or at its first `SAMPLE` records where there is none.
+
+    Writes nothing.
+
+    Raises:
+        InputError: as `DataSize.of`; or records that were looked at are damaged or cannot be
+            encoded, all of which are listed.
+    """
+    index = TokenIndex.open_existing(dataset, tokenizer)
+    if index is not None:
+        size = DataSize.of(dataset.folder, index.lengths, index.answers, shape)
+        return DataSurvey(size, index.lengths, index.num_targets, is_exact=True)
+    sample = _sample(dataset, tokenizer)
+    lengths, num_targets, answers = sample["lengths"], sample["num_targets"], sample["answers"]
+    if len(lengths) >= len(dataset):
+        size = DataSize.of(dataset.folder, lengths, answers, shape)
+        return DataSurvey(size, lengths, num_targets, is_exact=True)
+    has_answer = (answers & AnswerState.KNOWN) > 0
+    fitting = lengths[has_answer & (lengths <= shape.max_length)]
+    scale = len(dataset) / len(lengths)
+    answered = round(scale * np.count_nonzero(has_answer))
+    records = min(answered, round(scale * len(fitting)))
+    tokens = int(fitting.sum(dtype=np.int64)) * scale
+    steps = max(1, round(tokens / shape.tokens))
+    size = DataSize(records, answered - records, steps, len(dataset) - answered)
+    return DataSurvey(size, lengths, num_targets, is_exact=False)
+
+
+def _sample(dataset: BinaryDataset, tokenizer: Tokenizer) -> Arrays:
+    """The token arrays of the first records."""
+    problems = Problems()
+    chunk = TokenChunk(Encoder(tokenizer))
+    for file, offset, payload in islice(dataset, SAMPLE):
+        try:
+            chunk.add(decode(payload))
+        except InputError as error:
+            problems.add(dataset.where(file, offset), str(error))
+    kind = "records" if len(dataset) <= SAMPLE else f"of the first {SAMPLE} records, those"
+    problems.raise_if_any(f"{dataset.folder}: {kind} that this model cannot read:")
+    return chunk.arrays()

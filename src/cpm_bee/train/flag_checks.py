@@ -1,0 +1,94 @@
+"""What is wrong with a run by its flags alone, and which paths that they name are missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+from cpm_bee import quantize
+from cpm_bee.errors import Problems
+from cpm_bee.train.options import AUTO, FSDP, Options
+
+MAX_SEED = 2**48
+
+
+def check_flags(options: Options, num_processes: int, problems: Problems) -> None:
+    """Find what the flags alone make impossible."""
+    if options.load is None and options.use_delta:
+        problems.add("--use-delta", "needs a base model (--load CHECKPOINT)")
+    if options.quantize != quantize.NONE and not options.use_delta:
+        problems.add(
+            f"--quantize {options.quantize}",
+            "needs --use-delta: a quantised base cannot be trained in full",
+        )
+    if options.offload and options.parallel != FSDP:
+        problems.add("--offload", "needs --parallel fsdp: it keeps the parts in host memory")
+    if options.offload and num_processes == 1:
+        problems.add("--offload", "needs several processes (torchrun): one has no parts to keep")
+    if options.delta_dropout >= 1:
+        problems.add("--delta-dropout", "must be less than 1")
+    if abs(options.seed) >= MAX_SEED:
+        problems.add(f"--seed {options.seed}", "must be less than 2**48")
+    if options.tensorboard is not None and importlib.util.find_spec("tensorboard") is None:
+        problems.add("--tensorboard", "needs an extra: pip install -e .[tensorboard]")
+    for flag, folder in (("--save", options.save), ("--tensorboard", options.tensorboard)):
+        if folder is not None and (reason := _unwritable_reason(Path(folder))):
+            problems.add(f"{flag} {folder}", reason)
+    if options.save_name != Path(options.save_name).name or not options.save_name:
+        problems.add(f"--save-name {options.save_name}", "is a name, the folder is --save")
+
+
+def _unwritable_reason(folder: Path) -> str | None:
+    """Why a folder cannot be made or written to; None if it seems that it can be."""
+    if folder.exists() and not folder.is_dir():
+        return "is a file; a folder is needed"
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        return f"{existing} is a file; a folder is needed"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"no permission to write in {existing}"
+    return None
+
+
+def check_paths(options: Options, problems: Problems) -> set[str]:
+    """Find the paths that are not there; returns the flags that name them."""
+    missing = set()
+
+    def require(flag: str, path: str | None, exists: bool, reason: str) -> None:
+        if path is not None and not exists:
+            problems.add(f"{flag} {path}", reason)
+            missing.add(flag)
+
+    for flag, folder in data_folders(options).items():
+        is_folder = Path(folder).is_dir()
+        require(flag, folder, is_folder, "no such folder; preprocess_dataset.py makes it")
+    require(
+        "--load",
+        options.load,
+        Path(options.load or "").exists(),
+        "no such checkpoint; put a CPM-Bee model there, or use the one that comes with this "
+        "project: --model-config auto --load ckpts/cpm-bee-tiny",
+    )
+    config = None if options.model_config == AUTO else options.model_config
+    for flag, file in (("--model-config", config), ("--vocab", options.vocab)):
+        require(flag, file, Path(file or "").is_file(), "no such file")
+    return missing
+
+
+def data_folders(options: Options) -> dict[str, str]:
+    """The given data sets by flag: to train on and, if there is one, to evaluate on."""
+    folders = {"--dataset": options.dataset}
+    if options.eval_dataset is not None:
+        folders["--eval-dataset"] = options.eval_dataset
+    return folders
+
+
+def torch_only_flags(options: Options) -> list[str]:
+    """The given flags that only the torch engine has."""
+    given = {
+        "--parallel": options.parallel != AUTO,
+        "--offload": options.offload,
+        "--compile": options.compile,
+    }
+    return [flag for flag, was_given in given.items() if was_given]

@@ -1,0 +1,96 @@
+"""The flags of finetune_cpm_bee.py that say what is trained on what: base model, data, delta."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cpm_bee.cli import comma_list, positive, real_number
+from cpm_bee.options import REQUIRED, Group
+from cpm_bee.quantize import CHOICES, NONE
+
+AUTO = "auto"
+
+MODEL = Group("model", "模型")
+DATA = Group("data", "数据")
+DELTA = Group("delta tuning", "增量微调")
+
+above_zero = real_number(0, exclusive=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Base model, data and delta."""
+
+    load: str | None = MODEL.option(
+        None,
+        "base model: a checkpoint file (`.bin`, `.pt`, `.safetensors`), an index of shards, or a "
+        "folder with one of them; without it training starts from random weights (which needs "
+        "`--model-config FILE` and `--vocab`)",
+        "基座模型：检查点文件（`.bin`、`.pt`、`.safetensors`）、分片索引，或包含它们的文件夹；"
+        "不指定则从随机权重开始训练（此时需要 `--model-config FILE` 和 `--vocab`）",
+        metavar="CHECKPOINT",
+    )
+    model_config: str = MODEL.option(
+        AUTO,
+        "config file of the model; `auto` reads the sizes from the checkpoint",
+        "模型配置文件；`auto` 表示从检查点推断",
+        metavar="FILE",
+    )
+    vocab: str | None = MODEL.option(
+        None,
+        "vocabulary; `vocab.txt` beside the checkpoint when not given",
+        "词表；不指定时用检查点旁边的 `vocab.txt`",
+        metavar="FILE",
+    )
+    quantize: str = MODEL.option(
+        NONE,
+        "hold the frozen base model in 4 bit (`nf4`) or 8 bit (`int8`), quantized once and cached "
+        "beside the checkpoint; needs `--use-delta`",
+        "以 4 bit（`nf4`）或 8 bit（`int8`）加载冻结的基座模型，只量化一次，结果缓存在检查点旁；"
+        "需要 `--use-delta`",
+        choices=CHOICES,
+    )
+
+    dataset: str = DATA.option(
+        REQUIRED,
+        "training set, a folder that `preprocess_dataset.py` made",
+        "训练集，即 `preprocess_dataset.py` 生成的文件夹",
+        metavar="FOLDER",
+    )
+    eval_dataset: str | None = DATA.option(
+        None,
+        "evaluation set; without it there is no evaluation, and the best weights are the last",
+        "验证集；不指定则不评测，最优权重即最终权重",
+        metavar="FOLDER",
+    )
+    max_length: int = DATA.option(
+        512,
+        "tokens in a row; records are packed into rows, longer ones are left out and counted",
+        "每行的 token 数；记录打包成行，更长的记录会被排除并计数",
+        type=positive,
+    )
+    drop_last: bool = DATA.option(
+        False, "leave out incomplete steps at the end of an epoch", "舍弃每轮末尾不满的步"
+    )
+
+    use_delta: bool = DELTA.option(
+        False,
+        "delta tuning: train only a LoRA and leave the base model as it is",
+        "增量微调：只训练 LoRA，基座模型不变",
+    )
+    delta_rank: int = DELTA.option(8, "rank r of the LoRA", "LoRA 的秩 r", type=positive)
+    delta_alpha: float = DELTA.option(
+        16.0, "the LoRA is scaled by alpha/r", "LoRA 的缩放系数为 alpha/r", type=above_zero
+    )
+    delta_targets: tuple[str, ...] = DELTA.option(
+        ("project_q", "project_v"),
+        "layers that get a LoRA: `project_q`, `project_k`, `project_v`, `attention_out`, `w_0`, "
+        "`w_1`, `w_out`",
+        "添加 LoRA 的层：`project_q`、`project_k`、`project_v`、`attention_out`、`w_0`、"
+        "`w_1`、`w_out`",
+        type=comma_list,
+        metavar="LAYER,...",
+    )
+    delta_dropout: float = DELTA.option(
+        0.0, "dropout on the input of the LoRA", "LoRA 输入端的 dropout", type=real_number(0)
+    )

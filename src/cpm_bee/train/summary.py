@@ -1,0 +1,108 @@
+"""The lines that tell people what a run is, at its start or, in a dry run, instead of it."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import nn
+
+from cpm_bee.quantize.linear import num_weights
+from cpm_bee.train.data_size import DataSize
+from cpm_bee.train.memory_estimate import CheckpointingChoice
+from cpm_bee.train.options import Options
+from cpm_bee.train.schedules import EXPONENTIAL_DECAY, learning_rate
+
+KINDS = {"--dataset": "training", "--eval-dataset": "evaluation"}
+
+
+def engine_line(
+    name: str, num_processes: int, device: torch.device, dtype: torch.dtype, loss_scale: float
+) -> str:
+    scale = loss_scale if dtype == torch.float16 else "not needed"
+    return (
+        f"engine {name}, {num_processes} process(es) on {device.type}, "
+        f"{str(dtype).removeprefix('torch.')}, loss scale {scale}, "
+        f"{torch.get_num_threads()} threads of {os.cpu_count()}"
+    )
+
+
+def model_line(model: nn.Module) -> str:
+    """Of a model that no engine has divided between processes yet."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"model with {num_weights(model):,} parameters, {trained:,} of them trained"
+
+
+def data_lines(kind: str, size: DataSize, max_length: int, *, about: str = "") -> list[str]:
+    """How many records are used, and a warning of those that are not.
+
+    Args:
+        kind: "training" or "evaluation".
+        about: "about " where the size is an estimate.
+    """
+    lines = [f"{kind}: {about}{size.num_records} records"]
+    if size.num_unanswered:
+        lines.append(
+            f'warning: {about}{size.num_unanswered} {kind} records have no answer ("<ans>" is '
+            "empty) and are left out"
+        )
+    if size.num_too_long:
+        share = size.num_too_long / (size.num_records + size.num_too_long)
+        lines.append(
+            f"warning: {about}{size.num_too_long} {kind} records ({share:.2%}) are longer than "
+            f"--max-length {max_length} and left out"
+        )
+    if size.num_unwritable:
+        lines.append(
+            f"warning: {size.num_unwritable} {kind} records have an answer that can never be "
+            "generated: the vocabulary lacks some of its characters, and exact match counts it as "
+            "wrong"
+        )
+    return lines
+
+
+def schedule_warnings(options: Options, min_steps: int) -> list[str]:
+    """Tell before the first step of a run that cannot learn, or that stops learning on the way.
+
+    Args:
+        min_steps: of an epoch; there may be one or two more.
+    """
+    planned = options.epoch * min_steps
+    steps = min(planned, options.max_steps or planned)
+    first, last = options.start_step, options.start_step + steps  # the last step has last - 1
+    warmup, end, style = options.warmup_iters, options.schedule_end, options.lr_decay_style
+    change = "give more --epoch, a smaller --batch-size or a smaller --warmup-iters"
+    if last <= warmup:
+        peak = learning_rate(style, options.lr, last - 1, warmup, end)
+        return [
+            f"warning: the whole run of about {steps} step(s) lies within the warm-up "
+            f"(--warmup-iters {warmup}): the learning rate does not get beyond {peak:.1e} of "
+            f"--lr {options.lr:g}; {change}"
+        ]
+    rates = (learning_rate(style, options.lr, step, warmup, end) for step in range(first, last))
+    if not any(rates):
+        return [
+            f"warning: the learning rate is 0 in all of the about {steps} step(s) of this run, so "
+            f"that nothing is learnt; {change}, or another --start-step or --train-iters"
+        ]
+    if style in ("linear", "cosine") and last > end:
+        return [
+            f"warning: the {style} schedule reaches rate 0 at step {end} (--train-iters), the run "
+            f"goes on to step {last} or more"
+        ]
+    if style == "exponential" and (reached := _negligible_after(warmup)) < last:
+        return [
+            f"warning: the exponential schedule is below a thousandth of --lr from step {reached} "
+            f"on, the run goes on to step {last} or more"
+        ]
+    return []
+
+
+def _negligible_after(warmup: int) -> int:
+    """The first step at which the exponential schedule is below a thousandth of its start."""
+    return warmup + math.ceil(math.log(1e-3) / math.log(EXPONENTIAL_DECAY))
+
+
+def checkpointing_line(choice: CheckpointingChoice) -> str:
+    return f"checkpointing {'full' if choice.checkpointing else 'none'}: {choice.reason}"
