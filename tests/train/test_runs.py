@@ -95,13 +95,15 @@ def test_best_is_the_state_with_the_lowest_evaluation_loss(
     # A rate that makes things worse from some step on.
     run = train(
         workspace, tmp_path, use_delta=True, eval_dataset=workspace.eval, eval_interval=1, lr=0.3,
-        epoch=2, early_stop_patience=4,
+        epoch=6, early_stop_patience=4,
     )  # fmt: skip
     losses = run.column("loss", "eval")
     best = losses.index(min(losses))
     assert 0 < best < len(losses) - 1
     assert run.reason.startswith("early stop: 4 evaluations") and len(losses) - 1 - best >= 4
-    shorter = train(workspace, tmp_path / "to-the-best", use_delta=True, lr=0.3, max_steps=best)
+    shorter = train(
+        workspace, tmp_path / "to-the-best", use_delta=True, lr=0.3, epoch=6, max_steps=best
+    )
     assert train_support.distance(run.weights("best"), shorter.weights("last")) < 1e-6
     assert train_support.distance(run.weights("best"), run.weights("last")) > 0.01
 
