@@ -246,7 +246,7 @@ class Tokenizer:
         if name not in self.specials:
             raise MarkupError(
                 f"special token {piece.text}: {name} is not in the vocabulary {self.source} "
-                "(write a literal '<' as '<<')"
+                "(write a literal '<' as '<<', or give --escape)"
             )
         return self.specials[name]
 
