@@ -164,7 +164,7 @@ def test_a_broken_base_model_ends_the_run_before_training(
     assert kinds(Run(tmp_path)) == ["start", "end"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_a_run_after_its_step_and_resume_goes_on(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
@@ -172,10 +172,14 @@ def test_a_signal_ends_a_run_after_its_step_and_resume_goes_on(
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         after_steps(patch, 2, lambda: os.kill(os.getpid(), number))
-        with pytest.raises(RunError, match="interrupted after step 3; --resume"):
+        with pytest.raises(
+            RunError, match="interrupted after step 3; the same command with --resume"
+        ):
             train(workspace, tmp_path / "cut", use_delta=True, max_steps=5)
     assert signal.getsignal(number) == before
-    assert Run(tmp_path / "cut").reason == "interrupted after step 3; --resume goes on from there"
+    assert Run(tmp_path / "cut").reason == (
+        "interrupted after step 3; the same command with --resume goes on from there"
+    )
     resumed = train(workspace, tmp_path / "cut", use_delta=True, max_steps=5, resume=True)
     assert resumed.losses == pytest.approx(whole.losses, rel=1e-6)
     assert train_support.distance(resumed.weights(), whole.weights()) < 1e-6
