@@ -129,11 +129,15 @@ def test_too_many_fields_or_unknown_words() -> None:
     most = encoding.MAX_PARTS
     fields: Record = {"<ans>": {"x" * i: "" for i in range(1, 200)}}
     assert len(Encoder(tiny.TOKENIZER).encode(fields).tree.depths) == 2 + 2 * 199
-    words = {f"<mask_{i}>": "" for i in range(most // 2)}
-    with pytest.raises(InputError, match=f"more than {most} fields or unknown words"):
+    # With the root, "input", "<ans>" and its text, half as many fields of two segments each.
+    words = {f"<mask_{i}>": "" for i in range(encoding.MAX_SEGMENTS // 2 - 2)}
+    encoded = Encoder(tiny.TOKENIZER).encode({"input": words, "<ans>": ""})
+    assert len(encoded.tree.depths) == encoding.MAX_SEGMENTS
+    words["a"] = ""
+    with pytest.raises(InputError, match=f"more than {encoding.MAX_SEGMENTS} fields"):
         Encoder(tiny.TOKENIZER).encode({"input": words, "<ans>": ""})
     text = "".join(f"<mask_{i}>" for i in range(most + 1))
-    with pytest.raises(InputError, match=f"more than {most} fields or unknown words"):
+    with pytest.raises(InputError, match=f"more than {most} unknown words"):
         Encoder(tiny.TOKENIZER).encode({"input": text, "<ans>": ""})
     text = text.removesuffix(f"<mask_{most}>")
     encoded = Encoder(tiny.TOKENIZER).encode({"input": text, "<ans>": ""})

@@ -14,7 +14,7 @@ from torch import nn
 from cpm_bee.checkpoint.loading import copy_values
 from cpm_bee.checkpoint.reader import load_tensors, save_tensors
 from cpm_bee.checkpoint.sidecar import read_sidecar, sidecar_path, write_sidecar
-from cpm_bee.errors import InputError, Problems
+from cpm_bee.errors import InputError, Problems, shown
 from cpm_bee.model.layers import Linear
 from cpm_bee.model.network import CPMBee
 
@@ -124,22 +124,34 @@ def load(model: CPMBee, path: str | Path, base_fingerprint: str) -> DeltaConfig:
             f"the loaded one has {base_fingerprint[:12]}...); name its own base with --load"
         )
     config = _config_of(path, loaded, sidecar)
-    insert(model, config, seed=0)
-    expected = dict(model.named_parameters())
+    # Before anything is inserted: one tensor of a huge rank would claim it for all layers.
+    expected = _shapes(model, config)
     problems = Problems()
-    for name in sorted({*loaded, *(n for n in expected if _INFIX in n)}):
+    for name in sorted({*loaded, *expected}):
         if name not in loaded:
             problems.add(name, "is missing")
-        elif name not in expected or _INFIX not in name:
+        elif name not in expected:
             problems.add(name, "is unexpected")
-        elif loaded[name].shape != expected[name].shape:
+        elif loaded[name].shape != expected[name]:
             problems.add(
-                name, f"has shape {list(loaded[name].shape)}, expected {list(expected[name].shape)}"
+                name, f"has shape {list(loaded[name].shape)}, expected {list(expected[name])}"
             )
     problems.raise_if_any(f"{path}: does not fit the model:")
+    insert(model, config, seed=0)
+    parameters = dict(model.named_parameters())
     for name, value in loaded.items():
-        copy_values(expected[name], value)
+        copy_values(parameters[name], value)
     return config
+
+
+def _shapes(model: CPMBee, config: DeltaConfig) -> dict[str, tuple[int, int]]:
+    """The shapes of a delta's tensors by name."""
+    shapes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and name.rpartition(".")[2] in config.targets:
+            shapes[f"{name}{_INFIX}lora_A"] = (config.rank, module.dim_in)
+            shapes[f"{name}{_INFIX}lora_B"] = (module.dim_out, config.rank)
+    return shapes
 
 
 def _config_of(path: Path, loaded: dict[str, Any], sidecar: dict[str, Any]) -> DeltaConfig:
@@ -159,7 +171,7 @@ def _config_of(path: Path, loaded: dict[str, Any], sidecar: dict[str, Any]) -> D
     alpha = sidecar.get("alpha", DeltaConfig.alpha)
     number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
     if not number or not 0 < alpha < math.inf:
-        raise InputError(f"{sidecar_path(path)}: alpha {alpha!r} is not a number above 0")
+        raise InputError(f"{sidecar_path(path)}: alpha {shown(alpha)} is not a number above 0")
     return DeltaConfig(rank=ranks.pop(), alpha=alpha, targets=tuple(sorted(targets)))
 
 
@@ -169,4 +181,6 @@ def _is_matrix(name: Any, value: Any) -> bool:
         and torch.is_tensor(value)
         and value.dim() == 2
         and value.is_floating_point()
+        and value.layout == torch.strided
+        and not value.is_meta
     )

@@ -18,6 +18,11 @@ from cpm_bee.tokenizer import ExtensionTable, Piece, Tokenizer
 NUM_DEPTHS = 8  # relations distinguish at most this many levels up and down
 MAX_PARTS = np.iinfo(np.uint16).max  # segments and subs are stored in 16 bits
 
+# A record of S segments has S squared relations: with more, one line of JSON would fill the memory.
+MAX_SEGMENTS = 4096
+# Relations of trees up to this size are kept; all 4,096 of them take 64 MiB.
+_CACHED_SEGMENTS = 128
+
 # Texts up to this length are looked up in a cache: field names, options, the question.
 _CACHED_LENGTH = 24
 _CACHE_SIZE = 4_096
@@ -36,6 +41,8 @@ class SegmentTree(NamedTuple):
     @property
     def relations(self) -> np.ndarray:
         """Buckets of all ordered pairs of segments, uint8 [S, S]."""
+        if len(self.depths) > _CACHED_SEGMENTS:
+            return _relations.__wrapped__(self.depths)
         return _relations(self.depths)
 
 
@@ -124,8 +131,8 @@ def _has_choice(node: Tree) -> bool:
 def _relations(depths: tuple[int, ...]) -> np.ndarray:
     # In depth-first order the lowest common ancestor of a and a later b lies at the least of
     # depth(a) and depth(i) - 1 for the segments i after a, up to and including b.
-    depth = np.asarray(depths)
-    common = np.empty((len(depth), len(depth)), dtype=np.int64)  # (S, S)
+    depth = np.asarray(depths, dtype=np.int16)
+    common = np.empty((len(depth), len(depth)), dtype=np.int16)  # (S, S)
     for a in range(len(depth)):
         steps = np.concatenate([depth[a : a + 1], depth[a + 1 :] - 1])
         common[a, a:] = common[a:, a] = np.minimum.accumulate(steps)
@@ -221,8 +228,8 @@ class Encoder:
                 is the prompt of generation.
 
         Raises:
-            InputError: a special token whose name the vocabulary lacks; more than 65,535 segments
-                or extension entries.
+            InputError: a special token whose name the vocabulary lacks; more than 4,096 segments
+                or 65,535 extension entries.
         """
         return self.encode_outline(outline(record, rng), answers=answers)[0]
 
@@ -332,8 +339,10 @@ class Encoder:
                         extension.answers_added = True
                 ids.extend(segment)
                 lengths.append(len(segment))
-            if max(len(outline.texts), len(extension)) > MAX_PARTS:
-                raise InputError(f"the record has more than {MAX_PARTS} fields or unknown words")
+            if len(outline.texts) > MAX_SEGMENTS:
+                raise InputError(f"the record has more than {MAX_SEGMENTS} fields")
+            if len(extension) > MAX_PARTS:
+                raise InputError(f"the record has more than {MAX_PARTS} unknown words")
         except InputError:
             for values, count in zip((ids, lengths, subs), before, strict=True):
                 del values[count:]

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import reprlib
 from collections.abc import Iterable, Iterator
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
+_REPR.maxdict = 8
 
 
 class CpmBeeError(Exception):
@@ -75,6 +80,14 @@ class Problems:
         """Raise `InputError` with the header, one line a problem and the remedy, if any."""
         if self.count:
             raise InputError("\n".join(filter(None, [f"{header}", self.text(), remedy])))
+
+
+def shown(value: object) -> str:
+    """A value from a file, for a message: short, whatever the value is."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        return f"a huge {type(value).__name__}"
 
 
 def describe(error: Exception) -> str:

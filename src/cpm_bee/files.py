@@ -21,6 +21,16 @@ class BusyError(InputError):
     """Another process is writing the same folder."""
 
 
+def is_usable_name(name: str) -> bool:
+    """Whether a path that a file gave can be looked up at all; Python raises where it cannot."""
+    try:
+        parts = os.fsencode(name).split(b"/")
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    longest = max(map(len, parts))
+    return b"\0" not in b"".join(parts) and longest <= 255 and sum(map(len, parts)) < 4000
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """A file to write to that takes the name `path` only when the block ends without exception.

@@ -19,6 +19,7 @@ from cpm_bee.checkpoint.loading import load_into, set_parameter
 from cpm_bee.checkpoint.reader import Checkpoint, LazyTensor, fingerprint_of, sample
 from cpm_bee.checkpoint.sidecar import read_sidecar
 from cpm_bee.errors import InputError, Problems
+from cpm_bee.files import is_usable_name
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.initialization import initial_values
 from cpm_bee.model.network import CPMBee
@@ -158,7 +159,7 @@ def _vocabulary(
     if vocab is not None:
         return _checked_vocabulary(Path(vocab), config)
     recorded = sidecar.get("vocab")
-    if isinstance(recorded, str) and Path(recorded).is_file():
+    if isinstance(recorded, str) and is_usable_name(recorded) and Path(recorded).is_file():
         return _checked_vocabulary(Path(recorded), config)
     beside = checkpoint.parent / "vocab.txt"
     if not beside.is_file():

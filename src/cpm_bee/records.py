@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,6 +25,8 @@ Record: TypeAlias = dict[str, Tree]
 
 # Deeper trees than any real one: walking recurses, and a bin record's unpickling does too.
 MAX_NESTING = 64
+# Of one record: a line of a megabyte can have a hundred thousand.
+_MAX_PROBLEMS = 100
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Tokens that give the stream its structure, by name (what stands before the first "_"). In a text
 # they would end an answer, or stand for what the vocabulary lacks.
@@ -185,7 +188,7 @@ def validate(record: Any) -> list[str]:
 def _problems(record: Any) -> list[str]:
     if not isinstance(record, dict):
         return [f"a record is a JSON object, this is {_kind(record)}"]
-    problems = list(_tree_problems(record, "", 1))
+    problems = list(islice(_tree_problems(record, "", 1), _MAX_PROBLEMS))
     if ANSWER not in record:
         problems.append(f'there is no "{ANSWER}" (use "" where the answer is not known)')
     elif not _has_leaf(record[ANSWER]):
@@ -268,7 +271,7 @@ def _is_well_formed(text: str) -> bool:
 
 def _tree_problems(node: dict, path: str, depth: int) -> Iterator[str]:
     for key, value in node.items():
-        where = f"{path}/{key}"
+        where = f"{path}/{_short(key)}"
         if depth > 1 or key != ANSWER:
             yield from _text_problems(key, f"key {where}")
         if isinstance(value, str):
@@ -282,8 +285,15 @@ def _tree_problems(node: dict, path: str, depth: int) -> Iterator[str]:
 
 
 def _has_leaf(node: Any) -> bool:
-    # Anything but a dictionary is either text or a problem of its own.
-    return any(map(_has_leaf, node.values())) if isinstance(node, dict) else True
+    # Anything but a dictionary is either text or a problem of its own. A loop, as this is asked of
+    # trees of any depth.
+    nodes = [node]
+    while nodes:
+        node = nodes.pop()
+        if not isinstance(node, dict):
+            return True
+        nodes.extend(node.values())
+    return False
 
 
 def _text_problems(text: Any, where: str) -> Iterator[str]:
@@ -299,6 +309,13 @@ def _text_problems(text: Any, where: str) -> Iterator[str]:
             yield f"{where}: {error}"
     if _SURROGATE.search(text):
         yield f"{where}: holds half of a surrogate pair, which is not text"
+
+
+def _short(key: Any) -> str:
+    """A key as part of a message's path."""
+    if not isinstance(key, str):
+        return _kind(key)
+    return key if len(key) <= 40 else f"{key[:40]}..."
 
 
 def _kind(value: Any) -> str:

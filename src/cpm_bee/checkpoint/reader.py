@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cpm_bee.errors import InputError, Problems
-from cpm_bee.files import atomic_file
+from cpm_bee.checkpoint.torch_file import check_before_loading, check_held
+from cpm_bee.errors import InputError, Problems, shown
+from cpm_bee.files import atomic_file, is_usable_name
 
 _PREFIX = "cpmbee."
 _TIED = "lm_head.weight"
@@ -142,14 +143,14 @@ def _read_shards(path: Path) -> dict[str, LazyTensor]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: not an index of shards ({error!r})") from None
     problems = Problems()
     entries: dict[str, LazyTensor] = {}
     for name in files:
         # A shard lies beside its index: an index that points elsewhere is not to be trusted.
-        if not isinstance(name, str) or Path(name).name != name:
-            problems.add(str(name), "is not the name of a file beside the index")
+        if not isinstance(name, str) or Path(name).name != name or not is_usable_name(name):
+            problems.add(shown(name), "is not the name of a file beside the index")
         elif name.endswith(_INDEX):
             problems.add(name, "is an index, not a shard")
         elif not (path.parent / name).is_file():
@@ -189,6 +190,7 @@ def load_tensors(path: Path, kind: str) -> dict[str, Any]:
     if not begin.startswith(_MAGIC):
         raise InputError(f"{path}: not {kind}, but a file that begins with {begin!r}")
     try:
+        check_before_loading(path)
         try:
             values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
@@ -196,6 +198,9 @@ def load_tensors(path: Path, kind: str) -> dict[str, Any]:
                 raise
             # Files of torch before 1.6 are no zip archives and cannot be mapped.
             values = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(values, dict):
+            # A tied tensor stands there a second time.
+            check_held((v for name, v in values.items() if not _is_tied(name)), path)
     except pickle.UnpicklingError:
         raise InputError(
             f"{path}: holds something else than plain tensors, which {kind} does not "
@@ -207,6 +212,10 @@ def load_tensors(path: Path, kind: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{path}: not {kind} (a {type(values).__name__} instead of a dictionary)")
     return values
+
+
+def _is_tied(name: Any) -> bool:
+    return isinstance(name, str) and name.removeprefix(_PREFIX) == _TIED
 
 
 def _same(value: torch.Tensor) -> torch.Tensor:
@@ -235,8 +244,8 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Any]) -> None:
         torch.save(dict(tensors), file)
 
 
-# Four digits: the number of layers that a file claims must not fill the memory.
-_LAYER = re.compile(r"encoder\.layers\.(\d{1,4})\.(self_att|ffn)\.")
+# Three digits: the number of layers that a file claims must not fill the memory.
+_LAYER = re.compile(r"encoder\.layers\.(\d{1,3})\.(self_att|ffn)\.")
 
 
 def layers_present(names: Iterable[str]) -> list[tuple[bool, bool]]:

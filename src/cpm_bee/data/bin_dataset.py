@@ -159,6 +159,8 @@ class BinaryDataset:
         return self._maps[index]
 
     def _payload(self, index: int, offset: int) -> bytes:
+        if self.files[index].block_end == self.files[index].block_begin:
+            raise self._damage(index, offset, "no record begins there")  # no bytes to map
         data, block_size = self._map(index), self.files[index].block_size
         room = block_size - offset % block_size
         if not 0 <= offset < len(data) or data[offset : offset + 1] != RECORD:

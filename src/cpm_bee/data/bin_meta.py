@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cpm_bee import records
-from cpm_bee.errors import InputError, Problems
+from cpm_bee.errors import InputError, Problems, shown
+from cpm_bee.files import is_usable_name
 
 META = "meta.bin"
 
@@ -80,14 +81,15 @@ def _info_problems(value: Any) -> list[str]:
         or not name
         or Path(name).is_absolute()
         or ".." in Path(name).parts
+        or not is_usable_name(name)
     ):
-        found.append(f"file_name: expected the name of a file in the folder, this is {name!r}")
+        found.append(f"file_name: expected the name of a file in the folder, this is {shown(name)}")
     if not isinstance(value["mask"], bool):
-        found.append(f"mask: expected true or false, this is {value['mask']!r}")
+        found.append(f"mask: expected true or false, this is {shown(value['mask'])}")
     for key in ("block_begin", "block_end", "nbytes", "nlines", "block_size"):
         least = 1 if key == "block_size" else 0
-        if type(value[key]) is not int or value[key] < least:
-            found.append(f"{key}: expected a number from {least}, this is {value[key]!r}")
+        if type(value[key]) is not int or not least <= value[key] < 2**63:
+            found.append(f"{key}: expected a number from {least}, this is {shown(value[key])}")
     if not found and value["block_end"] < value["block_begin"]:
         found.append("block_end is less than block_begin")
     return found
@@ -106,4 +108,6 @@ def size_problems(folder: Path, info: FileInfo) -> list[str]:
         return [
             f"has {size} bytes, {META} says {expected}" + (": cut off" if size < expected else "")
         ]
+    if info.nlines > size:
+        return [f"cannot hold {info.nlines} records, as {META} says, in {size} bytes"]
     return []

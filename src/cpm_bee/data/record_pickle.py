@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import pickle
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from cpm_bee import records
 from cpm_bee.errors import InputError
@@ -30,7 +30,23 @@ class _Refusing:
 
 class _Careful(_Refusing, pickle._Unpickler):
     """For any pickle. It is written in Python: the one in C takes 16 bytes of memory for each memo
-    number up to the largest, and ten bytes of pickle can name number 2**32 - 1."""
+    number up to the largest, and ten bytes of pickle can name number 2**32 - 1.
+
+    Refused at once: tuples and sets, as a few bytes make one of 2**60 items whose hash never ends;
+    a bytearray, whose memory is taken before its bytes are there.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+
+
+def _refuse_operation(unpickler: Any) -> NoReturn:
+    raise InputError("the pickle holds other values than dictionaries and texts and is refused")
+
+
+_NO_RECORD = [pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3]
+_NO_RECORD += [pickle.EMPTY_SET, pickle.FROZENSET, pickle.BYTEARRAY8]
+for _operation in _NO_RECORD:
+    _Careful.dispatch[_operation[0]] = _refuse_operation
 
 
 class _Quick(_Refusing, pickle.Unpickler):

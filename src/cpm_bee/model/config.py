@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from cpm_bee.errors import InputError, Problems
+from cpm_bee.errors import InputError, Problems, shown
 
 # Hugging Face's name -> ours; both may stand in a config file.
 _HUGGING_FACE = {
@@ -19,6 +20,11 @@ _HUGGING_FACE = {
 _REQUIRED = ("vocab_size", "dim_model", "num_heads", "dim_head", "dim_ff", "num_layers")
 # A quarter of them is for exact distances: docs/format.md §5 divides by their number.
 _LEAST = {"position_bias_num_buckets": 4}
+# Far beyond every model there is. Building one takes time in proportion to its layers; products
+# of three sizes stay below 2**63.
+_MOST = {"num_layers": 512}
+_MOST_OF_A_SIZE = 2**20
+_LARGEST_FLOAT = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class ModelConfig:
         reasons = {name: _check(name, value) for name, value in known.items()}
         for name, reason in reasons.items():
             if reason:
-                problems.add(source, f'"{name}" {reason}, this is {known[name]!r}')
+                problems.add(source, f'"{name}" {reason}, this is {shown(known[name])}')
         sound = {name: value for name, value in known.items() if not reasons[name]}
         problems.extend(source, _contradictions(sound))
         problems.raise_if_any("the model config cannot be used:")
@@ -111,6 +117,8 @@ def _check(name: str, value: Any) -> str | None:
     if name == "dropout_p":
         return None if is_number and 0 <= value < 1 else "must be a number from 0 to below 1"
     if name in ("eps", "distance_scale"):
+        if is_number and value > _LARGEST_FLOAT:
+            return "must be finite"
         return None if is_number and value > 0 else "must be a number above 0"
     if name == "mask_modules":
         pairs = isinstance(value, (list, tuple)) and all(
@@ -118,8 +126,10 @@ def _check(name: str, value: Any) -> str | None:
             for pair in value
         )
         return None if pairs else "must be a list of pairs of true or false"
-    least = _LEAST.get(name, 1)
+    least, most = _LEAST.get(name, 1), _MOST.get(name, _MOST_OF_A_SIZE)
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    if whole and value > most:
+        return f"must be at most {most}"
     if name == "dim_model":
         # The rotary turn works on two halves.
         return None if whole and value % 2 == 0 else "must be an even whole number above 0"

@@ -13,8 +13,9 @@ from cpm_bee.checkpoint.reader import load_tensors, save_tensors
 from cpm_bee.checkpoint.sidecar import write_sidecar
 from cpm_bee.delta import DeltaConfig
 from cpm_bee.delta import save as save_delta
-from cpm_bee.errors import InputError, Problems
+from cpm_bee.errors import InputError, Problems, shown
 from cpm_bee.model.config import ModelConfig
+from cpm_bee.train.saved_state import check_state
 
 _KEPT = ("best", "last")  # weights of a run
 _NOT_RECORDED = (
@@ -111,12 +112,13 @@ class RunFiles:
         if not self.state.is_file():
             raise InputError(f"{self.state}: there is no saved state to resume from")
         state = load_tensors(self.state, "a training state")
+        check_state(self.state, state)
         if state.get("base_fingerprint") != self._provenance.base_fingerprint:
             raise InputError(f"{self.state}: is the state of a run on another base model")
         problems = Problems()
         if state["delta"] != self._delta():
-            before = state["delta"] or "full fine-tuning"
-            problems.add("delta", f"{self._delta() or 'full fine-tuning'}, it was {before}")
+            was = shown(state["delta"]) if state["delta"] else "full fine-tuning"
+            problems.add("delta", f"{self._delta() or 'full fine-tuning'}, it was {was}")
         for name, value in (settings or {}).items():
             before = state["settings"].get(name, _NOT_RECORDED)
             if before != value:

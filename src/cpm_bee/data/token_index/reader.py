@@ -27,8 +27,10 @@ import numpy as np
 from cpm_bee.data.batch import Pair, Stream
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.token_index.arrays import ARRAYS
+from cpm_bee.data.token_index.soundness import UNREADABLE, check_arrays, is_within, read_trees
 from cpm_bee.data.token_index.writer import INFO, build, folder_name
-from cpm_bee.encoding import AnswerState, EncodedRecord, Encoder, SegmentTree
+from cpm_bee.encoding import AnswerState, EncodedRecord, Encoder
+from cpm_bee.errors import InputError
 from cpm_bee.files import BusyError, atomic_folder
 from cpm_bee.records import Record
 from cpm_bee.tokenizer import Tokenizer
@@ -55,6 +57,10 @@ class TokenIndex:
             name: _map(folder / name, dtype, info[counted], scattered=counted != "records")
             for name, (dtype, counted) in ARRAYS.items()
         }
+        self._trees = read_trees(info)
+        check_arrays(arrays, info, len(self._trees), len(dataset.files), len(tokenizer))
+        self._folder = folder
+        self._vocab_size = len(tokenizer)
         self.dataset = dataset
         self.lengths = arrays["lengths"]
         self.num_targets = arrays["num_targets"]
@@ -63,7 +69,6 @@ class TokenIndex:
         self._arrays = arrays
         self._starts = _starts(self.lengths)
         self._extension_starts = _starts(arrays["extension_counts"])
-        self._trees = [SegmentTree(tuple(d), tuple(map(bool, p))) for d, p in info["trees"]]
         self._num_segments = np.array([len(s.depths) for s in self._trees], dtype=np.int64)
         self._segment_starts = _starts(self._num_segments)
         # Whether a segment of a tree is given, for the segments of all trees; bool.
@@ -98,7 +103,7 @@ class TokenIndex:
     @classmethod
     def open_existing(cls, dataset: BinaryDataset, tokenizer: Tokenizer) -> TokenIndex | None:
         """Open the index without making one; None if it is missing, stale or damaged."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, *UNREADABLE):
             return cls(dataset.folder / folder_name(tokenizer), dataset, tokenizer)
         return None
 
@@ -108,15 +113,24 @@ class TokenIndex:
     def record(self, number: int, rng: random.Random | None = None) -> EncodedRecord:
         """A record's tokens; `rng` shuffles the dictionaries of its answer (docs/format.md §3)."""
         a = self._arrays
-        if rng is not None and a["shuffled"][number]:
-            return self._encoder.encode(self.source(number), rng=rng)
         tokens = slice(self._starts[number], self._starts[number + 1])
-        return EncodedRecord(
-            ids=a["ids"][tokens],
-            subs=a["subs"][tokens],
-            segments=a["segments"][tokens],
-            tree=self._trees[a["trees"][number]],
-        )
+        tree = self._trees[a["trees"][number]]
+        if rng is not None and a["shuffled"][number]:
+            record = self._encoder.encode(self.source(number), rng=rng)
+            same_size = len(record) == tokens.stop - tokens.start
+            self._require(same_size and len(record.tree.depths) == len(tree.depths))
+            return record
+        ids, segments = a["ids"][tokens], a["segments"][tokens]
+        self._require(is_within(ids, self._vocab_size) and is_within(segments, len(tree.depths)))
+        return EncodedRecord(ids=ids, subs=a["subs"][tokens], segments=segments, tree=tree)
+
+    def _require(self, sound: bool) -> None:
+        # Its arrays are read here and there for the first time when a batch is made.
+        if not sound:
+            raise InputError(
+                f"{self._folder}: this token index is damaged; remove the folder, the next run "
+                "makes it again"
+            )
 
     def source(self, number: int) -> Record:
         """The record as it stands in the dataset."""
@@ -151,12 +165,20 @@ class TokenIndex:
         trees = a["trees"][chosen]
         tokens = _positions(self._starts[chosen], lengths)  # (T,)
         segments = a["segments"][tokens]
+        ids, subs = a["ids"][tokens], a["subs"][tokens]
+        self._require(
+            is_within(ids, self._vocab_size)
+            and bool((segments < np.repeat(self._num_segments[trees], lengths)).all())
+            and self._has_pairs(numbers, ids, subs)
+        )
+        context = self._given[np.repeat(self._segment_starts[trees], lengths) + segments]
+        self._require(int((~context).sum()) == int(self.num_targets[chosen].sum(dtype=np.int64)))
         relations = [self._trees[tree].relations.ravel() for tree in trees.tolist()]
         stream = Stream(
-            ids=a["ids"][tokens],
-            subs=a["subs"][tokens],
+            ids=ids,
+            subs=subs,
             segments=segments,
-            context=self._given[np.repeat(self._segment_starts[trees], lengths) + segments],
+            context=context,
             lengths=lengths,
             num_segments=self._num_segments[trees],
             relations=np.concatenate([np.empty(0, dtype=np.uint8), *relations]),
@@ -166,16 +188,29 @@ class TokenIndex:
                 stream.replace(place, self.record(numbers[place], rng_of(numbers[place])))
         if as_generated:
             for place in np.flatnonzero(self.answers[chosen] & AnswerState.RENUMBERED).tolist():
-                record = self.source(numbers[place])
-                stream.replace(place, self._encoder.encode_as_generated(record))
+                record = self._encoder.encode_as_generated(self.source(numbers[place]))
+                size = self._num_segments[trees[place]]
+                self._require(len(record) == lengths[place] and len(record.tree.depths) == size)
+                stream.replace(place, record)
         return stream
+
+    def _has_pairs(self, numbers: Sequence[int], ids: np.ndarray, subs: np.ndarray) -> bool:
+        """Whether `largest_subs` of some records knows the (id, sub) pairs of their tokens."""
+        places = np.flatnonzero(subs)
+        if not len(places):
+            return True
+        known = np.zeros(self._vocab_size, dtype=np.uint16)
+        known[self.extension_vocabulary] = self.largest_subs(numbers)
+        return bool((subs[places] <= known[ids[places]]).all())
 
     def largest_subs(self, numbers: Sequence[int]) -> list[int]:
         """The largest sub of each id of `extension_vocabulary` in some records, 0 where none."""
         chosen = np.asarray(numbers, dtype=np.int64)
         counts = self._arrays["extension_counts"][chosen]
         own = _positions(self._extension_starts[chosen], counts)
-        ids = np.searchsorted(self.extension_vocabulary, self._arrays["extension_ids"][own])
+        extension_ids = self._arrays["extension_ids"][own]
+        self._require(bool(np.isin(extension_ids, self.extension_vocabulary).all()))
+        ids = np.searchsorted(self.extension_vocabulary, extension_ids)
         largest = np.zeros(len(self.extension_vocabulary), dtype=np.uint16)
         np.maximum.at(largest, ids, self._arrays["extension_subs"][own])
         return largest.tolist()

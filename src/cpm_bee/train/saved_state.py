@@ -1,0 +1,103 @@
+"""Checks that a training state has all its parts, each of its kind, before any of it is used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cpm_bee.errors import Problems, shown
+
+# The fields of `trainer.TrainingState` with their least values.
+_PROGRESS = {
+    "step": 0, "epoch": 0, "step_in_epoch": 0, "records_in_epoch": 0,
+    "evaluations_without_gain": 0, "evaluated_step": -1, "saved_step": -1, "best_loss": None,
+}  # fmt: skip
+_PARTS = ("settings", "delta", "engine", "progress")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MAX_DEPTH = 8
+
+
+def check_state(path: Path, state: dict[Any, Any]) -> None:
+    """Raise `InputError` with all that keeps a dictionary from being a training state.
+
+    Whether it is that of this run and this model is not checked here.
+    """
+    problems = Problems()
+    for part in _PARTS:
+        if not isinstance(state.get(part), dict):
+            problems.add(part, "is missing, or no dictionary")
+    if not isinstance(state.get("base_fingerprint"), str):
+        problems.add("base_fingerprint", "is missing, or no text")
+    if not problems.count:
+        for part in ("settings", "delta"):
+            if not _is_plain(state[part]):
+                problems.add(part, "holds other values than texts and numbers")
+        problems.extend("progress", _progress_problems(state["progress"]))
+        problems.extend("engine", _engine_problems(state["engine"]))
+    problems.raise_if_any(
+        f"{path}: not a training state, or a damaged one:",
+        "start again without --resume, or put an intact copy there",
+    )
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    if depth == _MAX_DEPTH:
+        return False
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _is_plain(v, depth + 1) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(v, depth + 1) for v in value)
+    return value is None or isinstance(value, (str, int, float))
+
+
+def _progress_problems(progress: dict[Any, Any]) -> Iterator[str]:
+    for name in progress.keys() - _PROGRESS.keys():
+        yield f"{shown(name)} is unknown; another version wrote this state"
+    for name, least in _PROGRESS.items():
+        value = progress.get(name)
+        if name not in progress:
+            yield f"{name} is missing"
+        elif least is None:
+            if not isinstance(value, float) or math.isnan(value):
+                yield f"{name} is {shown(value)}, expected a number"
+        elif type(value) is not int or not least <= value < 2**63:
+            yield f"{name} is {shown(value)}, expected a number from {least}"
+
+
+def _engine_problems(engine: dict[Any, Any]) -> Iterator[str]:
+    tensors, moments = engine.get("tensors"), engine.get("optimizer")
+    if not isinstance(tensors, dict) or not isinstance(moments, dict):
+        yield "tensors or optimizer is missing"
+        return
+    if tensors.keys() != moments.keys():
+        yield "the optimizer has other tensors than those that were trained"
+        return
+    for name, tensor in tensors.items():
+        own = moments[name]
+        if not _has_values(tensor):
+            yield f"{shown(name)} is no tensor with values"
+        elif not isinstance(own, dict) or not all(_has_values(own.get(m)) for m in _MOMENTS):
+            yield f"the optimizer's values of {shown(name)} are missing"
+        elif any(own[moment].shape != tensor.shape for moment in _MOMENTS):
+            yield f"the optimizer's values of {shown(name)} have another shape than it has"
+        elif not _has_values(own.get("step")) or own["step"].dim() != 0:
+            yield f"the optimizer's step of {shown(name)} is missing"
+    scale, steps = engine.get("loss_scale"), engine.get("good_steps")
+    if not isinstance(scale, (int, float)) or not 0 < scale <= 2**127:
+        yield f"loss_scale is {shown(scale)}, expected a number above 0"
+    if type(steps) is not int or not 0 <= steps < 2**63:
+        yield f"good_steps is {shown(steps)}, expected a number from 0"
+
+
+def _has_values(value: Any) -> bool:
+    return (
+        torch.is_tensor(value)
+        and value.layout == torch.strided
+        and not value.is_meta
+        and not value.is_quantized
+        and value.is_floating_point()
+    )
