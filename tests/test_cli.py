@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import ROOT
 
 from cpm_bee.cli import (
     ArgumentParser,
@@ -216,3 +217,32 @@ def test_waiting_threads_in_shell_scripts(root: Path, chosen: str | None) -> Non
     sources = [p for p in (root / "scripts").glob("*.sh") if p.name != "slurm_finetune.sh"]
     for path in sources:  # slurm_finetune.sh calls finetune_cpm_bee.sh
         assert path.name == "venv.sh" or "/venv.sh" in path.read_text(encoding="utf-8")
+
+
+# ------------------------------------------------------------------ messages of the library
+
+
+MESSAGES = """
+import logging
+from cpm_bee.cli import run_command
+
+def main():
+    logging.getLogger("cpm_bee.some.module").info("made 数据 once")
+    logging.getLogger("cpm_bee.some.module").warning("it is too small")
+
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize("rank", [None, 0, 1])
+def test_messages_of_the_library_are_printed_once_and_never_fail(rank: int | None) -> None:
+    ranks = {} if rank is None else {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(
+        [sys.executable, "-c", MESSAGES],
+        env={**environment, **{name: str(value) for name, value in ranks.items()}},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    expected = "made \\u6570\\u636e once\nwarning: it is too small\n"
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == ("" if rank == 1 else expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -67,15 +68,18 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_with_1(workspace: Workspace, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_saves_and_exits_with_75(
+    workspace: Workspace, tmp_path: Path, number: signal.Signals
+) -> None:
     process = start(command(*long_run(workspace, tmp_path / "run", use_delta=True)), tmp_path)
     wait_for_step(process, tmp_path / "run", 2)
-    process.terminate()
+    process.send_signal(number)
     status, output, errors = finish(process)
     ended = Run(tmp_path / "run")
     step = ended.events[-1]["step"]
-    assert status == 1
-    reason = f"interrupted after step {step}; --resume goes on from there"
+    assert status == 75
+    reason = f"interrupted after step {step}; the same command with --resume goes on from there"
     assert errors == f"error: {reason}\n"
     assert ended.reason == reason and ended.column("step")[-1] == step
     assert f"training ended after {step} steps" in output
@@ -84,6 +88,20 @@ def test_sigterm_saves_and_exits_with_1(workspace: Workspace, tmp_path: Path) ->
             workspace, tmp_path / "run", use_delta=True, resume=True, max_steps=step + 1
         )
     assert resumed.column("step") == list(range(1, step + 2))
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_ends_no_run(workspace: Workspace, tmp_path: Path) -> None:
+    """As `| head -3` does: the run goes on, and its log has all of it."""
+    flags = workspace.flags(tmp_path / "run", use_delta=True, max_steps=6)
+    words = " ".join(map(shlex.quote, command(*flags)))
+    done = subprocess.run(
+        ["bash", "-c", f"{words} | head -3; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True, text=True, cwd=tmp_path, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 3
+    assert Run(tmp_path / "run").column("step") == list(range(1, 7))
 
 
 @pytest.mark.slow

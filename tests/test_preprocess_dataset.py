@@ -203,13 +203,13 @@ def test_the_number_of_workers_changes_no_byte(bee: Path, run_script: RunScript)
 
 def strange(bee: Path) -> None:
     with open(bee / "bee_data" / "train.jsonl", "a", encoding="utf-8") as file:
-        file.write('{"input": "<strange_1>", "<ans>": ""}\n{"<ans>": "<other>"}\n')
+        file.write('{"input": "<strange_1>", "<ans>": "a"}\n{"<ans>": "<other>"}\n')
 
 
 def test_records_that_the_given_vocabulary_lacks(bee: Path, run_script: RunScript) -> None:
     vocabulary = tiny.write_vocabulary(bee / "vocab.txt")
     strange(bee)
-    (bee / "bee_data" / "eval.jsonl").write_text("[]\n")
+    (bee / "bee_data" / "eval.jsonl").write_text("3\n")
     result = run_script(
         SCRIPT, "--input", "bee_data", "--output_path", "bin", "--output_name", "x",
         "--vocab", vocabulary, cwd=bee,

@@ -21,6 +21,12 @@ class RunError(CpmBeeError):
     """A run that started well and failed (exit status 1)."""
 
 
+class InterruptedRun(RunError):
+    """A signal ended a run; its state is good and is saved (exit status 75, EX_TEMPFAIL)."""
+
+    exit_status = 75
+
+
 class InputError(CpmBeeError):
     """Wrong usage or bad input: a flag, a file, a record (exit status 2)."""
 

@@ -16,6 +16,8 @@ from typing import IO, Any
 
 from cpm_bee.errors import InputError
 
+_LFS_POINTER = b"version https://git-lfs."
+
 
 class BusyError(InputError):
     """Another process is writing the same folder."""
@@ -28,6 +30,17 @@ def is_usable_name(name: str) -> bool:
     except UnicodeEncodeError:  # half of a surrogate pair
         return False
     return b"\0" not in b"".join(parts) and max(map(len, parts)) <= 255 and len(name) <= 1024
+
+
+def refuse_lfs_pointer(path: str | Path) -> None:
+    """Raise `InputError` for a file that only stands in for one that Git LFS did not download."""
+    with open(path, "rb") as file:
+        begin = file.read(len(_LFS_POINTER))
+    if begin == _LFS_POINTER:
+        raise InputError(
+            f"{path}: is a Git LFS pointer, the file itself was not downloaded; in its folder: "
+            "git lfs pull (or download the file again)"
+        )
 
 
 @contextlib.contextmanager

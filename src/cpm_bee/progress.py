@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
+import sys
 from collections.abc import Iterable
 from typing import Any, TextIO
 
@@ -37,5 +41,29 @@ def progress_bar(
 
 
 def print_above_bar(text: str, file: TextIO | None = None) -> None:
-    """Print a line, above a progress bar where one is shown; to stdout where no file is given."""
-    tqdm.write(text, file=file)
+    """Print a line, above a progress bar where one is shown; to stdout where no file is given.
+
+    A reader that has gone away (`| head`, a closed terminal) does not end the work that reports:
+    from then on the stream leads nowhere.
+    """
+    stream = file or sys.stdout
+    try:
+        tqdm.write(text, file=stream)
+        stream.flush()
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        _lead_nowhere(stream.fileno())
+
+
+def silence_terminal() -> None:
+    """Let stdout and stderr lead nowhere where they are a terminal, which has been closed."""
+    for descriptor in (1, 2):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+            _lead_nowhere(descriptor)
+
+
+def _lead_nowhere(descriptor: int) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)

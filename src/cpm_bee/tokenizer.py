@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cpm_bee.errors import InputError
+from cpm_bee.files import refuse_lfs_pointer
 
 NEWLINE, SPACE = "</n>", "</_>"
 _SPELLED = {NEWLINE: "\n", SPACE: " "}  # entries that stand for another text than their own
@@ -125,6 +126,7 @@ class Tokenizer:
                 f"{path}: no such vocabulary file "
                 "(bash scripts/fetch_vocab.sh gets the one of the released models)"
             )
+        refuse_lfs_pointer(path)
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
@@ -246,7 +248,7 @@ class Tokenizer:
         if name not in self.specials:
             raise MarkupError(
                 f"special token {piece.text}: {name} is not in the vocabulary {self.source} "
-                "(write a literal '<' as '<<')"
+                "(write a literal '<' as '<<', or give --escape)"
             )
         return self.specials[name]
 

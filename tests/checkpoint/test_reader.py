@@ -338,3 +338,53 @@ def test_layers_present() -> None:
     expected = [(False, True), (False, False), (False, False), (True, False)]
     assert layers_present(names) == expected
     assert layers_present([]) == []
+
+
+# ------------------------------------------------------------------ what a download leaves
+
+POINTER = (
+    "version https://git-lfs.github.com/spec/v1\n"
+    "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "delta.pt"])
+def test_a_git_lfs_pointer_is_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text(POINTER)
+    with pytest.raises(InputError, match=r"is a Git LFS pointer.*git lfs pull"):
+        Checkpoint(path)
+    if name == "delta.pt":
+        with pytest.raises(InputError, match="git lfs pull"):
+            load_tensors(path, "a delta file")
+
+
+def numbered_shards(folder: Path, tensors: dict[str, torch.Tensor], count: int) -> list[Path]:
+    names = sorted(tensors)
+    paths = []
+    for i in range(count):
+        path = folder / f"pytorch_model-{i + 1:05d}-of-{count:05d}.bin"
+        torch.save({name: tensors[name] for name in names[i::count]}, path)
+        paths.append(path)
+    return paths
+
+
+def test_shards_without_an_index_are_joined_or_the_missing_ones_named(tmp_path: Path) -> None:
+    tensors = {f"encoder.layers.{i}.weight": torch.full((2,), float(i)) for i in range(7)}
+    paths = numbered_shards(tmp_path, tensors, 3)
+    for given in (tmp_path, paths[1]):
+        entries = Checkpoint(given).entries
+        assert entries.keys() == tensors.keys()
+        assert all(torch.equal(entries[name].read(), tensors[name]) for name in tensors)
+    paths[0].unlink()
+    paths[2].unlink()
+    with pytest.raises(InputError) as caught:
+        Checkpoint(tmp_path)
+    assert f"{paths[0].name}: is missing" in str(caught.value)
+    assert f"{paths[2].name}: is missing" in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "module.cpmbee.", "cpmbee."])
+def test_prefixes_of_wrappers_are_stripped(tmp_path: Path, prefix: str) -> None:
+    torch.save({f"{prefix}input_embedding.weight": torch.ones(2, 2)}, tmp_path / "a.bin")
+    assert list(Checkpoint(tmp_path / "a.bin").entries) == ["input_embedding.weight"]

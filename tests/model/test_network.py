@@ -107,10 +107,10 @@ def test_the_groups_hold_each_query_once(at_targets: bool) -> None:
     assert groups.queries.pad[groups.queries.unpad].tolist() == list(range(count))
 
 
-@pytest.mark.parametrize("last_attention", [True, False])
-def test_last_layer_at_targets_alone_is_exact(last_attention: bool) -> None:
+@pytest.mark.parametrize("num_attentions", [3, 2, 1, 0])
+def test_last_attention_at_targets_alone_is_exact(num_attentions: int) -> None:
     """The logits of `forward` are those of all hidden states, picked afterwards."""
-    masks = ((False, False), (False, False), (not last_attention, False))
+    masks = tuple((layer >= num_attentions, False) for layer in range(3))
     model = tiny.make_model(5, num_layers=3, mask_modules=masks)
     batch = part(tiny.encode(RECORDS), tiny.encode(RECORDS))
     rounding.assert_same(model, lambda m: forward(m, batch), lambda m: from_states(m, batch))

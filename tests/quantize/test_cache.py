@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -85,12 +86,18 @@ def forbid_quantising(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------ made and used
 
 
+@pytest.fixture(autouse=True)
+def all_messages(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="cpm_bee")
+
+
 @kinds
 def test_it_is_made_once(
-    checkpoint: Path, kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, kind: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = load(checkpoint, kind)
-    assert "quantising" in capsys.readouterr().err
+    assert "quantising" in caplog.text
+    caplog.clear()
     assert first.fingerprint == load(checkpoint, "none").fingerprint
     names = {p.name for p in checkpoint.parent.iterdir()}
     assert names == {checkpoint.name, "vocab.txt", "config.json", beside(checkpoint, kind).name}
@@ -100,7 +107,7 @@ def test_it_is_made_once(
         }  # fmt: skip
     forbid_quantising(monkeypatch)
     second = load(checkpoint, kind)
-    assert capsys.readouterr().err == ""
+    assert caplog.text == ""
     monkeypatch.undo()
     for base in (first, second):
         check_values(base.model, checkpoint, kind)
@@ -170,24 +177,24 @@ def change_a_type(path: Path) -> None:
 @pytest.mark.parametrize(
     "spoil", [cut_off, fill_with_text, empty, change_version, lose_a_tensor, change_a_type]
 )
-def test_a_damaged_one(checkpoint: Path, spoil, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_one(checkpoint: Path, spoil, caplog: pytest.LogCaptureFixture) -> None:  # type: ignore[no-untyped-def]
     load(checkpoint)
     whole = beside(checkpoint).read_bytes()
-    capsys.readouterr()
+    caplog.clear()
     spoil(beside(checkpoint))
     base = load(checkpoint)
-    assert "quantising" in capsys.readouterr().err
+    assert "quantising" in caplog.text
     check_values(base.model, checkpoint)
     assert beside(checkpoint).read_bytes() == whole
 
 
-def test_that_of_another_base(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_that_of_another_base(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     load(checkpoint)
     write(checkpoint.parent, seed=2)
     os.utime(checkpoint, (0, 0))  # the fingerprint alone must tell
-    capsys.readouterr()
+    caplog.clear()
     check_values(load(checkpoint).model, checkpoint)
-    assert "quantising" in capsys.readouterr().err
+    assert "quantising" in caplog.text
 
 
 def test_a_change_that_the_fingerprint_does_not_see(
@@ -211,7 +218,7 @@ def test_a_change_that_the_fingerprint_does_not_see(
 
 
 def test_a_folder_that_cannot_be_written(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Root may write anywhere, so the refusal is played.
     def refuse(path: Path, mode: str) -> None:
@@ -219,21 +226,21 @@ def test_a_folder_that_cannot_be_written(
 
     monkeypatch.setattr(cache, "atomic_file", refuse)
     base = load(checkpoint)
-    message = capsys.readouterr().err
+    message = caplog.text
     assert "permission denied" in message and "in memory" in message
     check_values(base.model, checkpoint)
     assert not beside(checkpoint).exists()
 
 
 def test_a_full_disk(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(cache, "_write", fail)
     check_values(load(checkpoint).model, checkpoint)
-    assert "no space left" in capsys.readouterr().err
+    assert "no space left" in caplog.text
     assert len(list(checkpoint.parent.iterdir())) == 3  # no partial file
 
 
@@ -289,7 +296,8 @@ def test_a_checkpoint_that_does_not_fit_is_told_as_always(checkpoint: Path) -> N
 
 
 LOAD = """
-import sys, torch
+import logging, sys, torch
+logging.basicConfig(level=logging.INFO)
 from cpm_bee.pretrained import load_pretrained
 cpu = torch.device("cpu")
 base = load_pretrained(sys.argv[1], "auto", None, torch.float32, cpu, quantize="nf4")

@@ -95,13 +95,15 @@ def test_best_is_the_state_with_the_lowest_evaluation_loss(
     # A rate that makes things worse from some step on.
     run = train(
         workspace, tmp_path, use_delta=True, eval_dataset=workspace.eval, eval_interval=1, lr=0.3,
-        epoch=2, early_stop_patience=4,
+        epoch=6, early_stop_patience=4,
     )  # fmt: skip
     losses = run.column("loss", "eval")
     best = losses.index(min(losses))
     assert 0 < best < len(losses) - 1
     assert run.reason.startswith("early stop: 4 evaluations") and len(losses) - 1 - best >= 4
-    shorter = train(workspace, tmp_path / "to-the-best", use_delta=True, lr=0.3, max_steps=best)
+    shorter = train(
+        workspace, tmp_path / "to-the-best", use_delta=True, lr=0.3, epoch=6, max_steps=best
+    )
     assert train_support.distance(run.weights("best"), shorter.weights("last")) < 1e-6
     assert train_support.distance(run.weights("best"), run.weights("last")) > 0.01
 
@@ -162,7 +164,7 @@ def test_a_broken_base_model_ends_the_run_before_training(
     assert kinds(Run(tmp_path)) == ["start", "end"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_a_run_after_its_step_and_resume_goes_on(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
@@ -170,10 +172,14 @@ def test_a_signal_ends_a_run_after_its_step_and_resume_goes_on(
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         after_steps(patch, 2, lambda: os.kill(os.getpid(), number))
-        with pytest.raises(RunError, match="interrupted after step 3; --resume"):
+        with pytest.raises(
+            RunError, match="interrupted after step 3; the same command with --resume"
+        ):
             train(workspace, tmp_path / "cut", use_delta=True, max_steps=5)
     assert signal.getsignal(number) == before
-    assert Run(tmp_path / "cut").reason == "interrupted after step 3; --resume goes on from there"
+    assert Run(tmp_path / "cut").reason == (
+        "interrupted after step 3; the same command with --resume goes on from there"
+    )
     resumed = train(workspace, tmp_path / "cut", use_delta=True, max_steps=5, resume=True)
     assert resumed.losses == pytest.approx(whole.losses, rel=1e-6)
     assert train_support.distance(resumed.weights(), whole.weights()) < 1e-6

@@ -15,9 +15,10 @@ import torch
 
 from cpm_bee.checkpoint.torch_file import check_before_loading, check_held
 from cpm_bee.errors import InputError, Problems, shown
-from cpm_bee.files import atomic_file, is_usable_name
+from cpm_bee.files import atomic_file, is_usable_name, refuse_lfs_pointer
 
 _PREFIX = "cpmbee."
+_WRAPPED = "module."  # what DataParallel and DDP put before the names
 _TIED = "lm_head.weight"
 _INDEX = ".index.json"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -28,6 +29,8 @@ _IN_FOLDER = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
+# A shard of a checkpoint that has lost its index.
+_SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.bin|\.safetensors)")
 # The first bytes of what `torch.save` writes: a zip archive; a pickle, before torch 1.6.
 _MAGIC = (b"PK\x03\x04", b"\x80")
 # Values at each end of a tensor that go into a fingerprint.
@@ -72,7 +75,7 @@ class Checkpoint:
         problems = Problems()
         tied = None
         for name, entry in _read_entries(self.path).items():
-            native = name.removeprefix(_PREFIX)
+            native = name.removeprefix(_WRAPPED).removeprefix(_PREFIX)
             if native == _TIED:
                 tied = entry
             elif native in self.entries:
@@ -122,6 +125,8 @@ def _resolve(path: Path) -> Path:
         for name in _IN_FOLDER:
             if (path / name).is_file():
                 return path / name
+        if shards := sorted(p for p in path.iterdir() if _SHARD.fullmatch(p.name)):
+            return shards[0]
         raise InputError(f"{path}: a folder without a checkpoint ({', '.join(_IN_FOLDER)})")
     if not path.is_file():
         raise InputError(
@@ -134,7 +139,29 @@ def _resolve(path: Path) -> Path:
 def _read_entries(path: Path) -> dict[str, LazyTensor]:
     if path.name.endswith(_INDEX):
         return _read_shards(path)
+    if match := _SHARD.fullmatch(path.name):
+        return _join_shards(path, match)
+    return _read_file(path)
+
+
+def _join_shards(path: Path, match: re.Match[str]) -> dict[str, LazyTensor]:
+    """The tensors of all shards beside one, which has no index."""
+    stem, count, suffix = match["stem"], int(match["count"]), match["suffix"]
+    files = [path.with_name(f"{stem}-{i:05d}-of-{count:05d}{suffix}") for i in range(1, count + 1)]
+    problems = Problems()
+    for file in files:
+        if not file.is_file():
+            problems.add(file.name, "is missing")
+    problems.raise_if_any(f"{path.parent}: its shards are not all there:")
+    entries: dict[str, LazyTensor] = {}
+    for file in files:
+        entries.update(_read_file(file))
+    return entries
+
+
+def _read_file(path: Path) -> dict[str, LazyTensor]:
     if path.suffix == ".safetensors":
+        refuse_lfs_pointer(path)
         return _read_safetensors(path)
     return _read_bin(path)
 
@@ -156,7 +183,7 @@ def _read_shards(path: Path) -> dict[str, LazyTensor]:
         elif not (path.parent / name).is_file():
             problems.add(name, "is missing")
         else:
-            entries.update(_read_entries(path.parent / name))
+            entries.update(_read_file(path.parent / name))
     problems.extend("in the index only", [str(n) for n in weight_map if n not in entries])
     problems.raise_if_any(f"{path}: its shards are not all there:")
     return entries
@@ -185,6 +212,7 @@ def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 def load_tensors(path: Path, kind: str) -> dict[str, Any]:
     """`torch.load` of a flat dictionary, memory-mapped where the file allows it; runs no code."""
+    refuse_lfs_pointer(path)
     with open(path, "rb") as file:
         begin = file.read(16)
     if not begin.startswith(_MAGIC):
@@ -215,7 +243,7 @@ def load_tensors(path: Path, kind: str) -> dict[str, Any]:
 
 
 def _is_tied(name: Any) -> bool:
-    return isinstance(name, str) and name.removeprefix(_PREFIX) == _TIED
+    return isinstance(name, str) and name.removeprefix(_WRAPPED).removeprefix(_PREFIX) == _TIED
 
 
 def _same(value: torch.Tensor) -> torch.Tensor:

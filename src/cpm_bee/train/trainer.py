@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Generator, Iterator
@@ -13,9 +14,9 @@ import torch
 
 from cpm_bee.distributed import rank
 from cpm_bee.engine import Engine, StepResult
-from cpm_bee.errors import RunError
+from cpm_bee.errors import InterruptedRun, RunError
 from cpm_bee.model.network import CPMBee
-from cpm_bee.progress import progress_bar
+from cpm_bee.progress import progress_bar, silence_terminal
 from cpm_bee.train.checkpoints import RunFiles
 from cpm_bee.train.data_loader import DataLoader, PlannedStep
 from cpm_bee.train.evaluation import evaluate
@@ -42,10 +43,6 @@ class TrainingState:
     evaluations_without_gain: int = 0
     evaluated_step: int = -1
     saved_step: int = -1
-
-
-class _Interrupted(RunError):
-    """A signal ended the run; unlike after other errors, its state is good and is saved."""
 
 
 class Trainer:
@@ -95,7 +92,7 @@ class Trainer:
                 reason = self._train()
                 if state.evaluated_step != state.step:
                     self._evaluate()
-            except _Interrupted as error:
+            except InterruptedRun as error:
                 self._save()
                 self._reporter.end(str(error), state.step)
                 raise
@@ -179,7 +176,10 @@ class Trainer:
         if state.step % (options.save_interval or options.eval_interval) == 0:
             self._save()
         if signals:
-            raise _Interrupted(f"interrupted after step {state.step}; --resume goes on from there")
+            raise InterruptedRun(
+                f"interrupted after step {state.step}; the same command with --resume goes on from "
+                "there"
+            )
         if state.evaluations_without_gain >= options.early_stop_patience:
             patience = options.early_stop_patience
             return f"early stop: {patience} evaluations in a row without a lower loss"
@@ -250,16 +250,20 @@ class Trainer:
 
     @contextmanager
     def _watch_signals(self) -> Iterator[None]:
-        """Let a running step end before Ctrl-C or SIGTERM takes effect."""
+        """Let a running step end before Ctrl-C, SIGTERM or a closed terminal takes effect."""
 
         def note(number: int, frame: object) -> None:
             rank.is_terminating |= number == signal.SIGTERM
-            # torchrun passes Ctrl-C on as SIGTERM, so only a second Ctrl-C means "at once".
-            self._signals += number == signal.SIGINT or not self._signals
+            if number == signal.SIGHUP:
+                silence_terminal()
+            # torchrun passes Ctrl-C on as SIGTERM, so there only a second Ctrl-C means "at once".
+            again = number == signal.SIGINT or "TORCHELASTIC_RUN_ID" not in os.environ
+            self._signals += again or not self._signals
             if self._signals > 1:
                 raise KeyboardInterrupt
 
-        old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        old = {s: signal.signal(s, note) for s in signals}
         try:
             yield
         finally:

@@ -191,3 +191,51 @@ def test_the_index_of_any_records(records: list[Record], chunks: int, buckets: i
         }
         folder = make(path, tokenizer=tiny.TOKENIZER, block_size=1 << 20, **pieces)
         assert_same_index(folder / "a", path, tiny.TOKENIZER)
+
+
+# ------------------------------------------------------------------ what is said of answers
+
+
+def test_answers_that_are_missing_or_cannot_be_written_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = ["a", "", "é①", "b", "", "漢"]
+    lines = [json.dumps({"input": "a", "<ans>": a}, ensure_ascii=False) + "\n" for a in answers]
+    path = tmp_path / "bee_data" / "train.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(lines), encoding="utf-8")
+    for chunk_bytes in (None, 40):
+        caplog.clear()
+        make(tmp_path, tokenizer=tiny.TOKENIZER, chunk_bytes=chunk_bytes, overwrite=True)
+        missing, unwritable = [r.getMessage() for r in caplog.records]
+        assert f"{path}: 2 of 6 records are without an answer" in missing
+        assert "the first one in line 2" in missing
+        assert f"{path}: 2 of 6 records have an answer that can never be generated" in unwritable
+        assert f"\n  {path}:3: 'é①'\n  {path}:6: '漢'" in unwritable
+
+
+def test_all_records_that_the_vocabulary_lacks_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = ["a", "<strange_0>", "b", "<other>"] * 8
+    lines = [json.dumps({"input": text, "<ans>": "a"}) + "\n" for text in texts]
+    path = tmp_path / "bee_data" / "train.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(lines), encoding="utf-8")
+    make(tmp_path, tokenizer=tiny.TOKENIZER, tokens_needed=False, chunk_bytes=60)
+    [message] = [r.getMessage() for r in caplog.records]
+    assert "lacks what 16 of them hold" in message
+    assert f"{path}:2: special token <strange_0>" in message
+    assert f"... and 6 more in {path}" in message
+
+
+def test_escape_takes_texts_as_plain(tmp_path: Path) -> None:
+    path = tmp_path / "bee_data" / "train.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"input": "<s>a</s> <mask_0>", "<ans>": {"<mask_0>": "1 << 2"}}\n')
+    with pytest.raises(InputError, match="--escape"):
+        make(tmp_path)
+    folder = make(tmp_path, escape=True)
+    assert read(folder / "train") == [
+        {"input": "<<s>a<</s> <mask_0>", "<ans>": {"<mask_0>": "1 <<<< 2"}}
+    ]

@@ -79,8 +79,6 @@ def preprocess(
     files = _input_files(inputs)
     folders = [output_path / file.stem for file in files]
     _check_destinations(output_path, folders, overwrite)
-    for file in files:
-        check_is_lines(file)
     problems = Problems()
     with contextlib.ExitStack() as datasets:
         spreads = [
@@ -166,6 +164,11 @@ class _Scatter:
         tokens_needed: bool,
         escape: bool,
     ) -> None:
+        try:
+            check_is_lines(self.file)
+        except InputError as error:
+            problems.include(error)
+            return
         num_buckets = min(MAX_BUCKETS, self.file.stat().st_size // self.bucket_bytes + 1)
         self.buckets = Buckets(num_buckets)
 

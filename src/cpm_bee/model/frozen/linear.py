@@ -1,6 +1,6 @@
 """A frozen Linear with LoRA: products with W' and their gradients.
 
-W' = W + k B A stands for what a Linear and its LoRA multiply by, k = alpha/rank * sqrt(dim_in): the
+A Linear and its LoRA together multiply by W' = W + k B A, with k = alpha/rank * sqrt(dim_in): the
 layer divides the product with W' by sqrt(dim_in) as a whole, but the LoRA's is not to be divided
 (docs/format.md §7). All methods leave out that 1/sqrt(dim_in); callers fold it into what is there
 already (`model/frozen/halves.py`).
