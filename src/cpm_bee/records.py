@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from cpm_bee.errors import InputError
+from cpm_bee.errors import InputError, shown
 from cpm_bee.tokenizer import MarkupError, split_markup
 
 ANSWER = "<ans>"
@@ -325,7 +325,7 @@ def _text_problems(text: Any, where: str) -> Iterator[str]:
 def _short(key: Any) -> str:
     """A key as part of a message's path."""
     if not isinstance(key, str):
-        return _kind(key)
+        return shown(key)
     return key if len(key) <= 40 else f"{key[:40]}..."
 
 
