@@ -284,7 +284,8 @@ def mutate_tensors(rng: random.Random, values: dict[Any, Any]) -> Any:
 
 def choose_tensor(rng: random.Random, like: Any) -> Any:
     """Something that is like a tensor, or is not."""
-    plain = torch.is_tensor(like) and not like.is_sparse and not like.is_quantized
+    plain = torch.is_tensor(like) and like.layout == torch.strided
+    plain = plain and not like.is_quantized and not like.is_meta
     if not plain or not 0 < like.numel() < 1 << 16:
         return mutate.choose_value(rng)
     large = rng.choice([1 << 20, 1 << 33, 1 << 40])
