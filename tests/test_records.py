@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpm_bee import records
+from cpm_bee import json_lines, records
 from cpm_bee.errors import InputError
-from cpm_bee.records import MAX_NESTING, parse_line, read_lines, validate
+from cpm_bee.json_lines import parse_line, read_lines
+from cpm_bee.records import MAX_NESTING, validate
 from cpm_bee.tokenizer import escape
 
 texts = st.text(st.sampled_from("a<>春 \n") | st.characters(exclude_categories=["Cs"])).map(escape)
@@ -104,7 +105,7 @@ def test_depth_is_limited() -> None:
 
 
 def test_a_key_that_is_no_text() -> None:
-    assert validate({1: "a", "<ans>": ""}) == ["key /1: expected text, this is a number"]
+    assert validate({1: "a", "<ans>": ""}) == ["key /a number: expected text, this is a number"]
 
 
 def test_parse_line() -> None:
@@ -258,12 +259,12 @@ def test_other_json_is_one_problem_with_the_command_that_converts(
     parts = [values] if as_array else values
     path.write_text("\n".join(json.dumps(p, indent=indent, ensure_ascii=False) for p in parts))
     with pytest.raises(InputError, match=form) as caught:
-        records.check_is_lines(path)
+        json_lines.check_is_lines(path)
     command = str(caught.value).partition("\n")[2].replace("python", sys.executable, 1)
     subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
     converted = tmp_path / "my data.lines.jsonl"
     assert [json.loads(line) for _, line in read_lines(converted)] == values
-    records.check_is_lines(converted)
+    json_lines.check_is_lines(converted)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from cpm_bee import records
+from cpm_bee import json_lines
 from cpm_bee.errors import InputError, Problems, shown
 from cpm_bee.files import is_usable_name
 
@@ -55,8 +55,8 @@ def read_meta(folder: Path) -> list[FileInfo]:
         )
     problems = Problems()
     files = []
-    for number, line in records.read_lines(path):
-        value, reason = records.parse_line(line)
+    for number, line in json_lines.read_lines(path):
+        value, reason = json_lines.parse_line(line)
         found = [reason] if reason else _info_problems(value)
         problems.extend(f"{path}:{number}", found)
         if not found:

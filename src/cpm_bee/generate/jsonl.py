@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from cpm_bee import records
+from cpm_bee import json_lines, records
 from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.files import atomic_file
@@ -47,12 +47,12 @@ def read_records(path: str) -> list[InputRecord]:
     Raises `InputError` with all problems of all lines.
     """
     if path != STANDARD and Path(path).is_file():
-        records.check_is_lines(Path(path))
+        json_lines.check_is_lines(Path(path))
     inputs: list[InputRecord] = []
     problems = Problems()
     name = "standard input" if path == STANDARD else path
     for number, line in _lines(path):
-        value, reason = records.parse_line(line)
+        value, reason = json_lines.parse_line(line)
         found = [reason] if reason else records.validate(value)
         problems.extend(f"{name}:{number}", found)
         if not found:
@@ -68,7 +68,7 @@ def read_records(path: str) -> list[InputRecord]:
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
     if path != STANDARD:
-        yield from records.read_lines(path)
+        yield from json_lines.read_lines(path)
         return
     try:
         text = sys.stdin.buffer.read().decode("utf-8-sig")

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cpm_bee.data.batch import Pair
-from cpm_bee.encoding import EncodedRecord, Encoder, outline
+from cpm_bee.encoding import EncodedRecord, Encoder
 from cpm_bee.records import ANSWER, Record, Tree
+from cpm_bee.segments import outline
 from cpm_bee.tokenizer import ExtensionTable, Tokenizer
 
 

@@ -30,10 +30,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from cpm_bee.data.batch import Batch
-from cpm_bee.encoding import NUM_DEPTHS
 from cpm_bee.errors import InputError
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.frozen.buffers import buffer_pool
+from cpm_bee.segments import NUM_DEPTHS
 
 # A group takes records down to this share of its longest one's length.
 _GROUP_SHARE = 0.8

@@ -21,8 +21,8 @@ from cpm_bee.data.preprocess.workers import Workers
 from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.files import atomic_folder
+from cpm_bee.json_lines import check_is_lines
 from cpm_bee.progress import progress_bar
-from cpm_bee.records import check_is_lines
 from cpm_bee.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from cpm_bee.encoding import AnswerState, Encoder, SegmentTree, TokenLists, is_shuffled, outline
+from cpm_bee.encoding import AnswerState, Encoder, TokenLists
 from cpm_bee.records import Record
+from cpm_bee.segments import SegmentTree, is_shuffled, outline
 
 # The arrays of an index by file name, with their types and what counts their items.
 ARRAYS: dict[str, tuple[type, str]] = {

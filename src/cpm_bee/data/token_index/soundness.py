@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cpm_bee.data.token_index.arrays import ARRAYS
-from cpm_bee.encoding import MAX_SEGMENTS, SegmentTree
+from cpm_bee.segments import MAX_SEGMENTS, SegmentTree
 
 # What reading a damaged `index.json` raises.
 UNREADABLE: tuple[type[Exception], ...] = (

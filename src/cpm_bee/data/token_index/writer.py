@@ -28,9 +28,10 @@ from cpm_bee.data.token_index.arrays import (
     TokenChunk,
     counts_of,
 )
-from cpm_bee.encoding import Encoder, SegmentTree
+from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.progress import progress_bar
+from cpm_bee.segments import SegmentTree
 from cpm_bee.tokenizer import Tokenizer
 
 FORMAT = 3  # part of the folder's name: raise it when anything below changes
