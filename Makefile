@@ -10,8 +10,14 @@ test:
 quick:
 	bash scripts/test.sh -m "not slow"
 
-# Property tests with random inputs and a printed seed.
-fuzz:
+# Random inputs, each with a printed seed: property tests; mutated files for every reader
+# (FUZZ_INPUTS, FUZZ_SEED); and, where atheris is installed (pip install -e .[fuzz]), inputs that are
+# led by what the readers do with them, for FUZZ_SECONDS a reader.
+FUZZ_INPUTS ?= 200000
+FUZZ_SECONDS ?= 30
+fuzz: .venv/.installed-dev
+	PYTHONPATH=src:tests FUZZ_INPUTS=$(FUZZ_INPUTS) $(python) -m fuzz.run
+	PYTHONPATH=src:tests $(python) -m fuzz.guided --seconds $(FUZZ_SECONDS)
 	HYPOTHESIS_PROFILE=fuzz bash scripts/test.sh -m property
 
 lint: .venv/.installed-dev

@@ -33,6 +33,7 @@ for name in train eval; do
     fi
 done
 
+# shellcheck disable=SC2119  # without its extra, not with our own arguments
 make_venv
 step() { printf '\n== %s\n' "$*"; }
 

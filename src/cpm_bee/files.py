@@ -29,8 +29,7 @@ def is_usable_name(name: str) -> bool:
         parts = os.fsencode(name).split(b"/")
     except UnicodeEncodeError:  # half of a surrogate pair
         return False
-    longest = max(map(len, parts))
-    return b"\0" not in b"".join(parts) and longest <= 255 and sum(map(len, parts)) < 4000
+    return b"\0" not in b"".join(parts) and max(map(len, parts)) <= 255 and len(name) <= 1024
 
 
 def refuse_lfs_pointer(path: str | Path) -> None:

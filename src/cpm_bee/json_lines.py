@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cpm_bee.errors import InputError
+
+# Bytes of a line of JSON, far more than any model reads at once. Tokens take 24 times as much.
+MAX_LINE = 8 << 20
 
 
 class DuplicateKeyError(ValueError):
@@ -22,8 +26,8 @@ class DuplicateKeyError(ValueError):
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise DuplicateKeyError(next(key for key in keys if keys.count(key) > 1))
+        counts = Counter(key for key, _ in pairs)
+        raise DuplicateKeyError(next(key for key, count in counts.items() if count > 1))
     return found
 
 
@@ -60,13 +64,15 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
                 yield number, line
 
 
-def decode_line(raw: bytes, path: str | Path, *, is_first: bool) -> tuple[str, str | None]:
+def decode_line(raw: bytes, path: str | Path | None, *, is_first: bool) -> tuple[str, str | None]:
     """A line's text ("" where it is blank) and None, or "" and the reason why it is no text.
 
     Args:
-        path: of the file, for the command that converts it.
+        path: of the file, for the command that converts it; None where it is no file.
         is_first: the first line of a file may begin with a byte order mark.
     """
+    if len(raw) > MAX_LINE:
+        return "", f"has {len(raw)} bytes; a line may have up to {MAX_LINE}"
     try:
         line = raw.decode("utf-8-sig" if is_first else "utf-8").strip("\r\n")
     except UnicodeDecodeError as error:
@@ -79,7 +85,7 @@ def decode_line(raw: bytes, path: str | Path, *, is_first: bool) -> tuple[str, s
     return ("" if line.isspace() else line), None
 
 
-def _other_encoding(raw: bytes, path: str | Path) -> str:
+def _other_encoding(raw: bytes, path: str | Path | None) -> str:
     """What a line that is not UTF-8 seems to be encoded in, with the command that converts it."""
     encoding = ""
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in raw:
@@ -91,6 +97,8 @@ def _other_encoding(raw: bytes, path: str | Path) -> str:
         except UnicodeDecodeError:
             return ""
     name = {"GB18030": "GBK"}.get(encoding, encoding)
+    if path is None:
+        return f"; it looks like {name}"
     new = Path(path).with_suffix(".utf8" + Path(path).suffix).name
     command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {shlex.quote(new)}"
     return f"; it looks like {name}: {command}"

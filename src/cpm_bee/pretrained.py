@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,7 @@ def _random_pretrained(
     config = ModelConfig.load(model_config)
     tokenizer = _checked_vocabulary(Path(vocab), config)
     model = _meta_model(config)
+    _refuse_larger_than_memory(model, model_config)
     _set_type(model, dtype)
 
     def tensors() -> Iterator[tuple[str, LazyTensor]]:
@@ -138,6 +140,16 @@ def _random_pretrained(
 
     samples = (sample(name, tensor) for name, tensor in initial_values(model, seed))
     return PretrainedModel(model, tokenizer, fingerprint_of(samples), tensors)
+
+
+def _refuse_larger_than_memory(model: CPMBee, source: str) -> None:
+    needed = sum(p.numel() for p in model.parameters()) * torch.float32.itemsize
+    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > present:
+        raise InputError(
+            f"{source}: the weights of this model take {needed / 1e9:,.0f} GB, "
+            f"this machine has {present / 1e9:,.0f} GB of memory"
+        )
 
 
 def _set_type(model: CPMBee, dtype: torch.dtype) -> None:

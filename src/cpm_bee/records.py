@@ -13,6 +13,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any, TypeAlias
 
+from cpm_bee.errors import shown
 from cpm_bee.tokenizer import MarkupError, split_markup
 
 ANSWER = "<ans>"
@@ -28,7 +29,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 # they would end an answer, or stand for what the vocabulary lacks.
 CONTROL_NAMES = frozenset({"pad", "unk", "s", "/s", "root", "sep", "ans", "/n", "/"})
 # Special tokens that texts may hold; `escape_texts` leaves them as they are.
-_KEPT_BY_ESCAPE = r"(?:mask|option)(?:_[0-9]+)?>"
+_KEPT_BY_ESCAPE = re.compile(r"<(?:mask|option)(?:_[0-9]+)?>")
+_LESS_THAN = re.compile(r"<(?:[^<>]*>)?")  # with what would be its special token
 _LITERAL = "write a literal '<' as '<<', or let --escape do it for all texts"
 
 
@@ -43,15 +45,18 @@ def escape_texts(record: Any) -> Any:
     Special tokens that are meant stay: `<mask_0>`, `<option_3>`, and those that are keys of the
     record. Keys stay as they are. What is no record is returned unchanged, for `validate`.
     """
-    if not isinstance(record, dict):
+    if not isinstance(record, dict) or not _collect(record, [], 1):
         return record
-    kept = [_KEPT_BY_ESCAPE, *(re.escape(key[1:]) for key in _keys(record) if key[:1] == "<")]
-    literal = re.compile(f"<(?!{'|'.join(kept)})")
+    kept = {key for key in _keys(record) if key[:1] == "<"}
+
+    def doubled(match: re.Match[str]) -> str:
+        token = match[0]
+        return token if token in kept or _KEPT_BY_ESCAPE.fullmatch(token) else f"<{token}"
 
     def escaped(node: Any) -> Any:
         if isinstance(node, dict):
             return {key: escaped(value) for key, value in node.items()}
-        return literal.sub("<<", node) if isinstance(node, str) else node
+        return _LESS_THAN.sub(doubled, node) if isinstance(node, str) else node
 
     return escaped(record)
 
@@ -206,7 +211,7 @@ def _text_problems(text: Any, where: str) -> Iterator[str]:
 def _short(key: Any) -> str:
     """A key as part of a message's path."""
     if not isinstance(key, str):
-        return _kind(key)
+        return shown(key)
     return key if len(key) <= 40 else f"{key[:40]}..."
 
 

@@ -86,6 +86,11 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def target_names() -> list[str]:
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        return [target.name for target in make_targets(Path(folder))]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     default_inputs = int(os.environ.get(INPUTS_VARIABLE, "20000"))

@@ -110,6 +110,7 @@ def read_json_records(seed_files: Seeds, inputs: list[bytes]) -> None:
                 overwrite=True,
                 block_size=1 << 16,
                 tokenizer=seed_files.tokenizer,
+                escape=len(content) % 2 == 1,
             )
         except InputError:
             continue
@@ -124,7 +125,10 @@ def make_text(rng: random.Random) -> bytes:
 
 def read_text(seed_files: Seeds, content: bytes) -> None:
     tokenizer = seed_files.tokenizer
-    text = content.decode("utf-8", "surrogatepass")
+    try:
+        text = content.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
     extension = Extension(tokenizer)
     ids = tokenizer.encode(text, extension)
     tokenizer.decode(ids, extension)
@@ -358,17 +362,24 @@ def make_config(seed_files: Seeds, rng: random.Random) -> bytes:
 
 
 def read_config(seed_files: Seeds, content: bytes) -> None:
-    """Beside a checkpoint, given for a checkpoint, and of a random start."""
+    """Beside a checkpoint, given for a checkpoint, and of a random start.
+
+    Random values take the memory that their config asks for; here they are made of small ones.
+    """
     path = seed_files.path("given.json", content)
     vocabulary = str(seed_files.path("vocab.txt", seed_files.vocabulary))
     checkpoint = str(seed_files.path("pytorch_model.bin", seed_files.checkpoint))
     seed_files.path("config.json", content)
     for load, config in [(checkpoint, "auto"), (checkpoint, str(path)), (None, str(path))]:
         try:
+            if load is None:
+                with torch.device("meta"):
+                    model = seeds.CPMBee(ModelConfig.load(path))
+                if 1e6 < sum(p.numel() for p in model.parameters()) < 1e11:
+                    continue
             open_pretrained(load, config, vocabulary, torch.float32)
         except CpmBeeError:
             continue
-    ModelConfig.load(path)
 
 
 def make_vocabulary(seed_files: Seeds, rng: random.Random) -> bytes:

@@ -29,6 +29,7 @@ QUESTION = "这段话形容了哪句诗的意境？"
 BEGIN, END = "[翻译]", "[答案]"
 MARKER = re.compile(r"\[(0|[1-9][0-9]?)\]")
 LEAST, MOST = 2, 26
+MAX_LINE = 8 << 20  # bytes; far more than a record has
 USED_KEYS = {"input", "target", "translation", "choices", "answer"}
 # Writes JSON that is no JSON lines as such, one object a line.
 TO_LINES = """import json, sys; d = json.JSONDecoder(); t = sys.stdin.read().strip()
@@ -178,6 +179,8 @@ def convert(source: Path, target: Path, question: str) -> Converted:
 
 def parse(line: bytes, source: Path, *, is_first: bool) -> Any:
     """A line's JSON value; None for a blank line. Raises `BadInput` with the reason."""
+    if len(line) > MAX_LINE:
+        raise BadInput(f"has {len(line)} bytes; a line may have up to {MAX_LINE}")
     try:
         text = line.decode("utf-8-sig" if is_first else "utf-8")
         return json.loads(text, object_pairs_hook=unique) if text.strip("\0 \r\n\t") else None
@@ -196,8 +199,8 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object from its items; all but the last of two values of a key would be lost."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        key = json.dumps(next(k for k in keys if keys.count(k) > 1), ensure_ascii=False)
+        counts = Counter(key for key, _ in pairs)
+        key = json.dumps(next(k for k, n in counts.items() if n > 1), ensure_ascii=False)
         raise BadInput(f"the key {key} stands there twice; only one of its values could be kept")
     return found
 

@@ -177,7 +177,7 @@ def _read_shards(path: Path) -> dict[str, LazyTensor]:
     for name in files:
         # A shard lies beside its index: an index that points elsewhere is not to be trusted.
         if not isinstance(name, str) or Path(name).name != name or not is_usable_name(name):
-            problems.add(shown(name), "is not the name of a file beside the index")
+            problems.add(_named(name), "is not the name of a file beside the index")
         elif name.endswith(_INDEX):
             problems.add(name, "is an index, not a shard")
         elif not (path.parent / name).is_file():
@@ -240,6 +240,10 @@ def load_tensors(path: Path, kind: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{path}: not {kind} (a {type(values).__name__} instead of a dictionary)")
     return values
+
+
+def _named(name: Any) -> str:
+    return name if isinstance(name, str) and len(name) <= 255 else shown(name)
 
 
 def _is_tied(name: Any) -> bool:

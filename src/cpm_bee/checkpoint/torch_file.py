@@ -21,6 +21,8 @@ import torch
 _MAX_PICKLE = 4 << 20
 # Uses of a tuple that the pickle has named before: each can double what it stands for.
 _MAX_TUPLES_AGAIN = 16
+# Bytes of tensors that may be views of others.
+_MAX_SHARED = 64 << 20
 # A file of torch before 1.6 is a row of pickles (magic number, version, system, values, keys),
 # then raw values.
 _LEGACY_PICKLES = 5
@@ -77,15 +79,15 @@ def _check_pickle(file: IO[bytes]) -> None:
 
 
 def check_held(values: Iterable[Any], path: Path) -> None:
-    """Refuse tensors that have more values than their file holds: views of few, or of the same.
+    """Refuse tensors that have many more values than their file holds: views of few, or the same.
 
     Raises:
-        ValueError: so it is.
+        ValueError: they have.
     """
     size = sum(
         value.numel() * value.element_size()
         for value in values
         if torch.is_tensor(value) and value.layout == torch.strided and not value.is_meta
     )
-    if size > path.stat().st_size:
+    if size > path.stat().st_size + _MAX_SHARED:
         raise ValueError(f"its tensors have {size} bytes, the file holds fewer")

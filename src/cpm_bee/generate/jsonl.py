@@ -70,12 +70,11 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
     if path != STANDARD:
         yield from json_lines.read_lines(path)
         return
-    try:
-        text = sys.stdin.buffer.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"standard input: not UTF-8 text ({error.reason})") from None
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
+    for number, raw in enumerate(sys.stdin.buffer, start=1):
+        line, reason = json_lines.decode_line(raw, None, is_first=number == 1)
+        if reason:
+            raise InputError(f"standard input:{number}: {reason}")
+        if line:
             yield number, line
 
 
