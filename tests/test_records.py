@@ -105,7 +105,7 @@ def test_depth_is_limited() -> None:
 
 
 def test_a_key_that_is_no_text() -> None:
-    assert validate({1: "a", "<ans>": ""}) == ["key /a number: expected text, this is a number"]
+    assert validate({1: "a", "<ans>": ""}) == ["key /1: expected text, this is a number"]
 
 
 def test_parse_line() -> None:
