@@ -160,7 +160,7 @@ def test_read_lines_of_no_file(tmp_path: Path) -> None:
 def test_a_key_that_stands_twice_is_refused(line: str, key: str) -> None:
     assert parse_line(line) == (
         None,
-        f"the key {key} stands there twice; only one of its values could be kept",
+        f"the key {key} appears twice; only one of its values could be kept",
     )
 
 
@@ -193,7 +193,7 @@ def test_control_tokens_in_texts_are_refused(token: str) -> None:
 )
 def test_an_answer_names_only_what_its_record_has(record: dict, missing: str) -> None:
     [problem] = validate(record)
-    assert problem.startswith(f"{missing} in the answer stands nowhere in the rest")
+    assert problem.startswith(f"{missing} in the answer does not appear in the rest")
     assert validate({**record, "note": missing}) == []
 
 

@@ -88,7 +88,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return _hyphenate(flag) in self._option_string_actions
 
     def hint(self, unknown: str) -> str | None:
-        """What may be meant by an unknown flag, as it is to be written; None where nothing is."""
+        """The flag that an unknown one probably means, as it should be written; None if unclear."""
         flag = _hyphenate(unknown).lower()
         if flag in self._hints:
             return self._hints[flag]

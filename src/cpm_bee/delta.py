@@ -48,7 +48,7 @@ class LoRA(nn.Module):
     def __init__(self, linear: Linear, config: DeltaConfig) -> None:
         super().__init__()
         dim_in, dim_out = linear.dim_in, linear.dim_out
-        # fp32 whatever the base: a 16-bit weight would lose most steps of a small learning rate.
+        # fp32 for every base: a 16-bit weight would lose most steps of a small learning rate.
         device = linear.operands()[0].device  # a quantised layer has no weight
         if device.type == "meta":
             device = torch.device("cpu")  # the base's values come later, its own must not be lost

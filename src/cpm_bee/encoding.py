@@ -51,9 +51,9 @@ class AnswerState(enum.IntFlag):
     """What generation can make of a record's answer; 0 where the answer is not known.
 
     A record is encoded in the order of its fields, an answer included; generation encodes the
-    context alone. Both number the extension entries as they come, so an answer that stands before
-    its context may shift the numbers (`RENUMBERED`), and one with entries of its own, characters
-    that the vocabulary lacks, say, can be trained on and never be generated (not `WRITABLE`).
+    context alone. Both number the extension entries as they come, so an answer before its context
+    may shift the numbers (`RENUMBERED`). An answer that adds entries, such as characters that the
+    vocabulary lacks, can be trained on but never generated (not `WRITABLE`).
     """
 
     KNOWN = 1  # there is an answer

@@ -83,7 +83,7 @@ class Problems:
 
 
 def shown(value: object) -> str:
-    """A value from a file, for a message: short, whatever the value is."""
+    """A short form of any value from a file, for a message."""
     try:
         return _REPR.repr(value)
     except ValueError:  # a number of more digits than Python writes

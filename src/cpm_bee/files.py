@@ -33,7 +33,7 @@ def is_usable_name(name: str) -> bool:
 
 
 def refuse_lfs_pointer(path: str | Path) -> None:
-    """Raise `InputError` for a file that only stands in for one that Git LFS did not download."""
+    """Raise `InputError` for a Git LFS pointer, left where the file itself was not downloaded."""
     with open(path, "rb") as file:
         begin = file.read(len(_LFS_POINTER))
     if begin == _LFS_POINTER:

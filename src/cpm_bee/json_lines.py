@@ -1,7 +1,7 @@
 """Text files with one JSON value a line, as people bring them.
 
-Whatever keeps a line from being read is a reason in words, never an exception. Another encoding,
-and JSON that is not one object a line, are named with the command that converts the file.
+A line that cannot be read gives a reason in words, never an exception. Another encoding, or JSON
+that is not one object per line, is reported with the command that converts the file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def parse_line(line: str) -> tuple[Any, str | None]:
         return json.loads(line, object_pairs_hook=_unique), None
     except DuplicateKeyError as error:
         key = json.dumps(str(error), ensure_ascii=False)
-        return None, f"the key {key} stands there twice; only one of its values could be kept"
+        return None, f"the key {key} appears twice; only one of its values could be kept"
     except json.JSONDecodeError as error:
         return None, f"not valid JSON ({error.msg} at column {error.colno})"
     except RecursionError:
@@ -122,6 +122,6 @@ def check_is_lines(path: Path) -> None:
     )
     new = shlex.quote(path.with_suffix(".lines.jsonl").name)
     raise InputError(
-        f"{path}: is {form}; one record a line is expected. This writes it so:\n"
+        f"{path}: is {form}; one record a line is expected. This command converts it:\n"
         f"python -c {shlex.quote(code)} < {shlex.quote(str(path))} > {new}"
     )

@@ -134,7 +134,7 @@ def _random_pretrained(
     _set_type(model, dtype)
 
     def tensors() -> Iterator[tuple[str, LazyTensor]]:
-        # Of a model of its own: this one may be sharded by then.
+        # From a separate model: this one may be sharded by then.
         for name, tensor in initial_values(_meta_model(config), seed):
             yield name, LazyTensor.of(tensor)
 

@@ -26,7 +26,7 @@ MAX_NESTING = 64
 _MAX_PROBLEMS = 100
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Tokens that give the stream its structure, by name (what stands before the first "_"). In a text
-# they would end an answer, or stand for what the vocabulary lacks.
+# they would end an answer, or be taken for what the vocabulary lacks.
 CONTROL_NAMES = frozenset({"pad", "unk", "s", "/s", "root", "sep", "ans", "/n", "/"})
 # Special tokens that texts may hold; `escape_texts` leaves them as they are.
 _KEPT_BY_ESCAPE = re.compile(r"<(?:mask|option)(?:_[0-9]+)?>")
@@ -105,7 +105,7 @@ def _answer_problems(record: Record) -> list[str]:
     context = {key: value for key, value in record.items() if key != ANSWER}
     known = _specials(context) | _specials(record[ANSWER], keys_only=True)
     return [
-        f"{token} in the answer stands nowhere in the rest of the record, so that it could never "
+        f"{token} in the answer does not appear in the rest of the record, so that it could never "
         f"be generated ({_LITERAL})"
         for token in sorted(wanted - known)
     ]
@@ -150,7 +150,7 @@ def _is_valid(record: Any) -> bool:
 
 
 def _collect(node: dict, texts: list[str], depth: int) -> bool:
-    """Add the keys and leaves, whatever they are; false where the tree is too deep."""
+    """Collect keys and leaves of any type; false if the tree is too deep."""
     for key, value in node.items():
         if depth > 1 or key != ANSWER:
             texts.append(key)
@@ -182,8 +182,8 @@ def _tree_problems(node: dict, path: str, depth: int) -> Iterator[str]:
 
 
 def _has_leaf(node: Any) -> bool:
-    # Anything but a dictionary is either text or a problem of its own. A loop, as this is asked of
-    # trees of any depth.
+    # Anything but a dictionary is either text or a problem that is reported separately. This is a
+    # loop because a tree may be of any depth here.
     nodes = [node]
     while nodes:
         node = nodes.pop()

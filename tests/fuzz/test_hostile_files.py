@@ -375,7 +375,7 @@ def test_large_objects_take_no_quadratic_time() -> None:
         assert reason is None
         assert validate(escape_texts(value)) == []
         doubled, reason = parse_line(f'{{"<ans>": "", {keys}, "<a_7>": ""}}')
-        assert doubled is None and "stands there twice" in str(reason)
+        assert doubled is None and "appears twice" in str(reason)
 
 
 def test_messages_stay_short() -> None:

@@ -75,7 +75,7 @@ class BlockLayout:
 
 
 def frame(payload: bytes) -> bytes:
-    """A payload as it stands in a data file."""
+    """A payload in the form that a data file has."""
     return RECORD + LENGTH.pack(len(payload)) + payload
 
 

@@ -35,7 +35,7 @@ def _preprocess_command(folder: Path) -> str:
 
 
 def remedy(folder: Path) -> str:
-    """What mends a damaged dataset, for messages."""
+    """The command that repairs a damaged dataset, for messages."""
     return f"make {folder} again from its records: {_preprocess_command(folder)} --overwrite"
 
 

@@ -84,7 +84,7 @@ def _gathered_once(model: CPMBee) -> Callable[[], AbstractContextManager[None]]:
     """The context of a pass: it gathers what is outside of layers, each tensor once.
 
     By itself bmtrain gathers at each access. Their number depends on the records, so that
-    processes would wait for each other for ever; and the embedding is accessed three times.
+    processes would wait for each other forever; and the embedding is accessed three times.
     """
     outside = [
         (module, leaf)

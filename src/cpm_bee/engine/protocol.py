@@ -55,7 +55,7 @@ def shrunk_scale(scale: float, dtype: torch.dtype, factor: float) -> float:
 
 
 class TensorStatistics(NamedTuple):
-    """Of one trained tensor after a step; `grad_norm` after clipping."""
+    """Statistics of one trained tensor after a step; `grad_norm` is the norm after clipping."""
 
     name: str
     shape: tuple[int, ...]

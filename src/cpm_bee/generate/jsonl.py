@@ -95,7 +95,7 @@ def generate_file(
     options: GenerationOptions,
     output: str,
 ) -> Score:
-    """Write each record with the model's answer in place of its own, one a line.
+    """Write each record with the model's answer in place of its own, one per line.
 
     Args:
         output: a file, which appears when it is complete; "-" is standard output, written line

@@ -42,7 +42,7 @@ class Prompt:
 
     @property
     def has_unknown(self) -> bool:
-        """Whether the context holds text that the vocabulary lacks: `<unk>` then stands for it."""
+        """Whether the context has text that the vocabulary lacks, which `<unk>` then represents."""
         return (self._tokenizer.unk, 0) in self._extension_numbers
 
     def text(self, tokens: Sequence[Pair]) -> str:

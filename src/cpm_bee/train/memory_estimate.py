@@ -63,7 +63,7 @@ class MemoryEstimate(NamedTuple):
         return sum(self)
 
     def peak_of(self, shards: int, num_layers: int) -> int:
-        """Of one of `shards` processes that divide all but the rest between them (FSDP2).
+        """The peak of one of `shards` processes that share all but the rest (FSDP2).
 
         Two layers are gathered at a time: one computes, the next one comes.
         """

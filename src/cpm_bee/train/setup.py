@@ -151,11 +151,11 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
 
 
 def open_index(engine: Engine, dataset: BinaryDataset, tokenizer: Tokenizer) -> TokenIndex:
-    """Rank 0 makes the index where necessary; all ranks learn whether it could.
+    """Rank 0 makes the index if necessary; all ranks learn whether it succeeded.
 
     Raises:
         InputError: on all ranks, if it could not, or if the ranks have other data or another
-            vocabulary: each plans for itself, and they would wait for each other for ever.
+            vocabulary: each plans for itself, and they would wait for each other forever.
     """
     failure: Exception | None = None
     if engine.rank == 0:

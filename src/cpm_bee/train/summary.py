@@ -29,7 +29,7 @@ def engine_line(
 
 
 def model_line(model: nn.Module) -> str:
-    """Of a model that no engine has divided between processes yet."""
+    """The sizes of a model, before an engine divides it between processes."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return f"model with {num_weights(model):,} parameters, {trained:,} of them trained"
 

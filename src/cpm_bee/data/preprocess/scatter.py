@@ -63,7 +63,7 @@ class Chunk(NamedTuple):
 
 @dataclass
 class Remarks:
-    """Lines of which something is to be said, without being wrong: their number, and the first."""
+    """Lines that are valid but deserve a remark: how many there are, and the first of them."""
 
     count: int = 0
     shown: list[tuple[int, str]] = field(default_factory=list)

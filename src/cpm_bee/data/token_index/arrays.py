@@ -131,7 +131,7 @@ class TokenChunk:
 def _largest_subs(
     record: np.ndarray, ids: np.ndarray, subs: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of tokens: the largest sub of each id in each record, by record and id."""
+    """The largest sub of each id in each record, by record and id."""
     order = np.lexsort((subs, ids, record))
     record, ids, subs = record[order], ids[order], subs[order]
     is_last = np.ones(len(order), dtype=np.bool_)
