@@ -1,4 +1,4 @@
-"""Delta tuning: LoRA inserted into, saved from and loaded into a model (docs/format.md §7)."""
+"""Delta tuning: insert a LoRA into a model, save it, load it (docs/format.md §7)."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def tensors(model: CPMBee) -> dict[str, torch.Tensor]:
 def save(
     path: Path, values: dict[str, torch.Tensor], config: DeltaConfig, base_fingerprint: str
 ) -> None:
-    """Write a delta file, and beside it `.json` with what it was made with."""
+    """Write a delta file, and a `.json` sidecar with its settings and its base."""
     save_tensors(path, values)
     sidecar = {
         "rank": config.rank,

@@ -48,7 +48,7 @@ class EncodedRecord:
 
 
 class AnswerState(enum.IntFlag):
-    """What generation can make of a record's answer; 0 where the answer is not known.
+    """Whether generation can write a record's answer; 0 if the answer is not known.
 
     A record is encoded in the order of its fields, an answer included; generation encodes the
     context alone. Both number the extension entries as they come, so an answer before its context
@@ -162,7 +162,7 @@ class Encoder:
         return self.encode_outline(segments, extension=extension)[0]
 
     def answer_state(self, outline: Outline, extension: Extension) -> AnswerState:
-        """What generation can make of a record's answer.
+        """Whether generation can write a record's answer.
 
         Args:
             extension: what `append` returned for the whole record.
@@ -191,7 +191,7 @@ class Encoder:
         return state
 
     def unwritable_pieces(self, record: Record) -> list[str]:
-        """What of a record's answer generation cannot write: see `AnswerState.WRITABLE`."""
+        """The parts of a record's answer that generation cannot write (`AnswerState.WRITABLE`)."""
         texts, tree = segments = outline(record)
         prompt = self.append(segments, TokenLists(), answers=False)
         size = len(prompt)

@@ -24,7 +24,7 @@ class BusyError(InputError):
 
 
 def is_usable_name(name: str) -> bool:
-    """Whether a path that a file gave can be looked up at all; Python raises where it cannot."""
+    """Whether the system can look up a path that a file contains."""
     try:
         parts = os.fsencode(name).split(b"/")
     except UnicodeEncodeError:  # half of a surrogate pair

@@ -65,7 +65,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def decode_line(raw: bytes, path: str | Path | None, *, is_first: bool) -> tuple[str, str | None]:
-    """A line's text ("" where it is blank) and None, or "" and the reason why it is no text.
+    """Decode a line: (text, None), "" for a blank line, or ("", why it is not text).
 
     Args:
         path: of the file, for the command that converts it; None where it is no file.
@@ -86,7 +86,7 @@ def decode_line(raw: bytes, path: str | Path | None, *, is_first: bool) -> tuple
 
 
 def _other_encoding(raw: bytes, path: str | Path | None) -> str:
-    """What a line that is not UTF-8 seems to be encoded in, with the command that converts it."""
+    """The probable encoding of a line that is not UTF-8, with the command to convert the file."""
     encoding = ""
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in raw:
         encoding = "UTF-16"

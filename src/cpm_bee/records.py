@@ -94,7 +94,7 @@ def _problems(record: Any) -> list[str]:
 
 
 def _answer_problems(record: Record) -> list[str]:
-    """Special tokens of the answer's texts that stand nowhere in the rest of a record.
+    """Special tokens of the answer's texts that do not appear in the rest of a record.
 
     Generation writes only those that its record has.
     """
@@ -133,7 +133,7 @@ def _special_tokens(text: str) -> tuple[str, ...]:
 
 
 def _is_valid(record: Any) -> bool:
-    """Quickly whether there are no problems; false where that is not clear."""
+    """A quick check: true if there are certainly no problems."""
     texts: list[str] = []
     if not isinstance(record, dict) or not _collect(record, texts, 1):
         return False

@@ -24,7 +24,7 @@ _CACHED_SEGMENTS = 128
 
 
 class SegmentTree(NamedTuple):
-    """What the relations of a record depend on: depth and role of each of its S segments.
+    """The depth and role of each of the S segments of a record, which determine its relations.
 
     A segment is a node of the record's tree: a key or a string leaf, in depth-first order; the
     leaves under `<ans>` are predicted.

@@ -1,4 +1,4 @@
-"""The files of a run: best and last weights, and the state to go on from."""
+"""The files of a run: best and last weights, and the training state for resuming."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NOT_RECORDED = (
 
 
 class RunProvenance(NamedTuple):
-    """What the weights of a run belong to."""
+    """What the weights of a run were made from."""
 
     config: ModelConfig
     vocabulary: str  # path of the vocabulary
@@ -86,7 +86,7 @@ class RunFiles:
     def save_state(
         self, engine: dict[str, Any], progress: dict[str, Any], settings: dict[str, Any]
     ) -> None:
-        """Save what `load_state` returns; `settings` are what a resumed run must have too."""
+        """Save the training state; a resumed run must have the same `settings`."""
         state = {
             "settings": settings,
             "delta": self._delta(),

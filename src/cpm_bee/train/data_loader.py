@@ -1,4 +1,4 @@
-"""From a token index and a plan to the batches of one rank."""
+"""The batches of one rank, from a token index and a plan."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class DataLoader:
             yield step
 
     def _exchange(self, epoch: int, rows: list[PackedRow]) -> PlannedStep:
-        """What the ranks tell each other of a step, of which each knows its own rows."""
+        """Exchange the figures of a step between the ranks, each of which knows its own rows."""
         index = self._index
         shares = self._shares(rows)
         numbers = [number for share in shares for number in share]

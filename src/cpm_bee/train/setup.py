@@ -1,4 +1,4 @@
-"""A fine-tuning from its options to its end, and how its parts are set up."""
+"""Fine-tuning from the options to the end of the run, and the set-up of its parts."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def finetune(options: Options) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run consists of; its engine has taken over the model.
+    """The parts of a run; its engine has taken over the model.
 
     Attributes:
         evaluation: the evaluation set's loader, or None to train without.
@@ -97,7 +97,7 @@ class Run:
 
 @contextmanager
 def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
-    """Make a run of its inputs; collective. At the end it leaves the other processes.
+    """Build a run from its inputs; collective. On exit it leaves the process group.
 
     Raises:
         InputError: the data cannot be used with this model, or differ between processes.
@@ -205,7 +205,7 @@ def _loaders(
 def _choose_checkpointing(
     options: Options, inputs: Inputs, engine: Engine, index: TokenIndex
 ) -> CheckpointingChoice:
-    """Whether activations are computed again, and why; collective, the same on all ranks."""
+    """Whether activations are recomputed, and why; collective, the same on all ranks."""
     own = choose_for_run(
         options,
         inputs.pretrained.model.config,
