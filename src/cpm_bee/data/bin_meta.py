@@ -96,7 +96,7 @@ def _info_problems(value: Any) -> list[str]:
 
 
 def size_problems(folder: Path, info: FileInfo) -> list[str]:
-    """What a look at the file system tells against a data file; nothing if it is masked."""
+    """Problems of a data file that the file system shows; none if the file is masked."""
     path = folder / info.file_name
     if info.mask:
         return []

@@ -1,4 +1,4 @@
-"""Which records make up which step: a function of lengths, seed, epoch and the rows of a step.
+"""Plans which records make up each step: a function of lengths, seed, epoch and rows per step.
 
 A step has so many rows of `max_length` tokens; a row holds whole records, one after the other. Row
 i of every step comes from *row stream* i, which owns a share of the records and packs them by
@@ -82,7 +82,7 @@ def best_subset(lengths: Sequence[int], space: int) -> list[int]:
 def micro_batches(
     numbers: Sequence[int], lengths: Sequence[int], max_tokens: int | None
 ) -> list[list[int]]:
-    """Split records into balanced parts of at most `max_tokens`; a longer record stands alone.
+    """Split records into balanced parts of at most `max_tokens`; a longer record is a part itself.
 
     The longest record first, each to the part with the fewest tokens; records of a part keep
     their order.

@@ -137,7 +137,7 @@ def _check(name: str, value: Any) -> str | None:
 
 
 def _contradictions(values: dict[str, Any]) -> Iterator[str]:
-    """What is wrong between fields that are right by themselves; some may be missing."""
+    """Contradictions between fields that are valid by themselves; some may be missing."""
     masks, layers = values.get("mask_modules"), values.get("num_layers")
     if masks and layers and len(masks) != layers:
         yield f'"mask_modules" has {len(masks)} pairs for {layers} layers'

@@ -1,4 +1,4 @@
-"""A base quantised once: tensor by tensor into a safetensors file beside its checkpoint.
+"""Quantises a base once, tensor by tensor, into a safetensors file beside its checkpoint.
 
 The file has `NAME.codes` and `NAME.absmax` for each Linear of the blocks; embedding, norms and
 bias table are as the checkpoint has them. Its metadata name the base by fingerprint.

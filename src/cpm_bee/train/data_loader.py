@@ -89,7 +89,7 @@ class DataLoader:
         return (self._index.answers[numbers] & AnswerState.WRITABLE) > 0
 
     def unwritable_answers(self, most: int = 3) -> list[str]:
-        """Some records whose answer generation cannot write: where each is, and what it lacks."""
+        """Some records whose answer cannot be generated, each with the parts that cannot."""
         states = self._index.answers & (AnswerState.KNOWN | AnswerState.WRITABLE)
         numbers = np.flatnonzero(states == AnswerState.KNOWN)[:most].tolist()
         return [self._index.unwritable_answer(number) for number in numbers]

@@ -35,7 +35,7 @@ from cpm_bee.tokenizer import Tokenizer
 
 @dataclass
 class _Paths:
-    """What the processes that write buckets read from and write to.
+    """The files that the processes of the second pass read and write.
 
     Attributes:
         chunks: the files that `scatter` wrote, one for each chunk of the input.

@@ -83,7 +83,7 @@ class Remarks:
 
 @dataclass
 class ScatterResult:
-    """What became of a chunk.
+    """The result of scattering a chunk.
 
     Attributes:
         num_lines: of the chunk, blank ones included.

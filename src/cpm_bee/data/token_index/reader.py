@@ -137,7 +137,7 @@ class TokenIndex:
         return self.dataset.read(*self.location(number))
 
     def unwritable_answer(self, number: int) -> str:
-        """Where a record is, and what of its answer generation cannot write."""
+        """Where a record is, and the parts of its answer that generation cannot write."""
         pieces = self._encoder.unwritable_pieces(self.source(number))
         return f"{self.dataset.where(*self.location(number))}: {', '.join(map(repr, pieces))}"
 

@@ -66,7 +66,7 @@ def write_info(
     trees: Sequence[SegmentTree],
     extension_vocabulary: Iterable[int],
 ) -> None:
-    """Write what makes a folder of arrays an index.
+    """Write `index.json`, which makes a folder of arrays an index.
 
     Args:
         counts: of the whole index, as in `COUNTED`.
