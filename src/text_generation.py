@@ -14,8 +14,9 @@ def main() -> None:
     from cpm_bee import delta, pretrained
     from cpm_bee.engine.device import choose_device, choose_dtype
     from cpm_bee.generate.beam_search import Generator
-    from cpm_bee.generate.jsonl import STANDARD, generate_file, read_records
+    from cpm_bee.generate.jsonl import STANDARD, check_output, generate_file, read_records
 
+    check_output(options.output, (options.input, options.load, options.delta, options.vocab))
     records = read_records(options.input)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -144,6 +145,45 @@ def _claim(temporary: Path, path: Path) -> int:
         else:
             entry.unlink()
     return lock
+
+
+@contextlib.contextmanager
+def exclusive(path: str | Path, busy: str) -> Iterator[None]:
+    """Hold a lock file for the block; the kernel drops the lock of a killed process.
+
+    Args:
+        path: the lock file, which is removed at the end.
+        busy: what the other process is doing and what to do about it, for the message.
+
+    Raises:
+        BusyError: another process holds the lock; names its number and its machine.
+    """
+    path = Path(path)
+    with _parent_folders(path):
+        descriptor = _lock(path, busy)
+        try:
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def _lock(path: Path, busy: str) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 300).decode("utf-8", "replace") or "another process"
+            os.close(descriptor)
+            raise BusyError(f"{holder} {busy}") from None
+        except OSError:
+            return descriptor  # a file system without locks
+        if os.fstat(descriptor).st_nlink:
+            return descriptor
+        os.close(descriptor)  # its holder has removed the file since we opened it
 
 
 @contextlib.contextmanager

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -87,6 +88,23 @@ def check_vocabulary(inputs: Sequence[InputRecord], encoder: Encoder) -> None:
         except InputError as error:
             problems.add(where, str(error))
     problems.raise_if_any(f"{problems.count} records cannot be encoded, nothing was written")
+
+
+def check_output(output: str, inputs: Iterable[str | None]) -> None:
+    """Raise `InputError` if the output would replace a file that is read, also through a link."""
+    for path in inputs:
+        if path not in (None, STANDARD) and output != STANDARD and _is_same_file(path, output):
+            raise InputError(
+                f"--output {output}: this is the file {path} itself, which is read; its contents "
+                "would be replaced: give another --output"
+            )
+
+
+def _is_same_file(path: str, other: str) -> bool:
+    try:
+        return os.path.samefile(path, other)
+    except OSError:
+        return False  # one of them is not there
 
 
 def generate_file(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -49,11 +49,12 @@ def finetune(options: Options) -> None:
         RunError: the run failed; its last good state is saved.
     """
     inputs = check(options)
+    is_first = RankInfo.of_this_process().rank == 0
     if options.dry_run:
-        if RankInfo.of_this_process().rank == 0:
+        if is_first:
             print("\n".join(describe_run(options, inputs)), flush=True)
         return
-    with set_up(options, inputs) as run:
+    with inputs.files.lock() if is_first else nullcontext(), set_up(options, inputs) as run:
         for line in run.summary:
             run.reporter.line(line)
         run.reporter.start({"options": asdict(options), "world_size": run.engine.world_size})
