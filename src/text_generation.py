@@ -25,7 +25,7 @@ def main() -> None:
     if options.delta is not None:
         delta.load(loaded.model, options.delta, loaded.fingerprint)
     generator = Generator(loaded.model, loaded.tokenizer)
-    score = generate_file(generator, records, options, options.output)
+    score = generate_file(generator, records, options, options.output, resume=options.resume)
     messages = sys.stderr if options.output == STANDARD else sys.stdout
     print(f"{len(records):,} records written", file=messages)
     if score.answered:

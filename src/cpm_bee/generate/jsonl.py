@@ -9,14 +9,14 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import NamedTuple
 
 from cpm_bee import json_lines, records
 from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError, Problems
-from cpm_bee.files import atomic_file
 from cpm_bee.generate.beam_search import Generator
 from cpm_bee.generate.options import GenerationOptions
+from cpm_bee.generate.output import Output, resumable_file
 from cpm_bee.generate.prompt import Prompt
 from cpm_bee.progress import progress_bar
 from cpm_bee.records import ANSWER, Record
@@ -112,32 +112,41 @@ def generate_file(
     inputs: Sequence[InputRecord],
     options: GenerationOptions,
     output: str,
+    *,
+    resume: bool = False,
 ) -> Score:
     """Write each record with the model's answer in place of its own, one per line.
 
     Args:
-        output: a file, which appears when it is complete; "-" is standard output, written line
-            by line.
+        output: a file, which has this name when it is complete and `output`.partial before; "-" is
+            standard output.
+        resume: go on after the records that an interrupted call has left in `output`.partial.
 
     Raises:
-        InputError: a record cannot be encoded (all are listed), or `output` is a folder.
+        InputError: a record cannot be encoded (all are listed); or as `resumable_file`.
+        InterruptedRun: a signal ended it; the records that were written are kept.
     """
     check_vocabulary(inputs, generator.encoder)
-    correct = answered = 0
-    with _output(output) as file:
-        for _, record in progress_bar(inputs, description="generating", unit="records"):
-            result = generator.generate(record, options)
-            file.write(json.dumps(result, ensure_ascii=False) + "\n")
-            if output == STANDARD:
-                file.flush()
+    given = [record for _, record in inputs]
+    with _output(output, given, resume) as (file, done):
+        correct = answered = 0
+        for i, record in enumerate(progress_bar(given, description="generating", unit="records")):
+            if i < len(done):
+                result = done[i]
+            else:
+                result = generator.generate(record, options)
+                file.write(json.dumps(result, ensure_ascii=False) + "\n")
+                file.flush()  # a kill loses no record
             if records.has_answer(record[ANSWER]):
                 answered += 1
                 correct += result[ANSWER] == record[ANSWER]
     return Score(correct, answered)
 
 
-def _output(path: str) -> AbstractContextManager[IO[Any]]:
+def _output(path: str, given: Sequence[Record], resume: bool) -> AbstractContextManager[Output]:
     if path != STANDARD:
-        return atomic_file(Path(path))
+        return resumable_file(Path(path), given, resume=resume)
+    if resume:
+        raise InputError("--resume: standard output cannot be resumed, give a file as --output")
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    return contextlib.nullcontext(sys.stdout)
+    return contextlib.nullcontext(Output(sys.stdout, ()))
