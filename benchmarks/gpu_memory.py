@@ -108,7 +108,7 @@ def print_table(batch: Batch) -> None:
 
 
 def sharded_row(config: ModelConfig, batch: Batch, checkpointing: bool, ranks: int) -> str:
-    """In full over several ranks (FSDP2, bf16 compute), by arithmetic around the predicted rest.
+    """Full fine-tuning on several ranks (FSDP2, bf16), by arithmetic around the predicted rest.
 
     A rank holds its share of weights, gradients and moments in fp32. Gathered in bf16 are the root
     group (the embedding), with its gradient, and two blocks (one computes, the next one comes)

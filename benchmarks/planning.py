@@ -39,7 +39,7 @@ ENOUGH_TOKENS = 2_000_000
 
 
 def simulated_rank(world_size: int) -> Any:
-    """As much of an engine as a loader needs."""
+    """The part of an engine that a data loader needs."""
     return SimpleNamespace(
         rank=0, world_size=world_size, device=torch.device("cpu"), reduce=list, reduce_max=list
     )

@@ -203,7 +203,7 @@ RUN = {
 
 
 def run_phase(work: Work, arguments: argparse.Namespace) -> None:
-    """In a process of its own, whose peak memory is the phase's."""
+    """Runs one phase in a separate process, whose peak memory is the phase's."""
     started = time.perf_counter()
     outcome = RUN[arguments.phase](work, arguments)
     outcome = {

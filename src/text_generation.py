@@ -14,8 +14,9 @@ def main() -> None:
     from cpm_bee import delta, pretrained
     from cpm_bee.engine.device import choose_device, choose_dtype
     from cpm_bee.generate.beam_search import Generator
-    from cpm_bee.generate.jsonl import STANDARD, generate_file, read_records
+    from cpm_bee.generate.jsonl import STANDARD, check_output, generate_file, read_records
 
+    check_output(options.output, (options.input, options.load, options.delta, options.vocab))
     records = read_records(options.input)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
@@ -24,7 +25,7 @@ def main() -> None:
     if options.delta is not None:
         delta.load(loaded.model, options.delta, loaded.fingerprint)
     generator = Generator(loaded.model, loaded.tokenizer)
-    score = generate_file(generator, records, options, options.output)
+    score = generate_file(generator, records, options, options.output, resume=options.resume)
     messages = sys.stderr if options.output == STANDARD else sys.stdout
     print(f"{len(records):,} records written", file=messages)
     if score.answered:

@@ -377,7 +377,7 @@ def test_a_key_that_stands_twice(tmp_path: Path) -> None:
     path.write_text('{"translation": "T", "choices": ["A", "B"], "answer": 0, "answer": 1}\n')
     done = reformatted(path)
     assert done.returncode == 2
-    assert 'train.jsonl:1: the key "answer" stands there twice' in done.stderr
+    assert 'train.jsonl:1: the key "answer" appears twice' in done.stderr
     assert not (tmp_path / "b e e").exists()
 
 

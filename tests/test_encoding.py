@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpm_bee import encoding
-from cpm_bee.encoding import AnswerState, EncodedRecord, Encoder, TokenLists, is_shuffled, outline
+from cpm_bee.encoding import AnswerState, EncodedRecord, Encoder, TokenLists
 from cpm_bee.errors import InputError
 from cpm_bee.generate.prompt import Prompt
 from cpm_bee.records import Record, Tree, has_answer
+from cpm_bee.segments import is_shuffled, outline
 
 
 def assert_is(encoded: EncodedRecord, record: Record, *, answers: bool = True) -> None:

@@ -57,7 +57,7 @@ def test_data_reformat_runs_without_anything_installed() -> None:
 # `rank` imports nothing of ours: it reads the environment, and all messages need it.
 FLOORS = [
     ["errors", "files", "progress", "cli", "options", "hints", "distributed.rank"],
-    ["records", "tokenizer", "encoding"],
+    ["json_lines", "records", "tokenizer", "segments", "encoding"],
     ["data"],
     ["checkpoint", "model", "delta", "quantize", "pretrained"],
     ["distributed"],

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpm_bee import records
+from cpm_bee import json_lines, records
 from cpm_bee.errors import InputError
-from cpm_bee.records import MAX_NESTING, parse_line, read_lines, validate
+from cpm_bee.json_lines import parse_line, read_lines
+from cpm_bee.records import MAX_NESTING, validate
 from cpm_bee.tokenizer import escape
 
 texts = st.text(st.sampled_from("a<>春 \n") | st.characters(exclude_categories=["Cs"])).map(escape)
@@ -159,7 +160,7 @@ def test_read_lines_of_no_file(tmp_path: Path) -> None:
 def test_a_key_that_stands_twice_is_refused(line: str, key: str) -> None:
     assert parse_line(line) == (
         None,
-        f"the key {key} stands there twice; only one of its values could be kept",
+        f"the key {key} appears twice; only one of its values could be kept",
     )
 
 
@@ -192,7 +193,7 @@ def test_control_tokens_in_texts_are_refused(token: str) -> None:
 )
 def test_an_answer_names_only_what_its_record_has(record: dict, missing: str) -> None:
     [problem] = validate(record)
-    assert problem.startswith(f"{missing} in the answer stands nowhere in the rest")
+    assert problem.startswith(f"{missing} in the answer does not appear in the rest")
     assert validate({**record, "note": missing}) == []
 
 
@@ -258,12 +259,12 @@ def test_other_json_is_one_problem_with_the_command_that_converts(
     parts = [values] if as_array else values
     path.write_text("\n".join(json.dumps(p, indent=indent, ensure_ascii=False) for p in parts))
     with pytest.raises(InputError, match=form) as caught:
-        records.check_is_lines(path)
+        json_lines.check_is_lines(path)
     command = str(caught.value).partition("\n")[2].replace("python", sys.executable, 1)
     subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
     converted = tmp_path / "my data.lines.jsonl"
     assert [json.loads(line) for _, line in read_lines(converted)] == values
-    records.check_is_lines(converted)
+    json_lines.check_is_lines(converted)
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def test_load_reports_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="lacks <pad> <unk>"):
         Tokenizer.load(path)
     path.write_text("\n".join([*REQUIRED, "a", "b", "a"]), encoding="utf-8")
-    with pytest.raises(InputError, match=r"1 tokens stand there twice, e\.g\. 'a'"):
+    with pytest.raises(InputError, match=r"1 tokens appear twice, e\.g\. 'a'"):
         Tokenizer.load(path)
 
 

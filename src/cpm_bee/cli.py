@@ -1,4 +1,4 @@
-"""What all entry scripts share: the argument parser, its number types, and `run_command`."""
+"""Shared by all entry scripts: the argument parser, its number types, and `run_command`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def shown_default(value: object) -> str:
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Adds "(default: ...)" where there is a default that the help does not tell already."""
+    """Adds "(default: ...)" if there is a default and the help text does not state it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -88,7 +88,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return _hyphenate(flag) in self._option_string_actions
 
     def hint(self, unknown: str) -> str | None:
-        """What may be meant by an unknown flag, as it is to be written; None where nothing is."""
+        """The flag that an unknown one probably means, as it should be written; None if unclear."""
         flag = _hyphenate(unknown).lower()
         if flag in self._hints:
             return self._hints[flag]
@@ -151,7 +151,7 @@ def comma_list(text: str) -> tuple[str, ...]:
 
 
 class _MessageHandler(logging.Handler):
-    """Messages of the library, above a progress bar; under torchrun by one rank of a machine."""
+    """Prints messages of the library above a progress bar; on one rank of each machine."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from cpm_bee.progress import print_above_bar  # tqdm may not be installed
@@ -162,7 +162,7 @@ class _MessageHandler(logging.Handler):
 
 
 def _prepare_output() -> None:
-    """Let no message fail for its characters, and show the library's messages."""
+    """Make output robust against the terminal's encoding, and show the library's messages."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -173,7 +173,7 @@ def _prepare_output() -> None:
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run an entry script's `main` and exit: errors of people become a message, not a traceback.
+    """Run an entry script's `main` and exit; a user's mistake is a message, not a traceback.
 
     Exit status: what `main` returns (None is 0), 2 for wrong usage or bad input, 1 for a failed
     run, 130 after Ctrl-C. `--debug` on the command line shows the traceback of any of them. Under
@@ -216,7 +216,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
 
 def _message_of(error: BaseException) -> str | None:
-    """The message of an error that a person can cause; None for any other."""
+    """The message of an error that a user can cause; None for any other error."""
     if isinstance(error, ModuleNotFoundError):
         return (
             f"the package {error.name!r} is not installed for {sys.executable}; "

@@ -1,4 +1,4 @@
-"""Delta tuning: LoRA inserted into, saved from and loaded into a model (docs/format.md §7)."""
+"""Delta tuning: insert a LoRA into a model, save it, load it (docs/format.md §7)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class LoRA(nn.Module):
     def __init__(self, linear: Linear, config: DeltaConfig) -> None:
         super().__init__()
         dim_in, dim_out = linear.dim_in, linear.dim_out
-        # fp32 whatever the base: a 16-bit weight would lose most steps of a small learning rate.
+        # fp32 for every base: a 16-bit weight would lose most steps of a small learning rate.
         device = linear.operands()[0].device  # a quantised layer has no weight
         if device.type == "meta":
             device = torch.device("cpu")  # the base's values come later, its own must not be lost
@@ -92,7 +92,7 @@ def tensors(model: CPMBee) -> dict[str, torch.Tensor]:
 def save(
     path: Path, values: dict[str, torch.Tensor], config: DeltaConfig, base_fingerprint: str
 ) -> None:
-    """Write a delta file, and beside it `.json` with what it was made with."""
+    """Write a delta file, and a `.json` sidecar with its settings and its base."""
     save_tensors(path, values)
     sidecar = {
         "rank": config.rank,

@@ -1,4 +1,4 @@
-"""Record -> tokens, segments and the relations between segments (docs/format.md §3)."""
+"""Record -> tokens (docs/format.md §3)."""
 
 from __future__ import annotations
 
@@ -7,50 +7,19 @@ import random
 from array import array
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 
 from cpm_bee.errors import InputError
-from cpm_bee.records import ANSWER, Record, Tree, special_tokens
+from cpm_bee.records import Record, special_tokens
+from cpm_bee.segments import MAX_SEGMENTS, Outline, SegmentTree, outline
 from cpm_bee.tokenizer import ExtensionTable, Piece, Tokenizer
 
-NUM_DEPTHS = 8  # relations distinguish at most this many levels up and down
 MAX_PARTS = np.iinfo(np.uint16).max  # segments and subs are stored in 16 bits
-
-# A record of S segments has S squared relations: with more, one line of JSON would fill the memory.
-MAX_SEGMENTS = 4096
-# Relations of trees up to this size are kept; all 4,096 of them take 64 MiB.
-_CACHED_SEGMENTS = 128
 
 # Texts up to this length are looked up in a cache: field names, options, the question.
 _CACHED_LENGTH = 24
 _CACHE_SIZE = 4_096
-
-
-class SegmentTree(NamedTuple):
-    """What the relations of a record depend on: depth and role of each of its S segments.
-
-    A segment is a node of the record's tree: a key or a string leaf, in depth-first order; the
-    leaves under `<ans>` are predicted.
-    """
-
-    depths: tuple[int, ...]
-    predicted: tuple[bool, ...]
-
-    @property
-    def relations(self) -> np.ndarray:
-        """Buckets of all ordered pairs of segments, uint8 [S, S]."""
-        if len(self.depths) > _CACHED_SEGMENTS:
-            return _relations.__wrapped__(self.depths)
-        return _relations(self.depths)
-
-
-class Outline(NamedTuple):
-    """The segments of a record: their texts and their tree."""
-
-    texts: list[str]
-    tree: SegmentTree
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,80 +47,13 @@ class EncodedRecord:
         return ~np.asarray(self.tree.predicted, dtype=bool)[self.segments]
 
 
-def outline(record: Record, rng: random.Random | None = None) -> Outline:
-    """The segments of a valid record (see `records.validate`).
-
-    With `rng`, the items of dictionaries under `<ans>` are shuffled, as training does.
-    """
-    texts, codes = ["<root>"], bytearray(1)
-    _outline(record, 1, False, rng, texts, codes)
-    return Outline(texts, _segment_tree(bytes(codes)))
-
-
-def _outline(
-    node: dict[str, Tree],
-    depth: int,
-    under_answer: bool,
-    rng: random.Random | None,
-    texts: list[str],
-    codes: bytearray,
-) -> None:
-    items = list(node.items())
-    if under_answer and rng is not None:
-        rng.shuffle(items)
-    for key, value in items:
-        answer = under_answer or (depth == 1 and key == ANSWER)
-        texts.append(key)
-        codes.append(2 * depth)
-        if isinstance(value, str):
-            texts.append(value)
-            codes.append(2 * depth + 2 + answer)
-        else:
-            _outline(value, depth + 1, answer, rng, texts, codes)
-
-
-@lru_cache(maxsize=4096)
-def _segment_tree(codes: bytes) -> SegmentTree:
-    """The tree of segments that are given as 2 * depth, plus 1 where predicted."""
-    return SegmentTree(tuple(code // 2 for code in codes), tuple(code % 2 == 1 for code in codes))
-
-
-def is_shuffled(record: Record) -> bool:
-    """Whether training shuffles anything: some dictionary under `<ans>` has two items or more."""
-    return _has_choice(record[ANSWER])
-
-
-def _has_choice(node: Tree) -> bool:
-    if isinstance(node, str):
-        return False
-    return len(node) > 1 or any(map(_has_choice, node.values()))
-
-
-@lru_cache(maxsize=4096)
-def _relations(depths: tuple[int, ...]) -> np.ndarray:
-    # In depth-first order the lowest common ancestor of a and a later b lies at the least of
-    # depth(a) and depth(i) - 1 for the segments i after a, up to and including b.
-    depth = np.asarray(depths, dtype=np.int16)
-    common = np.empty((len(depth), len(depth)), dtype=np.int16)  # (S, S)
-    for a in range(len(depth)):
-        steps = np.concatenate([depth[a : a + 1], depth[a + 1 :] - 1])
-        common[a, a:] = common[a:, a] = np.minimum.accumulate(steps)
-    up = np.minimum(depth[:, None] - common, NUM_DEPTHS - 1)
-    down = np.minimum(depth[None, :] - common, NUM_DEPTHS - 1)
-    bucket = up * NUM_DEPTHS + down
-    result = np.where(bucket > 0, bucket + 1, 0).astype(np.uint8)
-    np.fill_diagonal(result, 0)
-    result.setflags(write=False)
-    return result
-
-
 class AnswerState(enum.IntFlag):
-    """What generation can make of a record's answer; 0 where the answer is not known.
+    """Whether generation can write a record's answer; 0 if the answer is not known.
 
     A record is encoded in the order of its fields, an answer included; generation encodes the
-    context alone. Both number the extension entries as they come, so an answer that stands before
-    its context may shift the numbers (`RENUMBERED`), and one with entries of its own, characters
-    that the vocabulary lacks, say, can be trained on and never be generated (not `WRITABLE`).
+    context alone. Both number the extension entries as they come, so an answer before its context
+    may shift the numbers (`RENUMBERED`). An answer that adds entries, such as characters that the
+    vocabulary lacks, can be trained on but never generated (not `WRITABLE`).
     """
 
     KNOWN = 1  # there is an answer
@@ -260,7 +162,7 @@ class Encoder:
         return self.encode_outline(segments, extension=extension)[0]
 
     def answer_state(self, outline: Outline, extension: Extension) -> AnswerState:
-        """What generation can make of a record's answer.
+        """Whether generation can write a record's answer.
 
         Args:
             extension: what `append` returned for the whole record.
@@ -289,7 +191,7 @@ class Encoder:
         return state
 
     def unwritable_pieces(self, record: Record) -> list[str]:
-        """What of a record's answer generation cannot write: see `AnswerState.WRITABLE`."""
+        """The parts of a record's answer that generation cannot write (`AnswerState.WRITABLE`)."""
         texts, tree = segments = outline(record)
         prompt = self.append(segments, TokenLists(), answers=False)
         size = len(prompt)

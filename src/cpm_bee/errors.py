@@ -1,4 +1,4 @@
-"""The errors a person can cause; `cli.run_command` reports them."""
+"""Errors that a user can cause; `cli.run_command` reports them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _REPR.maxdict = 8
 
 
 class CpmBeeError(Exception):
-    """Base of all errors that are reported by message instead of traceback."""
+    """Base class of the errors that are reported as a message, without a traceback."""
 
     exit_status = 1
 
 
 class RunError(CpmBeeError):
-    """A run that started well and failed (exit status 1)."""
+    """A run that started and then failed (exit status 1)."""
 
 
 class InterruptedRun(RunError):
@@ -83,7 +83,7 @@ class Problems:
 
 
 def shown(value: object) -> str:
-    """A value from a file, for a message: short, whatever the value is."""
+    """A short form of any value from a file, for a message."""
     try:
         return _REPR.repr(value)
     except ValueError:  # a number of more digits than Python writes

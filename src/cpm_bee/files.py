@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +25,7 @@ class BusyError(InputError):
 
 
 def is_usable_name(name: str) -> bool:
-    """Whether a path that a file gave can be looked up at all; Python raises where it cannot."""
+    """Whether the system can look up a path that a file contains."""
     try:
         parts = os.fsencode(name).split(b"/")
     except UnicodeEncodeError:  # half of a surrogate pair
@@ -33,7 +34,7 @@ def is_usable_name(name: str) -> bool:
 
 
 def refuse_lfs_pointer(path: str | Path) -> None:
-    """Raise `InputError` for a file that only stands in for one that Git LFS did not download."""
+    """Raise `InputError` for a Git LFS pointer, left where the file itself was not downloaded."""
     with open(path, "rb") as file:
         begin = file.read(len(_LFS_POINTER))
     if begin == _LFS_POINTER:
@@ -144,6 +145,45 @@ def _claim(temporary: Path, path: Path) -> int:
         else:
             entry.unlink()
     return lock
+
+
+@contextlib.contextmanager
+def exclusive(path: str | Path, busy: str) -> Iterator[None]:
+    """Hold a lock file for the block; the kernel drops the lock of a killed process.
+
+    Args:
+        path: the lock file, which is removed at the end.
+        busy: what the other process is doing and what to do about it, for the message.
+
+    Raises:
+        BusyError: another process holds the lock; names its number and its machine.
+    """
+    path = Path(path)
+    with _parent_folders(path):
+        descriptor = _lock(path, busy)
+        try:
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def _lock(path: Path, busy: str) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 300).decode("utf-8", "replace") or "another process"
+            os.close(descriptor)
+            raise BusyError(f"{holder} {busy}") from None
+        except OSError:
+            return descriptor  # a file system without locks
+        if os.fstat(descriptor).st_nlink:
+            return descriptor
+        os.close(descriptor)  # its holder has removed the file since we opened it
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 Each table has what to write here, and the names that mean the same elsewhere: in the trainers of
 Hugging Face and of the tools built on it, in Megatron-LM, DeepSpeed, Lightning and llama.cpp.
-A name stands in a script's table only where that script has a flag of this meaning.
+A script's table has a name only if that script has a flag with that meaning.
 """
 
 from __future__ import annotations

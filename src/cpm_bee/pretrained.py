@@ -50,14 +50,14 @@ class PretrainedModel:
     tensors: Tensors
 
     def materialize(self, device: torch.device) -> None:
-        """Put the values onto a device; a checkpoint's file is read once, in its order.
+        """Load the values onto a device; a checkpoint file is read once, in its order.
 
         Where type and device are the file's own, the tensors stay memory-mapped (copy on write).
         """
         load_into(self.model, self.tensors(), device)
 
     def materialize_mapped(self) -> None:
-        """Put the values in place as a file has them: in its types, memory-mapped."""
+        """Load the values as the file has them: in its types, memory-mapped."""
         for name, entry in self.tensors():
             set_parameter(self.model, name, entry.read())
 
@@ -87,7 +87,7 @@ def open_pretrained(
     seed: int = 0,
     quantize: str = quantization.NONE,
 ) -> PretrainedModel:
-    """A model without its values, with those of a checkpoint or, where `load` is None, random ones.
+    """Open a model without reading its values, which come from a checkpoint or are random.
 
     Args:
         model_config: a config file, or "auto" to derive it from the checkpoint.
@@ -134,7 +134,7 @@ def _random_pretrained(
     _set_type(model, dtype)
 
     def tensors() -> Iterator[tuple[str, LazyTensor]]:
-        # Of a model of its own: this one may be sharded by then.
+        # From a separate model: this one may be sharded by then.
         for name, tensor in initial_values(_meta_model(config), seed):
             yield name, LazyTensor.of(tensor)
 

@@ -57,7 +57,7 @@ def print_above_bar(text: str, file: TextIO | None = None) -> None:
 
 
 def silence_terminal() -> None:
-    """Let stdout and stderr lead nowhere where they are a terminal, which has been closed."""
+    """Redirect stdout and stderr to nowhere if they are a terminal, which has been closed."""
     for descriptor in (1, 2):
         if stat.S_ISCHR(os.fstat(descriptor).st_mode):
             _lead_nowhere(descriptor)

@@ -7,17 +7,13 @@ itself, or that an answer names although its record does not have them.
 
 from __future__ import annotations
 
-import json
 import re
-import shlex
-from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
-from pathlib import Path
 from typing import Any, TypeAlias
 
-from cpm_bee.errors import InputError, shown
+from cpm_bee.errors import shown
 from cpm_bee.tokenizer import MarkupError, split_markup
 
 ANSWER = "<ans>"
@@ -26,126 +22,16 @@ Record: TypeAlias = dict[str, Tree]
 
 # Deeper trees than any real one: walking recurses, and a bin record's unpickling does too.
 MAX_NESTING = 64
-# Bytes of a line of JSON, far more than any model reads at once. Tokens take 24 times as much.
-MAX_LINE = 8 << 20
 # Of one record: a line of a megabyte can have a hundred thousand.
 _MAX_PROBLEMS = 100
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Tokens that give the stream its structure, by name (what stands before the first "_"). In a text
-# they would end an answer, or stand for what the vocabulary lacks.
+# they would end an answer, or be taken for what the vocabulary lacks.
 CONTROL_NAMES = frozenset({"pad", "unk", "s", "/s", "root", "sep", "ans", "/n", "/"})
 # Special tokens that texts may hold; `escape_texts` leaves them as they are.
 _KEPT_BY_ESCAPE = re.compile(r"<(?:mask|option)(?:_[0-9]+)?>")
 _LESS_THAN = re.compile(r"<(?:[^<>]*>)?")  # with what would be its special token
 _LITERAL = "write a literal '<' as '<<', or let --escape do it for all texts"
-
-
-class DuplicateKeyError(ValueError):
-    """A JSON object has a key twice; all but the last value would be lost."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        raise DuplicateKeyError(next(key for key, count in counts.items() if count > 1))
-    return found
-
-
-def parse_line(line: str) -> tuple[Any, str | None]:
-    """Parse one line of JSON: (value, None), or (None, the reason why it cannot be used)."""
-    try:
-        return json.loads(line, object_pairs_hook=_unique), None
-    except DuplicateKeyError as error:
-        key = json.dumps(str(error), ensure_ascii=False)
-        return None, f"the key {key} stands there twice; only one of its values could be kept"
-    except json.JSONDecodeError as error:
-        return None, f"not valid JSON ({error.msg} at column {error.colno})"
-    except RecursionError:
-        return None, "not valid JSON (nested too deeply)"
-    except ValueError as error:  # e.g. a number of more digits than Python reads
-        return None, f"not valid JSON ({error})"
-
-
-def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """The non-blank lines of a UTF-8 text file with their numbers from 1.
-
-    A byte order mark at the beginning and carriage returns are dropped. Raises `InputError`, with
-    file:line, where the text is not UTF-8 or the file does not exist.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, start=1):
-            line, reason = decode_line(raw, path, is_first=number == 1)
-            if reason:
-                raise InputError(f"{path}:{number}: {reason}")
-            if line:
-                yield number, line
-
-
-def decode_line(raw: bytes, path: str | Path | None, *, is_first: bool) -> tuple[str, str | None]:
-    """A line's text ("" where it is blank) and None, or "" and the reason why it is no text.
-
-    Args:
-        path: of the file, for the command that converts it; None where it is no file.
-        is_first: the first line of a file may begin with a byte order mark.
-    """
-    if len(raw) > MAX_LINE:
-        return "", f"has {len(raw)} bytes; a line may have up to {MAX_LINE}"
-    try:
-        line = raw.decode("utf-8-sig" if is_first else "utf-8").strip("\r\n")
-    except UnicodeDecodeError as error:
-        return (
-            "",
-            f"not UTF-8 text ({error.reason} at byte {error.start}{_other_encoding(raw, path)})",
-        )
-    if "\0" in line:
-        return "", f"holds NUL characters{_other_encoding(raw, path) or ', which no text has'}"
-    return ("" if line.isspace() else line), None
-
-
-def _other_encoding(raw: bytes, path: str | Path | None) -> str:
-    """What a line that is not UTF-8 seems to be encoded in, with the command that converts it."""
-    encoding = ""
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in raw:
-        encoding = "UTF-16"
-    else:
-        try:
-            raw.decode("gb18030")
-            encoding = "GB18030"  # GBK and GB2312 are parts of it
-        except UnicodeDecodeError:
-            return ""
-    name = {"GB18030": "GBK"}.get(encoding, encoding)
-    if path is None:
-        return f"; it looks like {name}"
-    new = Path(path).with_suffix(".utf8" + Path(path).suffix).name
-    command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {shlex.quote(new)}"
-    return f"; it looks like {name}: {command}"
-
-
-def check_is_lines(path: Path) -> None:
-    """Refuse a file that holds one JSON array, or objects that run over several lines.
-
-    Raises:
-        InputError: with the command that writes one object a line.
-    """
-    with open(path, "rb") as file:
-        head = next((line for raw in file if (line := raw.strip(b"\xef\xbb\xbf \t\r\n"))), b"")
-    if not (head.startswith(b"[") or head == b"{"):
-        return
-    form = "a JSON array" if head.startswith(b"[") else "JSON over several lines"
-    code = (
-        "import json, sys; d = json.JSONDecoder(); t = sys.stdin.read().strip()\n"
-        "while t:\n v, n = d.raw_decode(t); t = t[n:].lstrip()\n"
-        " for r in v if isinstance(v, list) else [v]: print(json.dumps(r, ensure_ascii=False))"
-    )
-    new = shlex.quote(path.with_suffix(".lines.jsonl").name)
-    raise InputError(
-        f"{path}: is {form}; one record a line is expected. This writes it so:\n"
-        f"python -c {shlex.quote(code)} < {shlex.quote(str(path))} > {new}"
-    )
 
 
 def has_answer(answer: Tree) -> bool:
@@ -208,7 +94,7 @@ def _problems(record: Any) -> list[str]:
 
 
 def _answer_problems(record: Record) -> list[str]:
-    """Special tokens of the answer's texts that stand nowhere in the rest of a record.
+    """Special tokens of the answer's texts that do not appear in the rest of a record.
 
     Generation writes only those that its record has.
     """
@@ -219,7 +105,7 @@ def _answer_problems(record: Record) -> list[str]:
     context = {key: value for key, value in record.items() if key != ANSWER}
     known = _specials(context) | _specials(record[ANSWER], keys_only=True)
     return [
-        f"{token} in the answer stands nowhere in the rest of the record, so that it could never "
+        f"{token} in the answer does not appear in the rest of the record, so that it could never "
         f"be generated ({_LITERAL})"
         for token in sorted(wanted - known)
     ]
@@ -247,7 +133,7 @@ def _special_tokens(text: str) -> tuple[str, ...]:
 
 
 def _is_valid(record: Any) -> bool:
-    """Quickly whether there are no problems; false where that is not clear."""
+    """A quick check: true if there are certainly no problems."""
     texts: list[str] = []
     if not isinstance(record, dict) or not _collect(record, texts, 1):
         return False
@@ -264,7 +150,7 @@ def _is_valid(record: Any) -> bool:
 
 
 def _collect(node: dict, texts: list[str], depth: int) -> bool:
-    """Add the keys and leaves, whatever they are; false where the tree is too deep."""
+    """Collect keys and leaves of any type; false if the tree is too deep."""
     for key, value in node.items():
         if depth > 1 or key != ANSWER:
             texts.append(key)
@@ -296,8 +182,8 @@ def _tree_problems(node: dict, path: str, depth: int) -> Iterator[str]:
 
 
 def _has_leaf(node: Any) -> bool:
-    # Anything but a dictionary is either text or a problem of its own. A loop, as this is asked of
-    # trees of any depth.
+    # Anything but a dictionary is either text or a problem that is reported separately. This is a
+    # loop because a tree may be of any depth here.
     nodes = [node]
     while nodes:
         node = nodes.pop()

@@ -12,7 +12,7 @@ from cpm_bee.errors import InputError
 from cpm_bee.files import refuse_lfs_pointer
 
 NEWLINE, SPACE = "</n>", "</_>"
-_SPELLED = {NEWLINE: "\n", SPACE: " "}  # entries that stand for another text than their own
+_SPELLED = {NEWLINE: "\n", SPACE: " "}  # entries whose text is not their name
 REQUIRED = ("<pad>", "<unk>", "<s>", "</s>", "<root>", "<ans>", NEWLINE, SPACE)
 
 
@@ -46,7 +46,7 @@ def split_markup(text: str) -> Iterator[tuple[str, bool]]:
         inner = text.find("<", begin + 1, end if end >= 0 else len(text))
         if inner >= 0:
             raise MarkupError(
-                f"'<' at position {inner} stands inside the special token that "
+                f"'<' at position {inner} is inside the special token that "
                 f"begins at position {begin} (write a literal '<' as '<<', or give --escape)"
             )
         if end < 0:
@@ -105,7 +105,7 @@ class Tokenizer:
         self.ids = {token: i for i, token in enumerate(self.tokens)}
         if len(self.ids) != len(self.tokens):
             twice = [t for i, t in enumerate(self.tokens) if self.ids[t] != i]
-            raise InputError(f"{source}: {len(twice)} tokens stand there twice, e.g. {twice[0]!r}")
+            raise InputError(f"{source}: {len(twice)} tokens appear twice, e.g. {twice[0]!r}")
         missing = [t for t in REQUIRED if t not in self.ids]
         if missing:
             raise InputError(f"{source}: not a CPM-Bee vocabulary, it lacks {' '.join(missing)}")

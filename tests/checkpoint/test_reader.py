@@ -272,7 +272,7 @@ def test_names_that_stand_there_twice_and_a_head_that_is_not_tied(
     doubled = {**hugging_face(tensors), norm: tensors[norm], "lm_head.weight": torch.zeros(3, 4)}
     size = list(tensors["input_embedding.weight"].shape)
     assert problems(native(tmp_path, doubled)) == [
-        f"{norm}: stands there twice, with and without the prefix 'cpmbee.'",
+        f"{norm}: appears twice, with and without the prefix 'cpmbee.'",
         f"lm_head.weight: has shape [3, 4], it is tied to input_embedding.weight with {size}",
     ]
 

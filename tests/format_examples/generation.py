@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import cpm_bee.generate.beam_search as beam_module
-from cpm_bee.encoding import Encoder, outline
+from cpm_bee.encoding import Encoder
 from cpm_bee.generate.beam_search import (
     FinishedHypotheses,
     GenerationOptions,
@@ -18,6 +18,7 @@ from cpm_bee.generate.beam_search import (
 )
 from cpm_bee.generate.prompt import Prompt
 from cpm_bee.model.network import CPMBee
+from cpm_bee.segments import outline
 from format_examples.common import VOCABULARY, Json, Rows, example, number, numbers
 
 

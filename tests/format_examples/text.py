@@ -11,8 +11,9 @@ from golden.conftest import best_fit
 from pieces import split_pieces
 from support import ROOT
 
-from cpm_bee.encoding import Encoder, outline
+from cpm_bee.encoding import Encoder
 from cpm_bee.records import validate
+from cpm_bee.segments import outline
 from cpm_bee.tokenizer import ExtensionTable
 from format_examples.common import VOCABULARY, Json, Rows, batch_of, example
 

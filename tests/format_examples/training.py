@@ -1,4 +1,4 @@
-"""Section 8: optimiser, schedules, loss scale."""
+"""Section 8: optimizer, schedules, loss scale."""
 
 from __future__ import annotations
 

@@ -256,7 +256,7 @@ def mutate_zip(rng: random.Random, data: bytes) -> bytes:
 def write_zip(entries: list[tuple[str, bytes]], compression: int = zipfile.ZIP_STORED) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings(), zipfile.ZipFile(buffer, "w", compression) as archive:
-        warnings.simplefilter("ignore")  # names that stand there twice are meant
+        warnings.simplefilter("ignore")  # names that appear twice are meant
         for name, content in entries:
             archive.writestr(name, content)
     return buffer.getvalue()

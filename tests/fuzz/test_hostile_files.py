@@ -27,9 +27,10 @@ from cpm_bee.data.preprocess.pipeline import preprocess
 from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError
 from cpm_bee.generate.jsonl import read_records
+from cpm_bee.json_lines import MAX_LINE, parse_line
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.pretrained import load_pretrained
-from cpm_bee.records import MAX_LINE, escape_texts, parse_line, validate
+from cpm_bee.records import escape_texts, validate
 from cpm_bee.tokenizer import Tokenizer
 from fuzz import seeds
 from fuzz.limits import limits
@@ -374,7 +375,7 @@ def test_large_objects_take_no_quadratic_time() -> None:
         assert reason is None
         assert validate(escape_texts(value)) == []
         doubled, reason = parse_line(f'{{"<ans>": "", {keys}, "<a_7>": ""}}')
-        assert doubled is None and "stands there twice" in str(reason)
+        assert doubled is None and "appears twice" in str(reason)
 
 
 def test_messages_stay_short() -> None:

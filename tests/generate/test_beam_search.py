@@ -15,7 +15,7 @@ from properties import examples
 
 from cpm_bee import delta
 from cpm_bee.data.batch import collate, extension_pairs
-from cpm_bee.encoding import EncodedRecord, Encoder, outline
+from cpm_bee.encoding import EncodedRecord, Encoder
 from cpm_bee.errors import InputError, RunError
 from cpm_bee.generate.beam_search import (
     FinishedHypotheses,
@@ -27,6 +27,7 @@ from cpm_bee.generate.decoder import Decoder
 from cpm_bee.generate.prompt import Prompt, fill_answers
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.network import CPMBee
+from cpm_bee.segments import outline
 from cpm_bee.tokenizer import Tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared"

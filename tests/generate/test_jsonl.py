@@ -82,11 +82,23 @@ def test_what_the_vocabulary_lacks_is_listed_and_nothing_written(
     assert not any(tmp_path.iterdir())
 
 
-def test_nothing_is_left_where_generation_fails(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
-    generator = Generator(tiny_model, tiny_tokenizer)
-    placed = [jsonl.InputRecord("f:1", {"<ans>": ""})] * 2
-    calls = iter([{"<ans>": "x"}])  # the second call fails
-    monkeypatch.setattr(generator, "generate", lambda record, options: next(calls))
-    with pytest.raises(StopIteration):
-        jsonl.generate_file(generator, placed, OPTIONS, str(tmp_path / "made" / "out.jsonl"))
-    assert not any(tmp_path.iterdir())
+@pytest.mark.parametrize("link", ["itself", "symbolic", "hard"])
+def test_an_output_that_is_one_of_the_inputs_is_refused(tmp_path, link):
+    source = write(tmp_path / "in.jsonl", '{"<ans>": ""}')
+    output = tmp_path / "out.jsonl"
+    if link == "itself":
+        output = tmp_path / "sub" / ".." / "in.jsonl"
+        (tmp_path / "sub").mkdir()
+    elif link == "symbolic":
+        output.symlink_to(source)
+    else:
+        output.hardlink_to(source)
+    with pytest.raises(InputError, match=r"is the file .*in\.jsonl itself"):
+        jsonl.check_output(str(output), (None, "-", source))
+
+
+def test_an_output_of_its_own_is_accepted(tmp_path):
+    source = write(tmp_path / "in.jsonl", '{"<ans>": ""}')
+    jsonl.check_output("-", (source,))
+    jsonl.check_output(str(tmp_path / "new.jsonl"), (source, "-", None))
+    jsonl.check_output(write(tmp_path / "old.jsonl"), (source,))

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from golden.recipe import read_lines
 
-from cpm_bee.encoding import Encoder, outline
+from cpm_bee.encoding import Encoder
+from cpm_bee.segments import outline
 from cpm_bee.tokenizer import Tokenizer
 
 

@@ -1,4 +1,4 @@
-"""The network, its gradients and its optimiser against the golden numbers, in fp32."""
+"""The network, its gradients and its optimizer against the golden numbers, in fp32."""
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ from train_support import Workspace
 from cpm_bee.data.batch import collate
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.token_index.reader import TokenIndex
-from cpm_bee.encoding import outline
 from cpm_bee.engine.torch_engine import TorchEngine
 from cpm_bee.generate.beam_search import Generator
 from cpm_bee.generate.options import GenerationOptions
@@ -25,6 +24,7 @@ from cpm_bee.generate.prompt import Prompt
 from cpm_bee.model.network import CPMBee
 from cpm_bee.pretrained import load_pretrained
 from cpm_bee.records import Record, has_answer, validate
+from cpm_bee.segments import outline
 from cpm_bee.tokenizer import Tokenizer
 from cpm_bee.train.data_loader import DataLoader, PlannedStep
 from cpm_bee.train.evaluation import Evaluation, evaluate

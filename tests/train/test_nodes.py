@@ -217,7 +217,7 @@ def test_other_machines_wait_for_the_first(
 ) -> None:
     address, port = own_address(), free_port()
     monkeypatch.setattr(rendezvous, "_is_own", lambda number: False)
-    with pytest.raises(RunError, match=f"nobody answers at {address}:{port} within 1 seconds"):
+    with pytest.raises(RunError, match=f"no answer from {address}:{port} within 1 seconds"):
         rendezvous_flags(address, port, 2, 1.0)
     assert f"waiting up to 1 seconds for {address}:{port}" in capsys.readouterr().err
     with socket.create_server((address, port)):

@@ -201,7 +201,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         counts = Counter(key for key, _ in pairs)
         key = json.dumps(next(k for k, n in counts.items() if n > 1), ensure_ascii=False)
-        raise BadInput(f"the key {key} stands there twice; only one of its values could be kept")
+        raise BadInput(f"the key {key} appears twice; only one of its values could be kept")
     return found
 
 
@@ -227,7 +227,7 @@ def check_is_lines(source: Path) -> None:
         form = "a JSON array" if head.startswith(b"[") else "JSON over several lines"
         new = shlex.quote(f"{source.stem}.lines.jsonl")
         raise BadInput(
-            f"{source}: is {form}; one record a line is expected. This writes it so:\n"
+            f"{source}: is {form}; one record a line is expected. This command converts it:\n"
             f"python -c {shlex.quote(TO_LINES)} < {quoted(source)} > {new}"
         )
 

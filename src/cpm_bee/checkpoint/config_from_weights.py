@@ -1,4 +1,4 @@
-"""The config that a checkpoint's own tensors tell, and its comparison with a given one."""
+"""Derives the config from a checkpoint's tensors, and compares it with a given one."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def derive_config(checkpoint: Checkpoint, sidecar: dict[str, Any] | None = None)
 
 
 def _sidecar_config(path: Path, sidecar: dict[str, Any] | None) -> tuple[str, dict[str, Any]]:
-    """What is written down about a checkpoint's config, and where; maybe not all fields."""
+    """The config beside a checkpoint, and where it is from; it may lack fields."""
     noted = (sidecar or {}).get("config")
     if isinstance(noted, dict):
         return str(sidecar_path(path)), noted
@@ -78,7 +78,7 @@ def _first_shape(shapes: dict[str, tuple[int, ...]], ending: str) -> tuple[int, 
 def warn_of_contradictions(
     checkpoint: Checkpoint, sidecar: dict[str, Any] | None, derived: ModelConfig
 ) -> None:
-    """Say on stderr where the config beside a checkpoint tells other sizes than its tensors."""
+    """Warn if the config beside a checkpoint has other sizes than its tensors."""
     source, noted = _sidecar_config(checkpoint.path, sidecar)
     known = ModelConfig.native_names(noted)
     whole = {"mask_modules": ()} if "num_layers" in known else {}

@@ -1,4 +1,4 @@
-"""Values into the parameters of a model: the one place that does it.
+"""Loads values into the parameters of a model; no other module does.
 
 The tensors of a checkpoint are memory-mapped: reading a value reads its page of the file. They are
 converted a piece at a time into new memory of the model's own device and type, and the pages of

@@ -79,7 +79,7 @@ class Checkpoint:
             if native == _TIED:
                 tied = entry
             elif native in self.entries:
-                problems.add(native, "stands there twice, with and without the prefix 'cpmbee.'")
+                problems.add(native, "appears twice, with and without the prefix 'cpmbee.'")
             elif entry.dtype not in _DTYPES:
                 problems.add(native, f"has type {entry.dtype}, expected fp32, fp16 or bf16")
             else:
@@ -227,7 +227,7 @@ def load_tensors(path: Path, kind: str) -> dict[str, Any]:
             # Files of torch before 1.6 are no zip archives and cannot be mapped.
             values = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(values, dict):
-            # A tied tensor stands there a second time.
+            # A tied tensor appears a second time.
             check_held((v for name, v in values.items() if not _is_tied(name)), path)
     except pickle.UnpicklingError:
         raise InputError(
@@ -281,7 +281,7 @@ _LAYER = re.compile(r"encoder\.layers\.(\d{1,3})\.(self_att|ffn)\.")
 
 
 def layers_present(names: Iterable[str]) -> list[tuple[bool, bool]]:
-    """For each layer, whether any weight of its attention and of its FFN is there."""
+    """Whether any weight of the attention and of the FFN is there, for each layer."""
     present: dict[int, list[bool]] = {}
     for name in names:
         if match := _LAYER.match(name):

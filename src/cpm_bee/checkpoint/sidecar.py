@@ -1,6 +1,6 @@
 """The sidecar: a JSON file beside the weights that this project saves, with what they belong to.
 
-`run-best.json` stands beside `run-best.pt`. A full model's holds `config`, `vocab` and
+`run-best.json` is beside `run-best.pt`. A full model's holds `config`, `vocab` and
 `base_fingerprint`, a delta's `rank`, `alpha`, `targets` and `base_fingerprint`.
 """
 
@@ -23,7 +23,7 @@ def sidecar_path(weights: Path) -> Path:
 
 
 def read_sidecar(weights: Path) -> dict[str, Any]:
-    """What stands beside a file of weights; empty where nothing does.
+    """The sidecar of a file of weights; empty if there is none.
 
     Raises:
         InputError: the file is not a JSON object, or has numbers that are not finite.

@@ -1,4 +1,4 @@
-"""A look at a file of `torch.save` before torch reads it.
+"""Checks of a `torch.save` file before torch reads it.
 
 With `weights_only=True` torch runs no code from a file, but a file of a kilobyte can still make it
 take all memory, or time without end: by a compressed entry (a zip bomb), by `bytearray(10**10)`, by
@@ -79,7 +79,7 @@ def _check_pickle(file: IO[bytes]) -> None:
 
 
 def check_held(values: Iterable[Any], path: Path) -> None:
-    """Refuse tensors that have many more values than their file holds: views of few, or the same.
+    """Refuse tensors with far more values than their file holds, such as expanded views.
 
     Raises:
         ValueError: they have.

@@ -38,7 +38,7 @@ def payload_limit(block_size: int) -> int:
 
 
 class BlockLayout:
-    """Where a data file's records lie: in order, none across a block's end (docs/format.md §9)."""
+    """The places of a data file's records: in order, none across the end of a block (§9)."""
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
@@ -75,7 +75,7 @@ class BlockLayout:
 
 
 def frame(payload: bytes) -> bytes:
-    """A payload as it stands in a data file."""
+    """A payload in the form that a data file has."""
     return RECORD + LENGTH.pack(len(payload)) + payload
 
 

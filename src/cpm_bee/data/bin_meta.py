@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from cpm_bee import records
+from cpm_bee import json_lines
 from cpm_bee.errors import InputError, Problems, shown
 from cpm_bee.files import is_usable_name
 
@@ -35,7 +35,7 @@ def _preprocess_command(folder: Path) -> str:
 
 
 def remedy(folder: Path) -> str:
-    """What mends a damaged dataset, for messages."""
+    """The command that repairs a damaged dataset, for messages."""
     return f"make {folder} again from its records: {_preprocess_command(folder)} --overwrite"
 
 
@@ -55,8 +55,8 @@ def read_meta(folder: Path) -> list[FileInfo]:
         )
     problems = Problems()
     files = []
-    for number, line in records.read_lines(path):
-        value, reason = records.parse_line(line)
+    for number, line in json_lines.read_lines(path):
+        value, reason = json_lines.parse_line(line)
         found = [reason] if reason else _info_problems(value)
         problems.extend(f"{path}:{number}", found)
         if not found:
@@ -96,7 +96,7 @@ def _info_problems(value: Any) -> list[str]:
 
 
 def size_problems(folder: Path, info: FileInfo) -> list[str]:
-    """What a look at the file system tells against a data file; nothing if it is masked."""
+    """Problems of a data file that the file system shows; none if the file is masked."""
     path = folder / info.file_name
     if info.mask:
         return []

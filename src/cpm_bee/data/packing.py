@@ -1,14 +1,14 @@
-"""Which records make up which step: a function of lengths, seed, epoch and the rows of a step.
+"""Plans which records make up each step: a function of lengths, seed, epoch and rows per step.
 
 A step has so many rows of `max_length` tokens; a row holds whole records, one after the other. Row
 i of every step comes from *row stream* i, which owns a share of the records and packs them by
-itself: a rank plans the row streams that are its own, whatever other ranks do, and the plan is the
+itself: a rank plans its own row streams, independently of other ranks, and the plan is the
 same for any number of ranks and workers.
 
 Records are sorted by length and cut into groups of one record for each row stream. The records of a
 group are about equally long, so all row streams have about as many tokens, and end at about the
 same step. In every epoch the members of each group are dealt out again, and each row stream takes
-its members in a random order of its own. It then fills one row after the other from a window of the
+its members in its own random order. It then fills one row after the other from a window of the
 next records (`pack`), by the subset that fits best, which leaves about 1 % of a row empty.
 """
 
@@ -82,7 +82,7 @@ def best_subset(lengths: Sequence[int], space: int) -> list[int]:
 def micro_batches(
     numbers: Sequence[int], lengths: Sequence[int], max_tokens: int | None
 ) -> list[list[int]]:
-    """Split records into balanced parts of at most `max_tokens`; a longer record stands alone.
+    """Split records into balanced parts of at most `max_tokens`; a longer record is a part itself.
 
     The longest record first, each to the part with the fewest tokens; records of a part keep
     their order.

@@ -29,8 +29,10 @@ class _Refusing:
 
 
 class _Careful(_Refusing, pickle._Unpickler):
-    """For any pickle. It is written in Python: the one in C takes 16 bytes of memory for each memo
-    number up to the largest, and ten bytes of pickle can name number 2**32 - 1.
+    """The unpickler for any pickle.
+
+    It is written in Python: the one in C takes 16 bytes of memory for each memo number up to the
+    largest, and ten bytes of pickle can name number 2**32 - 1.
 
     Refused at once: tuples and sets, as a few bytes make one of 2**60 items whose hash never ends;
     a bytearray, whose memory is taken before its bytes are there.
@@ -50,7 +52,7 @@ for _operation in _NO_RECORD:
 
 
 class _Quick(_Refusing, pickle.Unpickler):
-    """For pickles that `_is_plain`."""
+    """The unpickler for pickles that `_is_plain`."""
 
 
 # Bytes of an operation with its argument, of those that make dictionaries of strings. None of
@@ -118,6 +120,6 @@ def _refuse_shared(value: Any) -> None:
         node = nodes.pop()
         if isinstance(node, dict):
             if id(node) in seen:
-                raise InputError("a dictionary stands there in several places, this is no tree")
+                raise InputError("a dictionary appears in several places, so this is not a tree")
             seen.add(id(node))
             nodes.extend(node.values())

@@ -1,4 +1,4 @@
-"""Finds out which rank of a run has ended or hangs, so that the others do not wait for it.
+"""Detects a rank that has ended or hangs, so that the others do not wait for it.
 
 A collective operation ends in an error when a peer's connection breaks, but the error does not name
 the peer; and it waits for half an hour when the peer hangs. So every rank runs a thread that

@@ -1,4 +1,4 @@
-"""The process group of a run: joined, left, and what the end of one rank does to the others."""
+"""Join and leave the process group of a run; report ranks that end early."""
 
 from __future__ import annotations
 

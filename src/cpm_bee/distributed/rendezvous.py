@@ -81,7 +81,7 @@ def _wait_for_host(address: str, port: int, seconds: float) -> str:
             print(text, file=sys.stderr, flush=True)
         time.sleep(0.2)
     raise RunError(
-        f"nobody answers at {address}:{port} within {seconds:.0f} seconds (RDZV_TIMEOUT): "
+        f"no answer from {address}:{port} within {seconds:.0f} seconds (RDZV_TIMEOUT): "
         "MASTER_ADDR must be the first machine's address on all machines, the run must have been "
         "started there too, and a firewall must let port MASTER_PORT pass"
     )

@@ -1,4 +1,4 @@
-"""Engines: how a model is distributed over processes and stepped; see `engine.protocol`."""
+"""Engines distribute a model over processes and step it; see `engine.protocol`."""
 
 from cpm_bee.engine.protocol import (
     Engine,

@@ -1,4 +1,4 @@
-"""The bmtrain engine: ZeRO-3 on CUDA, with the optimizer's state on the host.
+"""The bmtrain engine: ZeRO-3 on CUDA, with the optimizer state on the host.
 
 The only file that imports bmtrain, and only once an engine is made. bmtrain 1.0.1 is the version
 that this is written for: what is relied on, and which of its ways fail silently, is tested in

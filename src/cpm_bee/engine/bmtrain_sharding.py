@@ -1,4 +1,4 @@
-"""Spreads a model over processes with bmtrain, which the caller hands in."""
+"""Shards a model over processes with bmtrain, which the caller passes in."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _convert(part: Any, dtype: torch.dtype) -> None:
 def _block(
     bmt: Any, layer: TransformerBlock, autocast: Callable[[], AbstractContextManager[Any]]
 ) -> nn.Module:
-    """A layer that has its whole tensors only while it computes, forward or backward.
+    """A layer whose tensors are gathered only while it computes, forward or backward.
 
     It recomputes activations by itself (`TransformerBlock.checkpointing`). bmtrain's way detaches
     the arguments, and the gradient of a tensor that reaches a layer in another way, as the trained
@@ -81,10 +81,10 @@ def _block(
 
 
 def _gathered_once(model: CPMBee) -> Callable[[], AbstractContextManager[None]]:
-    """The context of a pass: it gathers what is outside of layers, each tensor once.
+    """The context of a pass, which gathers each tensor outside of the layers once.
 
     By itself bmtrain gathers at each access. Their number depends on the records, so that
-    processes would wait for each other for ever; and the embedding is accessed three times.
+    processes would wait for each other forever; and the embedding is accessed three times.
     """
     outside = [
         (module, leaf)

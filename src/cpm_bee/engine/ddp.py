@@ -1,4 +1,4 @@
-"""A model that every process has whole: gradients are summed, once a step, in one flat tensor."""
+"""DDP: every process holds the whole model; one flat all-reduce sums the gradients of a step."""
 
 from __future__ import annotations
 

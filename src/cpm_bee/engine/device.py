@@ -1,4 +1,4 @@
-"""What a run computes on and in: the device, the compute type, and the memory that is free."""
+"""The device of a run, its compute type, and the free memory."""
 
 from __future__ import annotations
 

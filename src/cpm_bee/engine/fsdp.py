@@ -1,4 +1,4 @@
-"""A model of which every process has a part of each tensor (FSDP2); imported where it is used.
+"""FSDP2: every process holds a part of each tensor. Imported only where it is used.
 
 PyTorch gathers the tensors of a layer when its forward or backward pass begins, and forgets the
 others' parts when it ends.
@@ -36,7 +36,7 @@ _PASSES = ("loss", "score")
 
 
 class FSDPStrategy(ParallelStrategy):
-    """Every process has some rows of each tensor, which is cut along its first dimension.
+    """Every process holds some rows of each tensor, which is sharded along its first dimension.
 
     Args:
         tensors: the values of the model's tensors on the meta device; of each, a process reads
@@ -55,7 +55,7 @@ class FSDPStrategy(ParallelStrategy):
         self._mesh = init_device_mesh(device.type, (world_size,))
 
     def distribute(self, model: CPMBee) -> None:
-        """Cut all tensors of a model, and read those parts that this process has.
+        """Shard all tensors of a model, and read the parts that this process holds.
 
         Tensors on the meta device get their values from `tensors`. The others, which must be the
         same on all processes and are small (a LoRA's), keep their own.

@@ -1,4 +1,4 @@
-"""How the torch engine's processes divide a model between them: the interface, and the choice.
+"""How the processes of the torch engine divide a model: the interface, and the choice.
 
 `ddp.DDPStrategy`: each process has the whole model. `fsdp.FSDPStrategy`: each has a part of every
 tensor. The engine does everything else alike for both, on this process's parts.
@@ -31,7 +31,7 @@ class ParallelStrategy(ABC):
 
     @abstractmethod
     def distribute(self, model: CPMBee) -> None:
-        """Leave this process its part of a model, on its device; collective."""
+        """Reduce a model to this process's part, on its device; collective."""
 
     @abstractmethod
     def local(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What the trainer and its set-up ask of an engine. They know these verbs only.
+"""The interface that the trainer and its set-up use; they know nothing else about an engine.
 
 An engine is one process of a run. It is used in this order: `load_model` gives the model its
 values, `prepare` takes it over for training, then `autocast`, `backward` and `step` train it, and
@@ -55,7 +55,7 @@ def shrunk_scale(scale: float, dtype: torch.dtype, factor: float) -> float:
 
 
 class TensorStatistics(NamedTuple):
-    """Of one trained tensor after a step; `grad_norm` after clipping."""
+    """Statistics of one trained tensor after a step; `grad_norm` is the norm after clipping."""
 
     name: str
     shape: tuple[int, ...]
@@ -82,7 +82,7 @@ class Engine(Protocol):
         """The present loss scale; 1 where none is used (any type but fp16)."""
 
     def load_model(self, pretrained: PretrainedModel, parallel: str, offload: bool) -> str:
-        """Give the model of `open_pretrained` its values, or see to it that `prepare` does.
+        """Load the values of `open_pretrained`'s model, now or in `prepare`.
 
         Collective.
 

@@ -163,7 +163,7 @@ class _Search:
             last = tokens[-1]
             following = Token(*self._decoder.pair(number), last.answer, last.position + 1)
             if is_last or (closes and last.answer + 1 == self._num_answers):
-                # Each token before, `<s>` included, stands for one that was predicted after it.
+                # Each earlier token, `<s>` included, accounts for the prediction of the next one.
                 score = log_p / len(tokens)
                 self._finished.add(score, tokens if closes else (*tokens, following))
                 continue

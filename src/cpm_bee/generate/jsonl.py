@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import NamedTuple
 
-from cpm_bee import records
+from cpm_bee import json_lines, records
 from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError, Problems
-from cpm_bee.files import atomic_file
 from cpm_bee.generate.beam_search import Generator
 from cpm_bee.generate.options import GenerationOptions
+from cpm_bee.generate.output import Output, resumable_file
 from cpm_bee.generate.prompt import Prompt
 from cpm_bee.progress import progress_bar
 from cpm_bee.records import ANSWER, Record
@@ -47,12 +48,12 @@ def read_records(path: str) -> list[InputRecord]:
     Raises `InputError` with all problems of all lines.
     """
     if path != STANDARD and Path(path).is_file():
-        records.check_is_lines(Path(path))
+        json_lines.check_is_lines(Path(path))
     inputs: list[InputRecord] = []
     problems = Problems()
     name = "standard input" if path == STANDARD else path
     for number, line in _lines(path):
-        value, reason = records.parse_line(line)
+        value, reason = json_lines.parse_line(line)
         found = [reason] if reason else records.validate(value)
         problems.extend(f"{name}:{number}", found)
         if not found:
@@ -68,10 +69,10 @@ def read_records(path: str) -> list[InputRecord]:
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
     if path != STANDARD:
-        yield from records.read_lines(path)
+        yield from json_lines.read_lines(path)
         return
     for number, raw in enumerate(sys.stdin.buffer, start=1):
-        line, reason = records.decode_line(raw, None, is_first=number == 1)
+        line, reason = json_lines.decode_line(raw, None, is_first=number == 1)
         if reason:
             raise InputError(f"standard input:{number}: {reason}")
         if line:
@@ -89,37 +90,63 @@ def check_vocabulary(inputs: Sequence[InputRecord], encoder: Encoder) -> None:
     problems.raise_if_any(f"{problems.count} records cannot be encoded, nothing was written")
 
 
+def check_output(output: str, inputs: Iterable[str | None]) -> None:
+    """Raise `InputError` if the output would replace a file that is read, also through a link."""
+    for path in inputs:
+        if path not in (None, STANDARD) and output != STANDARD and _is_same_file(path, output):
+            raise InputError(
+                f"--output {output}: this is the file {path} itself, which is read; its contents "
+                "would be replaced: give another --output"
+            )
+
+
+def _is_same_file(path: str, other: str) -> bool:
+    try:
+        return os.path.samefile(path, other)
+    except OSError:
+        return False  # one of them is not there
+
+
 def generate_file(
     generator: Generator,
     inputs: Sequence[InputRecord],
     options: GenerationOptions,
     output: str,
+    *,
+    resume: bool = False,
 ) -> Score:
-    """Write each record with the model's answer in place of its own, one a line.
+    """Write each record with the model's answer in place of its own, one per line.
 
     Args:
-        output: a file, which appears when it is complete; "-" is standard output, written line
-            by line.
+        output: a file, which has this name when it is complete and `output`.partial before; "-" is
+            standard output.
+        resume: go on after the records that an interrupted call has left in `output`.partial.
 
     Raises:
-        InputError: a record cannot be encoded (all are listed), or `output` is a folder.
+        InputError: a record cannot be encoded (all are listed); or as `resumable_file`.
+        InterruptedRun: a signal ended it; the records that were written are kept.
     """
     check_vocabulary(inputs, generator.encoder)
-    correct = answered = 0
-    with _output(output) as file:
-        for _, record in progress_bar(inputs, description="generating", unit="records"):
-            result = generator.generate(record, options)
-            file.write(json.dumps(result, ensure_ascii=False) + "\n")
-            if output == STANDARD:
-                file.flush()
+    given = [record for _, record in inputs]
+    with _output(output, given, resume) as (file, done):
+        correct = answered = 0
+        for i, record in enumerate(progress_bar(given, description="generating", unit="records")):
+            if i < len(done):
+                result = done[i]
+            else:
+                result = generator.generate(record, options)
+                file.write(json.dumps(result, ensure_ascii=False) + "\n")
+                file.flush()  # a kill loses no record
             if records.has_answer(record[ANSWER]):
                 answered += 1
                 correct += result[ANSWER] == record[ANSWER]
     return Score(correct, answered)
 
 
-def _output(path: str) -> AbstractContextManager[IO[Any]]:
+def _output(path: str, given: Sequence[Record], resume: bool) -> AbstractContextManager[Output]:
     if path != STANDARD:
-        return atomic_file(Path(path))
+        return resumable_file(Path(path), given, resume=resume)
+    if resume:
+        raise InputError("--resume: standard output cannot be resumed, give a file as --output")
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    return contextlib.nullcontext(sys.stdout)
+    return contextlib.nullcontext(Output(sys.stdout, ()))

@@ -80,6 +80,12 @@ class TextGenerationOptions(GenerationOptions, CommandOptions):
         "写入作答后的记录的文件；`-` 为标准输出",
         metavar="FILE",
     )
+    resume: bool = FILES.option(
+        False,
+        "go on after the records that an interrupted start of the same command has left in "
+        "`OUTPUT.partial`",
+        "接着上次中断时留在 `OUTPUT.partial` 中的记录继续生成（命令须与上次相同）",
+    )
     load: str = MODEL.option(
         "ckpts/pytorch_model.bin",
         "checkpoint of the base model, or of a fully fine-tuned one",

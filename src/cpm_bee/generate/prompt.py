@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cpm_bee.data.batch import Pair
-from cpm_bee.encoding import EncodedRecord, Encoder, outline
+from cpm_bee.encoding import EncodedRecord, Encoder
 from cpm_bee.records import ANSWER, Record, Tree
+from cpm_bee.segments import outline
 from cpm_bee.tokenizer import ExtensionTable, Tokenizer
 
 
@@ -41,7 +42,7 @@ class Prompt:
 
     @property
     def has_unknown(self) -> bool:
-        """Whether the context holds text that the vocabulary lacks: `<unk>` then stands for it."""
+        """Whether the context has text that the vocabulary lacks, which `<unk>` then represents."""
         return (self._tokenizer.unk, 0) in self._extension_numbers
 
     def text(self, tokens: Sequence[Pair]) -> str:

@@ -11,7 +11,7 @@ else in the model runs on the flat stream and has no padding at all.
 unpad. Padded queries see every key, because a softmax over nothing is NaN; their outputs are never
 read. `PaddedAttention` looks the biases up once and serves all layers.
 
-Padding and unpadding are autograd functions of their own: each token has exactly one slot that is
+Padding and unpadding are separate autograd functions: each token has exactly one slot that is
 read back, so forward and backward of both are gathers. PyTorch's gradient of an indexing adds into
 places instead, which is slower. Hazard: `_Pad` drops the gradients of padding. They are zero only
 because `_Unpad` gives padded queries an output gradient of zero and no other query sees a padded
@@ -30,10 +30,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from cpm_bee.data.batch import Batch
-from cpm_bee.encoding import NUM_DEPTHS
 from cpm_bee.errors import InputError
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.frozen.buffers import buffer_pool
+from cpm_bee.segments import NUM_DEPTHS
 
 # A group takes records down to this share of its longest one's length.
 _GROUP_SHARE = 0.8
@@ -97,7 +97,7 @@ class PositionBias(nn.Module):
 
 
 class _PaddedGroup(NamedTuple):
-    """For each of G records consecutive tokens of the stream, padded to the longest, W."""
+    """Consecutive tokens of the stream for each of G records, padded to the longest, W."""
 
     tokens: torch.Tensor  # (G, W) indices; the record's last one again for padding
     valid: torch.Tensor  # (G, W) bool
@@ -175,7 +175,7 @@ class PaddedGroups:
 
     @classmethod
     def of(cls, batch: Batch, bias: PositionBias, *, at_targets: bool = False) -> PaddedGroups:
-        """With every token as a query, or only the positions that have a target."""
+        """The groups with every token as a query, or only the positions that have a target."""
         device = batch.ids.device
         starts = _starts(batch.lengths)
         counts = list(batch.lengths)

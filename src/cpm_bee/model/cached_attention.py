@@ -41,7 +41,7 @@ class KeyValue(NamedTuple):
 
 
 class KeyValueCache(Protocol):
-    """What the model asks of a cache."""
+    """The interface of a KV cache."""
 
     def set_prompt(self, layer: int, prompt: KeyValue) -> None:
         """Keep the prompt's keys and values of a layer."""

@@ -1,4 +1,4 @@
-"""Layers compiled by torch.compile. Imported only where wanted: it loads the compiler.
+"""Layers compiled by torch.compile. Imported only on demand, because it loads the compiler.
 
 `compile_blocks` compiles `TransformerBlock.layer_output` of each layer and hands the result to
 the layer, whose `forward` uses it from then on. The attention itself is left out of the graph: it

@@ -11,7 +11,7 @@ from typing import Any
 
 from cpm_bee.errors import InputError, Problems, shown
 
-# Hugging Face's name -> ours; both may stand in a config file.
+# Hugging Face's name -> ours; a config file may use either.
 _HUGGING_FACE = {
     "hidden_size": "dim_model",
     "num_hidden_layers": "num_layers",
@@ -57,7 +57,7 @@ class ModelConfig:
 
     @staticmethod
     def read(path: str | Path) -> dict[str, Any]:
-        """The fields of a config file as they stand there, not checked and maybe not complete."""
+        """The fields of a config file as they are written: unchecked, perhaps incomplete."""
         path = Path(path)
         if not path.is_file():
             raise InputError(f"{path}: no such model config (see --model-config)")
@@ -137,7 +137,7 @@ def _check(name: str, value: Any) -> str | None:
 
 
 def _contradictions(values: dict[str, Any]) -> Iterator[str]:
-    """What is wrong between fields that are right by themselves; some may be missing."""
+    """Contradictions between fields that are valid by themselves; some may be missing."""
     masks, layers = values.get("mask_modules"), values.get("num_layers")
     if masks and layers and len(masks) != layers:
         yield f'"mask_modules" has {len(masks)} pairs for {layers} layers'

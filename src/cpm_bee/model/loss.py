@@ -40,7 +40,7 @@ class Scores(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """What generation could write at each of N targets, beside the ordinary vocabulary."""
+    """The candidates of generation at each of N targets, beside the ordinary vocabulary."""
 
     unk: int  # id of <unk>
     has_unk: torch.Tensor  # (N,) bool

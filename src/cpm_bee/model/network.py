@@ -107,7 +107,7 @@ class CPMBee(nn.Module):
             )
 
     def prefill(self, prompt: Batch, answers: Sequence[int], cache: KeyValueCache) -> Prefill:
-        """Run a prompt and put its keys and values into `cache`; what `decode` needs besides.
+        """Run a prompt, fill `cache` with its keys and values, and return what `decode` needs.
 
         Args:
             prompt: one record whose answers have segments but no tokens.
@@ -169,7 +169,7 @@ def _compute_dtype(h: torch.Tensor) -> torch.dtype:
 
 
 def _candidates(batch: Batch) -> Candidates | None:
-    """What generation may write at each target, where the batch knows it."""
+    """The candidates of generation at each target, if the batch has them."""
     if batch.unk_is_candidate is None or batch.extension_is_candidate is None:
         return None
     own = batch.target_records  # (N,)

@@ -1,4 +1,4 @@
-"""A base quantised once: tensor by tensor into a safetensors file beside its checkpoint.
+"""Quantises a base once, tensor by tensor, into a safetensors file beside its checkpoint.
 
 The file has `NAME.codes` and `NAME.absmax` for each Linear of the blocks; embedding, norms and
 bias table are as the checkpoint has them. Its metadata name the base by fingerprint.
@@ -61,7 +61,7 @@ def cache_path(checkpoint: Path, format: Format) -> Path:
 def quantized_entries(model: CPMBee, checkpoint: Checkpoint, kind: str) -> dict[str, LazyTensor]:
     """The tensors of a quantised model; its Linears, on the meta device, become quantised ones.
 
-    They stand in the file beside the checkpoint, which is made where it is missing, stale or
+    They come from the file beside the checkpoint, which is made if it is missing, stale or
     damaged. Where it cannot be written, a message says so and they are made in memory.
 
     Args:
@@ -90,7 +90,7 @@ def _stored_tensors(model: CPMBee, checkpoint: Checkpoint) -> list[_Stored]:
 def _from_cache(
     checkpoint: Checkpoint, format: Format, stored: list[_Stored]
 ) -> dict[str, LazyTensor] | None:
-    """The tensors of the file, which is made first where necessary; None where it cannot be."""
+    """The tensors of the file, which is made first if necessary; None if it cannot be made."""
     path = cache_path(checkpoint.path, format)
     notes = {
         "format": format.name,
@@ -103,7 +103,7 @@ def _from_cache(
             return found
         logger.info(f"quantising {checkpoint.path} to {format.name}, once")
         try:
-            if locked:  # what a killed run left is nobody's
+            if locked:  # files left by a killed run are not in use
                 for left in path.parent.glob(f".{path.name}.partial-*"):
                     left.unlink()
             with atomic_file(path, "wb") as file:

@@ -127,7 +127,7 @@ class NF4(Format):
         return ((flat[::2] << 4) | flat[1::2]).view(len(w), -1), absmax.view(len(w), -1)
 
     def _decode(self, codes: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> None:
-        # A byte stands for two values. As one item of 8 bytes they are fetched in one go.
+        # A byte holds two values. Fetched as one item of 8 bytes, they take one look-up.
         value = torch.tensor(NF4_VALUES, device=codes.device)
         pairs = torch.stack([value.repeat_interleave(16), value.repeat(16)], dim=1)  # (256, 2)
         torch.index_select(

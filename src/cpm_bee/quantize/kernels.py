@@ -1,4 +1,4 @@
-"""bitsandbytes' CUDA kernels on the same NF4 bytes; used where both are there, needed nowhere.
+"""bitsandbytes' CUDA kernels on the same NF4 bytes; used if available, never required.
 
 Its API (0.50): `functional.QuantState`, `functional.dequantize_4bit`, `matmul_4bit`. It wants the
 codes as one column, and the scales of all blocks in a row, which is how ours lie in memory.

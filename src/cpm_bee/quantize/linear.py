@@ -91,7 +91,7 @@ def _frozen(tensor: torch.Tensor) -> nn.Parameter:
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ that keeps the operands of W alone and makes W again for the gradient of x."""
+    """x Wᵀ; saves only the operands of W, and rebuilds W for the gradient of x."""
 
     @staticmethod
     def forward(
@@ -126,7 +126,7 @@ def quantize_(model: nn.Module, format: Format) -> None:
 
 
 def insert_quantized_linears(model: nn.Module, format: Format) -> None:
-    """Put a QuantizedLinear without values in the place of each Linear of a model without values.
+    """Replace each Linear of a model without values by a QuantizedLinear without values.
 
     Raises:
         InputError: as `quantize_`.

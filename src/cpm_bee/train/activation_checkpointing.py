@@ -1,4 +1,4 @@
-"""Whether a run computes activations again in the backward pass (`--checkpointing`)."""
+"""Whether a run recomputes activations in the backward pass (`--checkpointing`)."""
 
 from __future__ import annotations
 

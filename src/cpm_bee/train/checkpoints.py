@@ -1,8 +1,9 @@
-"""The files of a run: best and last weights, and the state to go on from."""
+"""The files of a run: best and last weights, and the training state for resuming."""
 
 from __future__ import annotations
 
 import shutil
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from cpm_bee.checkpoint.sidecar import write_sidecar
 from cpm_bee.delta import DeltaConfig
 from cpm_bee.delta import save as save_delta
 from cpm_bee.errors import InputError, Problems, shown
+from cpm_bee.files import exclusive
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.train.saved_state import check_state
 
@@ -25,7 +27,7 @@ _NOT_RECORDED = (
 
 
 class RunProvenance(NamedTuple):
-    """What the weights of a run belong to."""
+    """What the weights of a run were made from."""
 
     config: ModelConfig
     vocabulary: str  # path of the vocabulary
@@ -53,13 +55,30 @@ class RunFiles:
         One earlier run is kept. Returns the folder if there was one.
         """
         earlier = self.files_of_previous()
-        if not earlier:
+        # Moved into a folder of their own first, so that after a kill at any point the next start
+        # goes on with what is missing, and the run before is removed last.
+        incoming = self.previous.with_name(f".{self.previous.name}.incoming")
+        outgoing = self.previous.with_name(f".{self.previous.name}.outgoing")
+        if not earlier and not incoming.is_dir():
+            shutil.rmtree(outgoing, ignore_errors=True)
             return None
-        shutil.rmtree(self.previous, ignore_errors=True)
-        self.previous.mkdir()
+        incoming.mkdir(exist_ok=True)
         for path in earlier:
-            path.rename(self.previous / path.name)
+            path.rename(incoming / path.name)
+        if self.previous.exists():
+            shutil.rmtree(outgoing, ignore_errors=True)
+            self.previous.rename(outgoing)
+        incoming.rename(self.previous)
+        shutil.rmtree(outgoing, ignore_errors=True)
         return self.previous
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Keep other runs from writing the same files; the context of a run."""
+        return exclusive(
+            self._folder / f".{self._name}.lock",
+            f"is writing {self._folder / self._name}-*; wait for that run to end, or give another "
+            "--save-name",
+        )
 
     def files_of_previous(self) -> list[Path]:
         """The files that a run of this name has left in the folder."""
@@ -86,7 +105,7 @@ class RunFiles:
     def save_state(
         self, engine: dict[str, Any], progress: dict[str, Any], settings: dict[str, Any]
     ) -> None:
-        """Save what `load_state` returns; `settings` are what a resumed run must have too."""
+        """Save the training state; a resumed run must have the same `settings`."""
         state = {
             "settings": settings,
             "delta": self._delta(),

@@ -1,4 +1,4 @@
-"""What can be checked before a run starts: all that its flags say, and all files that they name.
+"""Checks before a run starts: its flags, and all files that they name.
 
 Each process does it alone, before it waits for others. Of weights only samples are read, and
 nothing is written, with one exception: a run that is no dry run and has no mistakes so far makes
@@ -45,7 +45,7 @@ SavedState = tuple[dict[str, Any], dict[str, Any]]  # of the engine, and of the 
 
 @dataclass
 class Inputs:
-    """What a run is made from. The model has its LoRA, but no values yet.
+    """The inputs of a run. The model has its LoRA, but no values yet.
 
     Attributes:
         engine: "torch" or "bmtrain".
@@ -72,7 +72,7 @@ class Inputs:
 
 
 def check(options: Options) -> Inputs:
-    """Open and check what a run is made from.
+    """Open and check the inputs of a run.
 
     Raises:
         InputError: with everything that is wrong.

@@ -1,4 +1,4 @@
-"""From a token index and a plan to the batches of one rank."""
+"""The batches of one rank, from a token index and a plan."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class DataLoader:
         return (self._index.answers[numbers] & AnswerState.WRITABLE) > 0
 
     def unwritable_answers(self, most: int = 3) -> list[str]:
-        """Some records whose answer generation cannot write: where each is, and what it lacks."""
+        """Some records whose answer cannot be generated, each with the parts that cannot."""
         states = self._index.answers & (AnswerState.KNOWN | AnswerState.WRITABLE)
         numbers = np.flatnonzero(states == AnswerState.KNOWN)[:most].tolist()
         return [self._index.unwritable_answer(number) for number in numbers]
@@ -115,7 +115,7 @@ class DataLoader:
             yield step
 
     def _exchange(self, epoch: int, rows: list[PackedRow]) -> PlannedStep:
-        """What the ranks tell each other of a step, of which each knows its own rows."""
+        """Exchange the figures of a step between the ranks, each of which knows its own rows."""
         index = self._index
         shares = self._shares(rows)
         numbers = [number for share in shares for number in share]

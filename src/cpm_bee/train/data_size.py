@@ -1,4 +1,4 @@
-"""How much there is to train on: from a token index or, before there is one, from some records."""
+"""The size of a data set, from its token index or, before there is one, from a sample."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SAMPLE = 1000  # records that are read where there is no token index: a fraction
 
 @dataclass(frozen=True)
 class StepShape:
-    """What makes the plan of a run's steps, beside the lengths of the records.
+    """The settings that, with the lengths of the records, determine the plan of steps.
 
     Attributes:
         rows: rows of `max_length` tokens of a step, over all ranks and micro-steps.
@@ -41,7 +41,7 @@ class StepShape:
         return self.rows * self.max_length
 
     def settings(self, dataset_fingerprint: str) -> dict[str, Any]:
-        """What a resumed run must have as before: with other values, a step is another one."""
+        """The settings that a resumed run must keep; with others, its steps would differ."""
         return {
             "records of --dataset": dataset_fingerprint,
             "rows of a step (--batch-size, --accumulate, processes)": self.rows,
@@ -54,7 +54,7 @@ class StepShape:
 
 @dataclass(frozen=True)
 class DataSize:
-    """What is trained on, or evaluated on, of a data set."""
+    """How many records of a data set are used for training or evaluation, and how many are not."""
 
     num_records: int  # that have an answer and fit into a row
     num_too_long: int
@@ -112,7 +112,7 @@ def usable_lengths(index: TokenIndex, max_length: int) -> np.ndarray:
 
 
 class DataSurvey(NamedTuple):
-    """What can be known of a data set without writing a token index."""
+    """What is known about a data set without writing a token index."""
 
     size: DataSize
     lengths: np.ndarray  # of the records that were looked at, and their targets

@@ -1,4 +1,4 @@
-"""What a dry run prints: the run that its flags ask for, after `checks` has found no mistake.
+"""The output of a dry run: what would run, after `checks` has found no mistake.
 
 It is one process without torch.distributed, which writes nothing. It plans for as many processes
 as WORLD_SIZE says: scripts/finetune_cpm_bee.sh sets it as torchrun would for rank 0.

@@ -1,4 +1,4 @@
-"""What is wrong with a run by its flags alone, and which paths that they name are missing."""
+"""Checks of flags that need no file, and of the paths that flags name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_SEED = 2**48
 
 
 def check_flags(options: Options, num_processes: int, problems: Problems) -> None:
-    """Find what the flags alone make impossible."""
+    """Find combinations of flags that cannot work."""
     if options.load is None and options.use_delta:
         problems.add("--use-delta", "needs a base model (--load CHECKPOINT)")
     if options.quantize != quantize.NONE and not options.use_delta:

@@ -1,4 +1,4 @@
-"""What a run tells: lines for people, JSON lines for programs, TensorBoard events."""
+"""The output of a run: lines for people, JSON lines for programs, TensorBoard events."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Reporter:
     def train_step(
         self, values: dict[str, Any], *, seconds: float, row_fill: float, skipped: bool
     ) -> None:
-        """One optimiser step. `row_fill` is the share of the step's rows that holds tokens."""
+        """One optimizer step. `row_fill` is the share of the step's rows that holds tokens."""
         self._log("train", values)
         if self._events is not None:
             names = ("loss", "lr", "grad_norm", "loss_scale", "tokens_per_second")

@@ -63,7 +63,7 @@ class MemoryEstimate(NamedTuple):
         return sum(self)
 
     def peak_of(self, shards: int, num_layers: int) -> int:
-        """Of one of `shards` processes that divide all but the rest between them (FSDP2).
+        """The peak of one of `shards` processes that share all but the rest (FSDP2).
 
         Two layers are gathered at a time: one computes, the next one comes.
         """
@@ -134,7 +134,7 @@ def set_parameters(
 
 
 def _opaque(format: Format) -> Format:
-    """The format, its matrix made without temporaries, as by a GPU's kernel or in small pieces."""
+    """The format with a `dense` that has no temporaries, like a GPU kernel."""
 
     def dense(
         self: Format, codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype
@@ -146,7 +146,7 @@ def _opaque(format: Format) -> Format:
 
 
 class LiveStorages(TorchDispatchMode):
-    """Sums the storages that are alive, of those that operations inside it made.
+    """Sums the live storages that operations inside this mode have made.
 
     Args:
         fake: a FakeTensorMode that what is empty is made in; None where tensors are real.
@@ -242,7 +242,7 @@ def batch_of_data(
 
 
 def upper_bound(config: ModelConfig, training: TrainingSetup, batch: Batch) -> int:
-    """More bytes than a training step needs, by counting generously; takes no time."""
+    """An upper bound on the bytes of a training step, which takes no time to compute."""
     model = meta_model(config, training)
     static = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters())
     if training.delta is None:
@@ -269,7 +269,7 @@ class CheckpointingChoice(NamedTuple):
 def choose_checkpointing(
     config: ModelConfig, training: TrainingSetup, batch: Batch, available: int, shards: int = 1
 ) -> CheckpointingChoice:
-    """None where the predicted peak without it fits into `available` bytes with a margin.
+    """Choose activation checkpointing unless the predicted peak fits `available` with a margin.
 
     Args:
         shards: the processes that weights, gradients and moments are divided between.

@@ -1,4 +1,4 @@
-"""The flags of finetune_cpm_bee.py that say what is trained on what: base model, data, delta."""
+"""The flags of finetune_cpm_bee.py for base model, data and delta."""
 
 from __future__ import annotations
 

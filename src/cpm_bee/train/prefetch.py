@@ -1,4 +1,4 @@
-"""Batches made ready and copied to the device while the step before them computes."""
+"""Makes batches and copies them to the device while the previous step computes."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""A fine-tuning from its options to its end, and how its parts are set up."""
+"""Fine-tuning from the options to the end of the run, and the set-up of its parts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -49,11 +49,12 @@ def finetune(options: Options) -> None:
         RunError: the run failed; its last good state is saved.
     """
     inputs = check(options)
+    is_first = RankInfo.of_this_process().rank == 0
     if options.dry_run:
-        if RankInfo.of_this_process().rank == 0:
+        if is_first:
             print("\n".join(describe_run(options, inputs)), flush=True)
         return
-    with set_up(options, inputs) as run:
+    with inputs.files.lock() if is_first else nullcontext(), set_up(options, inputs) as run:
         for line in run.summary:
             run.reporter.line(line)
         run.reporter.start({"options": asdict(options), "world_size": run.engine.world_size})
@@ -76,7 +77,7 @@ def finetune(options: Options) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run consists of; its engine has taken over the model.
+    """The parts of a run; its engine has taken over the model.
 
     Attributes:
         evaluation: the evaluation set's loader, or None to train without.
@@ -97,7 +98,7 @@ class Run:
 
 @contextmanager
 def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
-    """Make a run of its inputs; collective. At the end it leaves the other processes.
+    """Build a run from its inputs; collective. On exit it leaves the process group.
 
     Raises:
         InputError: the data cannot be used with this model, or differ between processes.
@@ -151,11 +152,11 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
 
 
 def open_index(engine: Engine, dataset: BinaryDataset, tokenizer: Tokenizer) -> TokenIndex:
-    """Rank 0 makes the index where necessary; all ranks learn whether it could.
+    """Rank 0 makes the index if necessary; all ranks learn whether it succeeded.
 
     Raises:
         InputError: on all ranks, if it could not, or if the ranks have other data or another
-            vocabulary: each plans for itself, and they would wait for each other for ever.
+            vocabulary: each plans for itself, and they would wait for each other forever.
     """
     failure: Exception | None = None
     if engine.rank == 0:
@@ -205,7 +206,7 @@ def _loaders(
 def _choose_checkpointing(
     options: Options, inputs: Inputs, engine: Engine, index: TokenIndex
 ) -> CheckpointingChoice:
-    """Whether activations are computed again, and why; collective, the same on all ranks."""
+    """Whether activations are recomputed, and why; collective, the same on all ranks."""
     own = choose_for_run(
         options,
         inputs.pretrained.model.config,

@@ -1,4 +1,4 @@
-"""The lines that tell people what a run is, at its start or, in a dry run, instead of it."""
+"""Lines that describe a run to people, at its start or in a dry run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def engine_line(
 
 
 def model_line(model: nn.Module) -> str:
-    """Of a model that no engine has divided between processes yet."""
+    """The sizes of a model, before an engine divides it between processes."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return f"model with {num_weights(model):,} parameters, {trained:,} of them trained"
 
@@ -63,7 +63,7 @@ def data_lines(kind: str, size: DataSize, max_length: int, *, about: str = "") -
 
 
 def schedule_warnings(options: Options, min_steps: int) -> list[str]:
-    """Tell before the first step of a run that cannot learn, or that stops learning on the way.
+    """Warn of a run that cannot learn, or that stops learning before its end.
 
     Args:
         min_steps: of an epoch; there may be one or two more.

@@ -33,7 +33,7 @@ def _require_finite(loss: float, name: str) -> None:
 
 @dataclass
 class TrainingState:
-    """Where a run stands; with the engine's state, all that resuming needs."""
+    """The progress of a run; with the engine's state, all that resuming needs."""
 
     step: int = 0  # finished steps of this run
     epoch: int = 0
@@ -76,7 +76,7 @@ class Trainer:
         self.state = state
 
     def run(self) -> str:
-        """Train to the end; returns the reason why it ended, which is also written down.
+        """Train to the end; returns the reason for the end, which is also logged.
 
         Raises:
             RunError: the loss or the gradients are not finite, or the run was interrupted; the
@@ -107,7 +107,7 @@ class Trainer:
         return reason
 
     def _train(self) -> str:
-        """All epochs, or as far as it goes; returns the reason for the end."""
+        """Run the remaining epochs; returns the reason for the end."""
         state, limit = self.state, self._options.max_steps
         while state.epoch < self._options.epoch:
             with closing(self._remaining_steps()) as steps:
@@ -137,7 +137,7 @@ class Trainer:
                 bar.update(step.records)
 
     def _step(self, step: PlannedStep, batches: Batches, started: float) -> str | None:
-        """One optimiser step and what is due after it; a reason to stop, if there is one."""
+        """One optimizer step and what is due after it; returns a reason to stop, if any."""
         options, engine, state = self._options, self._engine, self.state
         # Dropout: other masks on every rank and step, and the same ones after a resume.
         torch.manual_seed((options.seed + state.step) * engine.world_size + engine.rank)
@@ -250,7 +250,7 @@ class Trainer:
 
     @contextmanager
     def _watch_signals(self) -> Iterator[None]:
-        """Let a running step end before Ctrl-C, SIGTERM or a closed terminal takes effect."""
+        """Finish the running step before Ctrl-C, SIGTERM or a closed terminal takes effect."""
 
         def note(number: int, frame: object) -> None:
             rank.is_terminating |= number == signal.SIGTERM

@@ -21,9 +21,10 @@ from cpm_bee.data.token_index.arrays import (
     take,
     to_bytes,
 )
-from cpm_bee.encoding import Encoder, is_shuffled
+from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError
 from cpm_bee.records import Record
+from cpm_bee.segments import is_shuffled
 
 
 def chunk_of(records: list[Record]) -> TokenChunk:

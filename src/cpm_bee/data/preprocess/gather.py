@@ -23,18 +23,19 @@ import numpy as np
 
 from cpm_bee.data.bin_dataset import BinaryDataset, BlockLayout
 from cpm_bee.data.bin_meta import write_meta
-from cpm_bee.data.preprocess.scatter import Buckets, read_part, read_sizes
+from cpm_bee.data.preprocess.chunk_file import read_part, read_sizes
+from cpm_bee.data.preprocess.scatter import Buckets
 from cpm_bee.data.preprocess.workers import Workers
 from cpm_bee.data.token_index import arrays as token_arrays
 from cpm_bee.data.token_index.writer import folder_name, write_arrays, write_info
-from cpm_bee.encoding import SegmentTree
 from cpm_bee.progress import progress_bar
+from cpm_bee.segments import SegmentTree
 from cpm_bee.tokenizer import Tokenizer
 
 
 @dataclass
 class _Paths:
-    """What the processes that write buckets read from and write to.
+    """The files that the processes of the second pass read and write.
 
     Attributes:
         chunks: the files that `scatter` wrote, one for each chunk of the input.

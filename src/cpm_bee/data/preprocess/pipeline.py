@@ -1,4 +1,4 @@
-"""Records in JSON lines -> shuffled binary datasets, also where they are larger than memory.
+"""Records in JSON lines -> shuffled binary datasets, even if larger than memory.
 
 Two passes over the records, each by several processes: `scatter` checks them and puts each into a
 random one of many buckets on disk, `gather` shuffles each bucket in memory and writes its part
@@ -21,8 +21,8 @@ from cpm_bee.data.preprocess.workers import Workers
 from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.files import atomic_folder
+from cpm_bee.json_lines import check_is_lines
 from cpm_bee.progress import progress_bar
-from cpm_bee.records import check_is_lines
 from cpm_bee.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -218,7 +218,7 @@ class _Scatter:
         return "".join(lines) + (f"\n  ... and {more} more in {self.file}" if more else "")
 
     def warn_of_answers(self) -> None:
-        """Tell of records that nothing can be learnt from, and of answers that stay unwritten."""
+        """Warn of records without an answer, and of answers that cannot be generated."""
         if self.unanswered.count:
             line, _ = self.unanswered.shown[0]
             logger.warning(

@@ -7,11 +7,7 @@ The input is cut into chunks of bytes, which processes take independently; a lin
 chunk that it begins in. What becomes of a chunk depends on its place in the input alone, not on the
 process that takes it.
 
-A chunk's records go into one file, bucket by bucket. The file begins with a table of where each
-bucket's part begins (uint64, one more than buckets). A part has the number of its records (uint32),
-the bytes of each record's frame (uint32), the frames (see `bin_dataset.frame`), and, where there is
-a tokenizer, the token arrays of the records (see `token_arrays.to_bytes`). A bucket without records
-has no part, and a chunk without records no file: `Buckets.chunks_of` says what to read.
+Its records go into one file, bucket by bucket: see `chunk_file`.
 """
 
 from __future__ import annotations
@@ -19,25 +15,24 @@ from __future__ import annotations
 import functools
 import operator
 import random
-import struct
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from cpm_bee import records
+from cpm_bee import json_lines, records
 from cpm_bee.data.bin_dataset import frame
+from cpm_bee.data.preprocess.chunk_file import write_chunk
 from cpm_bee.data.record_pickle import encode
 from cpm_bee.data.token_index import arrays as token_arrays
 from cpm_bee.data.token_index.arrays import TokenChunk
-from cpm_bee.encoding import AnswerState, Encoder, SegmentTree
+from cpm_bee.encoding import AnswerState, Encoder
 from cpm_bee.errors import InputError
+from cpm_bee.segments import SegmentTree
 
-RECORD_COUNT = struct.Struct("<I")
-TABLE_ENTRY = struct.Struct("<Q")  # where a bucket's records begin in a chunk's file
 MAX_SHOWN = 1000  # problems of a chunk that are kept
 REMARKS_SHOWN = 10
 
@@ -68,7 +63,7 @@ class Chunk(NamedTuple):
 
 @dataclass
 class Remarks:
-    """Lines of which something is to be said, without being wrong: their number, and the first."""
+    """Lines that are valid but deserve a remark: how many there are, and the first of them."""
 
     count: int = 0
     shown: list[tuple[int, str]] = field(default_factory=list)
@@ -88,7 +83,7 @@ class Remarks:
 
 @dataclass
 class ScatterResult:
-    """What became of a chunk.
+    """The result of scattering a chunk.
 
     Attributes:
         num_lines: of the chunk, blank ones included.
@@ -174,7 +169,7 @@ def scatter(encoder: Encoder | None, chunk: Chunk) -> ScatterResult:
     for i in order:
         number, line = lines[i]
         lines[i] = number, ""  # memory
-        value, reason = records.parse_line(line)
+        value, reason = json_lines.parse_line(line)
         if chunk.escape:
             value = records.escape_texts(value)
         found = [reason] if reason else records.validate(value)
@@ -206,7 +201,15 @@ def scatter(encoder: Encoder | None, chunk: Chunk) -> ScatterResult:
         sizes = [0] * chunk.num_buckets
         for bucket in buckets:
             sizes[bucket] += 1
-        _write(chunk.target, frames, sizes, tokens, result)
+        result.filled = sum(1 << bucket for bucket, size in enumerate(sizes) if size)
+        arrays = ends = None
+        if tokens is not None:
+            arrays = tokens.arrays()
+            ends = token_arrays.ends_of(arrays, sizes)
+            result.trees = tokens.trees
+            result.extension_vocabulary = set(arrays["extension_ids"].tolist())
+            result.counts = np.diff(ends, axis=0, prepend=0)
+        write_chunk(chunk.target, frames, sizes, arrays, ends)
     return result
 
 
@@ -215,7 +218,7 @@ def _lines(chunk: Chunk, result: ScatterResult) -> list[tuple[int, str]]:
     lines: list[tuple[int, str]] = []
     for number, raw in enumerate(_raw_lines(chunk)):
         result.num_lines = number + 1
-        line, reason = records.decode_line(
+        line, reason = json_lines.decode_line(
             raw, chunk.file, is_first=number == 0 and chunk.begin == 0
         )
         if reason:
@@ -241,87 +244,3 @@ def _raw_lines(chunk: Chunk) -> Iterator[bytes]:
         while position < chunk.end and (raw := file.readline()):
             position += len(raw)
             yield raw
-
-
-def _write(
-    target: Path,
-    frames: list[bytes],
-    sizes: list[int],
-    tokens: TokenChunk | None,
-    result: ScatterResult,
-) -> None:
-    """Write the parts of a chunk's file; frames and tokens come in their order.
-
-    Args:
-        sizes: the number of records of each bucket.
-    """
-    filled = [bucket for bucket, size in enumerate(sizes) if size]
-    result.filled = sum(1 << bucket for bucket in filled)
-    parts: Iterator[Iterable[bytes]] | None = None
-    if tokens is not None:
-        arrays = tokens.arrays()
-        ends = token_arrays.ends_of(arrays, [sizes[bucket] for bucket in filled])
-        result.trees = tokens.trees
-        result.extension_vocabulary = set(arrays["extension_ids"].tolist())
-        result.counts = np.zeros((len(sizes), ends.shape[1]), dtype=np.int64)
-        result.counts[filled] = np.diff(ends, axis=0, prepend=0)
-        parts = map(token_arrays.to_bytes, token_arrays.split(arrays, ends))
-    offsets = array("Q")
-    with open(target, "wb") as file:
-        file.seek(TABLE_ENTRY.size * (len(sizes) + 1))
-        begin = 0
-        for size in sizes:
-            offsets.append(file.tell())
-            if size == 0:
-                continue
-            _write_frames(file, frames[begin : begin + size])
-            begin += size
-            if parts is not None:
-                file.writelines(next(parts))
-        offsets.append(file.tell())
-        file.seek(0)
-        file.write(offsets.tobytes())
-
-
-def _write_frames(file: IO[bytes], frames: list[bytes]) -> None:
-    file.write(RECORD_COUNT.pack(len(frames)))
-    file.write(array("I", map(len, frames)).tobytes())
-    file.writelines(frames)
-
-
-class BucketPart(NamedTuple):
-    """The records of a bucket that come from one chunk.
-
-    Attributes:
-        sizes: bytes of each frame.
-        frames: one after the other.
-        tokens: the bytes of the token arrays; empty where there are none.
-    """
-
-    sizes: array[int]
-    frames: memoryview
-    tokens: memoryview
-
-
-def read_sizes(path: Path, bucket: int) -> array[int]:
-    """The bytes of each frame of a bucket's part in a chunk's file."""
-    with open(path, "rb", buffering=0) as file:
-        file.seek(TABLE_ENTRY.size * bucket)
-        (begin,) = TABLE_ENTRY.unpack(file.read(TABLE_ENTRY.size))
-        file.seek(begin)
-        (count,) = RECORD_COUNT.unpack(file.read(RECORD_COUNT.size))
-        return array("I", file.read(4 * count))
-
-
-def read_part(path: Path, bucket: int) -> BucketPart:
-    """A bucket's part of a chunk's file."""
-    with open(path, "rb", buffering=0) as file:
-        file.seek(TABLE_ENTRY.size * bucket)
-        begin, end = struct.unpack("<2Q", file.read(2 * TABLE_ENTRY.size))
-        file.seek(begin)
-        data = memoryview(file.read(end - begin))
-    (count,) = RECORD_COUNT.unpack_from(data)
-    first = RECORD_COUNT.size + 4 * count
-    sizes = array("I", bytes(data[RECORD_COUNT.size : first]))
-    last = first + sum(sizes)
-    return BucketPart(sizes, data[first:last], data[last:])

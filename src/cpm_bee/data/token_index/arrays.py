@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from cpm_bee.encoding import AnswerState, Encoder, SegmentTree, TokenLists, is_shuffled, outline
+from cpm_bee.encoding import AnswerState, Encoder, TokenLists
 from cpm_bee.records import Record
+from cpm_bee.segments import SegmentTree, is_shuffled, outline
 
 # The arrays of an index by file name, with their types and what counts their items.
 ARRAYS: dict[str, tuple[type, str]] = {
@@ -130,7 +131,7 @@ class TokenChunk:
 def _largest_subs(
     record: np.ndarray, ids: np.ndarray, subs: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of tokens: the largest sub of each id in each record, by record and id."""
+    """The largest sub of each id in each record, by record and id."""
     order = np.lexsort((subs, ids, record))
     record, ids, subs = record[order], ids[order], subs[order]
     is_last = np.ones(len(order), dtype=np.bool_)

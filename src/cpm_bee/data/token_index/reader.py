@@ -78,7 +78,7 @@ class TokenIndex:
 
     @classmethod
     def of(cls, dataset: BinaryDataset, tokenizer: Tokenizer) -> TokenIndex:
-        """Open the index of a dataset for a vocabulary, after making it where necessary.
+        """Open the index of a dataset for a vocabulary; make it first if necessary.
 
         Raises:
             InputError: records that cannot be encoded; all are listed.
@@ -93,7 +93,7 @@ class TokenIndex:
         except (OSError, BusyError) as error:
             if isinstance(error, OSError) and error.errno not in _READ_ONLY:
                 raise
-            # Read-only data, or another run is making the same index: have one of our own.
+            # Read-only data, or another run is making the same index: make a temporary one.
             own = tempfile.TemporaryDirectory(prefix="cpm_bee-token_index-")
             build(Path(own.name), dataset, tokenizer)
             index = cls(Path(own.name), dataset, tokenizer)
@@ -133,11 +133,11 @@ class TokenIndex:
             )
 
     def source(self, number: int) -> Record:
-        """The record as it stands in the dataset."""
+        """The record as the dataset has it."""
         return self.dataset.read(*self.location(number))
 
     def unwritable_answer(self, number: int) -> str:
-        """Where a record is, and what of its answer generation cannot write."""
+        """Where a record is, and the parts of its answer that generation cannot write."""
         pieces = self._encoder.unwritable_pieces(self.source(number))
         return f"{self.dataset.where(*self.location(number))}: {', '.join(map(repr, pieces))}"
 

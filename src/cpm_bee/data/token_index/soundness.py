@@ -1,4 +1,4 @@
-"""Whether what an index holds can be one: sizes, sums and ranges that everything else relies on.
+"""Checks of the arrays of an index: the sizes, sums and ranges that other code relies on.
 
 What has one item a record is checked when an index is opened. The arrays of tokens, which may have
 gigabytes, are checked as batches are made of them.
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cpm_bee.data.token_index.arrays import ARRAYS
-from cpm_bee.encoding import MAX_SEGMENTS, SegmentTree
+from cpm_bee.segments import MAX_SEGMENTS, SegmentTree
 
 # What reading a damaged `index.json` raises.
 UNREADABLE: tuple[type[Exception], ...] = (

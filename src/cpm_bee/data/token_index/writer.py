@@ -28,9 +28,10 @@ from cpm_bee.data.token_index.arrays import (
     TokenChunk,
     counts_of,
 )
-from cpm_bee.encoding import Encoder, SegmentTree
+from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.progress import progress_bar
+from cpm_bee.segments import SegmentTree
 from cpm_bee.tokenizer import Tokenizer
 
 FORMAT = 3  # part of the folder's name: raise it when anything below changes
@@ -65,7 +66,7 @@ def write_info(
     trees: Sequence[SegmentTree],
     extension_vocabulary: Iterable[int],
 ) -> None:
-    """Write what makes a folder of arrays an index.
+    """Write `index.json`, which makes a folder of arrays an index.
 
     Args:
         counts: of the whole index, as in `COUNTED`.

@@ -77,7 +77,7 @@ class _Call(NamedTuple):
         return found
 
     def tensors(self) -> list[torch.Tensor]:
-        """For each half the norm's weight, then each Linear's operands and LoRA."""
+        """The norm's weight of each half, then the operands and the LoRA of each Linear."""
         found: list[torch.Tensor] = []
         for norm, linears in self.parts():
             found.append(norm.weight)

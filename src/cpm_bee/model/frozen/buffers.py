@@ -50,7 +50,7 @@ class BufferPool:
         return torch.empty(0, dtype=like.dtype).set_(storage, 0, shape)  # type: ignore[call-overload]
 
     def _find_unused(self, nbytes: int) -> torch.UntypedStorage | None:
-        """The smallest unused storage that holds so much and is not much larger."""
+        """The smallest unused storage that is large enough and not much larger."""
         fitting = (s for s in self._storages if _MIN_FILL * s.nbytes() <= nbytes <= s.nbytes())
         return min(filter(_is_unused, fitting), key=lambda s: s.nbytes(), default=None)
 

@@ -1,0 +1,115 @@
+"""Record -> segments: the nodes of its tree, and the relations between them (docs/format.md §3).
+
+A segment is a key or a string leaf, in depth-first order; segment 0 is the root. What the model
+knows of the tree is, for each ordered pair of segments, a bucket made of the steps up from the one
+to their lowest common ancestor and the steps down to the other. Many records have the same tree, so
+trees and their relations are cached.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from cpm_bee.records import ANSWER, Record, Tree
+
+NUM_DEPTHS = 8  # relations distinguish at most this many levels up and down
+# A record of S segments has S squared relations: with more, one line of JSON would fill the memory.
+MAX_SEGMENTS = 4096
+# Relations of trees up to this size are kept; all 4,096 of them take 64 MiB.
+_CACHED_SEGMENTS = 128
+
+
+class SegmentTree(NamedTuple):
+    """The depth and role of each of the S segments of a record, which determine its relations.
+
+    A segment is a node of the record's tree: a key or a string leaf, in depth-first order; the
+    leaves under `<ans>` are predicted.
+    """
+
+    depths: tuple[int, ...]
+    predicted: tuple[bool, ...]
+
+    @property
+    def relations(self) -> np.ndarray:
+        """Buckets of all ordered pairs of segments, uint8 [S, S]."""
+        if len(self.depths) > _CACHED_SEGMENTS:
+            return _relations.__wrapped__(self.depths)
+        return _relations(self.depths)
+
+
+class Outline(NamedTuple):
+    """The segments of a record: their texts and their tree."""
+
+    texts: list[str]
+    tree: SegmentTree
+
+
+def outline(record: Record, rng: random.Random | None = None) -> Outline:
+    """The segments of a valid record (see `records.validate`).
+
+    With `rng`, the items of dictionaries under `<ans>` are shuffled, as training does.
+    """
+    texts, codes = ["<root>"], bytearray(1)
+    _outline(record, 1, False, rng, texts, codes)
+    return Outline(texts, _segment_tree(bytes(codes)))
+
+
+def _outline(
+    node: dict[str, Tree],
+    depth: int,
+    under_answer: bool,
+    rng: random.Random | None,
+    texts: list[str],
+    codes: bytearray,
+) -> None:
+    items = list(node.items())
+    if under_answer and rng is not None:
+        rng.shuffle(items)
+    for key, value in items:
+        answer = under_answer or (depth == 1 and key == ANSWER)
+        texts.append(key)
+        codes.append(2 * depth)
+        if isinstance(value, str):
+            texts.append(value)
+            codes.append(2 * depth + 2 + answer)
+        else:
+            _outline(value, depth + 1, answer, rng, texts, codes)
+
+
+@lru_cache(maxsize=4096)
+def _segment_tree(codes: bytes) -> SegmentTree:
+    """The tree of segments that are given as 2 * depth, plus 1 where predicted."""
+    return SegmentTree(tuple(code // 2 for code in codes), tuple(code % 2 == 1 for code in codes))
+
+
+def is_shuffled(record: Record) -> bool:
+    """Whether training shuffles anything: some dictionary under `<ans>` has two items or more."""
+    return _has_choice(record[ANSWER])
+
+
+def _has_choice(node: Tree) -> bool:
+    if isinstance(node, str):
+        return False
+    return len(node) > 1 or any(map(_has_choice, node.values()))
+
+
+@lru_cache(maxsize=4096)
+def _relations(depths: tuple[int, ...]) -> np.ndarray:
+    # In depth-first order the lowest common ancestor of a and a later b lies at the least of
+    # depth(a) and depth(i) - 1 for the segments i after a, up to and including b.
+    depth = np.asarray(depths, dtype=np.int16)
+    common = np.empty((len(depth), len(depth)), dtype=np.int16)  # (S, S)
+    for a in range(len(depth)):
+        steps = np.concatenate([depth[a : a + 1], depth[a + 1 :] - 1])
+        common[a, a:] = common[a:, a] = np.minimum.accumulate(steps)
+    up = np.minimum(depth[:, None] - common, NUM_DEPTHS - 1)
+    down = np.minimum(depth[None, :] - common, NUM_DEPTHS - 1)
+    bucket = up * NUM_DEPTHS + down
+    result = np.where(bucket > 0, bucket + 1, 0).astype(np.uint8)
+    np.fill_diagonal(result, 0)
+    result.setflags(write=False)
+    return result
