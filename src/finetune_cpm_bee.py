@@ -1,4 +1,4 @@
-"""Fine-tune a CPM-Bee model: see `python finetune_cpm_bee.py --help` and README.md."""
+"""Fine-tune a CPM-Bee model: see `python finetune_cpm_bee.py --help` and docs/training.md."""
 
 from cpm_bee.cli import run_command
 from cpm_bee.train.options import Options
