@@ -19,6 +19,7 @@ import support
 import torch
 
 from cpm_bee.checkpoint.reader import load_tensors, save_tensors
+from cpm_bee.checkpoint.sidecar import METADATA
 from cpm_bee.data.preprocess.pipeline import preprocess
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.network import CPMBee
@@ -181,7 +182,9 @@ class Run:
         """The saved weights, of a delta run or, where there are none, of a full one."""
         delta = self.save / f"{self.name}-delta-{which}.pt"
         path = delta if delta.exists() else self.save / f"{self.name}-{which}.pt"
-        return load_tensors(path, "weights")
+        tensors = load_tensors(path, "weights")
+        tensors.pop(METADATA, None)
+        return tensors
 
     @property
     def files(self) -> list[str]:

@@ -22,7 +22,9 @@ NAMES = ("run-delta-best.pt", "run-delta-best.json", "run-delta-last.pt", "run-s
 
 
 def files_of(folder: Path) -> RunFiles:
-    return RunFiles(str(folder), "run", RunProvenance(tiny.make_config(), "vocab", "base", None))
+    return RunFiles(
+        str(folder), "run", RunProvenance(tiny.make_config(), "vocab", "base", "", "", None)
+    )
 
 
 def write_run(folder: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -19,6 +20,8 @@ from cpm_bee.files import exclusive
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.train.saved_state import check_state
 
+logger = logging.getLogger(__name__)
+
 _KEPT = ("best", "last")  # weights of a run
 _NOT_RECORDED = (
     "not recorded by the earlier version of cpm_bee that saved the state; go on with that version, "
@@ -32,6 +35,8 @@ class RunProvenance(NamedTuple):
     config: ModelConfig
     vocabulary: str  # path of the vocabulary
     base_fingerprint: str
+    vocabulary_fingerprint: str
+    evaluation_fingerprint: str  # of the evaluation set's records; empty without one
     delta: DeltaConfig | None  # None: full fine-tuning
 
 
@@ -89,7 +94,9 @@ class RunFiles:
     def save_weights(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
         """A delta file, or a native checkpoint (fp16 if the config says half)."""
         if self._provenance.delta is not None:
-            save_delta(path, tensors, self._provenance.delta, self._provenance.base_fingerprint)
+            origin = self._provenance
+            prints = (origin.base_fingerprint, origin.vocabulary_fingerprint)
+            save_delta(path, tensors, self._provenance.delta, *prints)
             return
         config = self._provenance.config
         if config.half:
@@ -112,8 +119,16 @@ class RunFiles:
             "engine": engine,
             "progress": progress,
             "base_fingerprint": self._provenance.base_fingerprint,
+            **self._sets(),
         }
         save_tensors(self.state, state)
+
+    def _sets(self) -> dict[str, str]:
+        """The fingerprints that a state of an earlier version does not have."""
+        return {
+            "vocabulary_fingerprint": self._provenance.vocabulary_fingerprint,
+            "evaluation_fingerprint": self._provenance.evaluation_fingerprint,
+        }
 
     def _delta(self) -> dict[str, Any]:
         config = self._provenance.delta
@@ -125,8 +140,9 @@ class RunFiles:
         """The (engine, progress) of `save_state`.
 
         Raises:
-            InputError: there is none, or of a run on another base, with another delta or, where
-                they are given, other settings; all that differ are listed.
+            InputError: there is none, or of a run on another base, with another delta, vocabulary
+                or evaluation set or, where they are given, other settings; all that differ are
+                listed.
         """
         if not self.state.is_file():
             raise InputError(f"{self.state}: there is no saved state to resume from")
@@ -138,6 +154,16 @@ class RunFiles:
         if state["delta"] != self._delta():
             was = shown(state["delta"]) if state["delta"] else "full fine-tuning"
             problems.add("delta", f"{self._delta() or 'full fine-tuning'}, it was {was}")
+        for (name, value), flag in zip(
+            self._sets().items(), ("tokens of --vocab", "records of --eval-dataset"), strict=True
+        ):
+            if name not in state:
+                logger.warning(
+                    f"{self.state}: an earlier version saved it and did not record the {flag}; "
+                    "they are taken to be the same as before"
+                )
+            elif state[name] != value:
+                problems.add(flag, f"{value or 'none'}, it was {shown(state[name] or 'none')}")
         for name, value in (settings or {}).items():
             before = state["settings"].get(name, _NOT_RECORDED)
             if before != value:
