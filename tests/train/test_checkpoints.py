@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -110,6 +112,34 @@ def test_a_second_writer_is_refused_and_a_killed_one_holds_nothing(tmp_path: Pat
         with exclusive(path, "is busy"):
             assert path.exists()
         assert not path.exists()
+
+
+def test_a_dry_run_sees_the_lock_and_leaves_it_alone(tmp_path: Path) -> None:
+    files = files_of(tmp_path)
+    files.refuse_if_locked()
+    assert list(tmp_path.iterdir()) == []
+    with files.lock():
+        for _ in range(2):
+            told = rf"process {os.getpid()} on \S+ is writing .*give another --save-name"
+            with pytest.raises(InputError, match=told):
+                files.refuse_if_locked()
+    (tmp_path / ".run.lock").write_text("process 1 on a machine, killed")
+    files.refuse_if_locked()
+    with files.lock():
+        pass
+
+
+def test_a_lock_that_is_held_for_a_moment_is_waited_for(tmp_path: Path) -> None:
+    """As a dry run holds it while it looks."""
+    path = tmp_path / ".run.lock"
+    path.touch()
+    descriptor = os.open(path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    timer = threading.Timer(0.08, os.close, [descriptor])
+    timer.start()
+    with exclusive(path, "is busy"):
+        pass
+    timer.join()
 
 
 def test_the_lock_of_a_run_names_what_to_do(tmp_path: Path) -> None:

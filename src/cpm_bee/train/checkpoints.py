@@ -16,7 +16,7 @@ from cpm_bee.checkpoint.sidecar import write_sidecar
 from cpm_bee.delta import DeltaConfig
 from cpm_bee.delta import save as save_delta
 from cpm_bee.errors import InputError, Problems, shown
-from cpm_bee.files import exclusive
+from cpm_bee.files import exclusive, refuse_if_held
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.train.saved_state import check_state
 
@@ -79,7 +79,15 @@ class RunFiles:
 
     def lock(self) -> AbstractContextManager[None]:
         """Keep other runs from writing the same files; the context of a run."""
-        return exclusive(
+        return exclusive(*self._lock)
+
+    def refuse_if_locked(self) -> None:
+        """Raise `InputError` if a run is writing these files at this moment; for a dry run."""
+        refuse_if_held(*self._lock)
+
+    @property
+    def _lock(self) -> tuple[Path, str]:
+        return (
             self._folder / f".{self._name}.lock",
             f"is writing {self._folder / self._name}-*; wait for that run to end, or give another "
             "--save-name",

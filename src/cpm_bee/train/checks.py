@@ -109,6 +109,9 @@ def check(options: Options) -> Inputs:
         if delta_config is not None:
             _insert_delta(pretrained, delta_config, _seed(options), problems)
         files = _run_files(options, pretrained, delta_config, datasets.get("--eval-dataset"))
+        if options.dry_run:  # a run takes the lock on its first rank, later
+            with problems.collecting():
+                files.refuse_if_locked()
         for flag, dataset in datasets.items() if options.dry_run else ():
             with problems.collecting():
                 surveys[flag] = survey(dataset, pretrained.tokenizer, shapes[flag])

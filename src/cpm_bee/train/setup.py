@@ -161,7 +161,7 @@ def open_index(engine: Engine, dataset: BinaryDataset, tokenizer: Tokenizer) -> 
     failure: Exception | None = None
     if engine.rank == 0:
         try:
-            TokenIndex.of(dataset, tokenizer)
+            TokenIndex.of(dataset, tokenizer, refuse_busy=True)
         except (CpmBeeError, OSError) as error:
             failure = error
     if engine.reduce([float(failure is not None)])[0]:
