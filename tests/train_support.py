@@ -52,7 +52,7 @@ TRAIN_FIELDS = [
     "tokens_per_second",
 ]
 EVAL_FIELDS = ["event", "step", "loss", "token_accuracy", "exact_match", "records"]
-END_FIELDS = ["event", "reason", "step"]
+END_FIELDS = ["event", "reason", "step", "finished"]
 
 
 def records(count: int, seed: int) -> list[Record]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import shutil
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from cpm_bee.delta import save as save_delta
 from cpm_bee.errors import InputError, Problems, shown
 from cpm_bee.files import exclusive, refuse_if_held
 from cpm_bee.model.config import ModelConfig
+from cpm_bee.train.run_folder import RunFolder
 from cpm_bee.train.saved_state import check_state
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,9 @@ class RunProvenance(NamedTuple):
 class RunFiles:
     """`SAVE/SAVE_NAME-...`: names and ways of writing. Used on rank 0 alone."""
 
-    def __init__(self, folder: str, name: str, provenance: RunProvenance) -> None:
+    def __init__(
+        self, folder: str, name: str, provenance: RunProvenance, *, keep_runs: int = 1
+    ) -> None:
         self._folder = Path(folder)
         self._name = name
         self._provenance = provenance
@@ -52,34 +55,18 @@ class RunFiles:
         self.last = self._folder / f"{name}{infix}-last.pt"
         self.state = self._folder / f"{name}-state.pt"
         self.log = self._folder / f"{name}-log.jsonl"
-        self.previous = self._folder / f"{name}-previous"
+        weights = [f"{i}-{w}.{s}" for i in ("", "-delta") for w in _KEPT for s in ("pt", "json")]
+        endings = [*weights, "-state.pt", "-log.jsonl"]
+        self.places = RunFolder(self._folder, name, endings, keep_runs)
 
-    def archive_previous(self) -> Path | None:
-        """Move the files of an earlier run of this name to `SAVE_NAME-previous/`.
-
-        One earlier run is kept. Returns the folder if there was one.
-        """
-        earlier = self.files_of_previous()
-        # Moved into a folder of their own first, so that after a kill at any point the next start
-        # goes on with what is missing, and the run before is removed last.
-        incoming = self.previous.with_name(f".{self.previous.name}.incoming")
-        outgoing = self.previous.with_name(f".{self.previous.name}.outgoing")
-        if not earlier and not incoming.is_dir():
-            shutil.rmtree(outgoing, ignore_errors=True)
-            return None
-        incoming.mkdir(exist_ok=True)
-        for path in earlier:
-            path.rename(incoming / path.name)
-        if self.previous.exists():
-            shutil.rmtree(outgoing, ignore_errors=True)
-            self.previous.rename(outgoing)
-        incoming.rename(self.previous)
-        shutil.rmtree(outgoing, ignore_errors=True)
-        return self.previous
-
-    def lock(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def lock(self) -> Iterator[None]:
         """Keep other runs from writing the same files; the context of a run."""
-        return exclusive(*self._lock)
+        with exclusive(*self._lock):
+            try:
+                yield
+            finally:
+                self.places.discard_unstarted()
 
     def refuse_if_locked(self) -> None:
         """Raise `InputError` if a run is writing these files at this moment; for a dry run."""
@@ -93,14 +80,9 @@ class RunFiles:
             "--save-name",
         )
 
-    def files_of_previous(self) -> list[Path]:
-        """The files that a run of this name has left in the folder."""
-        weights = [f"{i}-{w}.{s}" for i in ("", "-delta") for w in _KEPT for s in ("pt", "json")]
-        own = [self._folder / f"{self._name}{ending}" for ending in weights]
-        return [path for path in (*own, self.state, self.log) if path.is_file()]
-
     def save_weights(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
         """A delta file, or a native checkpoint (fp16 if the config says half)."""
+        path = self.places.to_write(path)
         if self._provenance.delta is not None:
             origin = self._provenance
             prints = (origin.base_fingerprint, origin.vocabulary_fingerprint)
@@ -119,8 +101,14 @@ class RunFiles:
 
     def save_state(
         self, engine: dict[str, Any], progress: dict[str, Any], settings: dict[str, Any]
-    ) -> None:
-        """Save the training state; a resumed run must have the same `settings`."""
+    ) -> Path | None:
+        """Save the training state; a resumed run must have the same `settings`.
+
+        With its first state a new run takes its place: the files of an earlier run are moved.
+
+        Returns:
+            the folder that they were moved to, if they were.
+        """
         state = {
             "settings": settings,
             "delta": self._delta(),
@@ -129,7 +117,8 @@ class RunFiles:
             "base_fingerprint": self._provenance.base_fingerprint,
             **self._sets(),
         }
-        save_tensors(self.state, state)
+        save_tensors(self.places.to_write(self.state), state)
+        return self.places.take_place()
 
     def _sets(self) -> dict[str, str]:
         """The fingerprints that a state of an earlier version does not have."""
@@ -152,9 +141,10 @@ class RunFiles:
                 or evaluation set or, where they are given, other settings; all that differ are
                 listed.
         """
-        if not self.state.is_file():
+        path = self.places.to_read(self.state)
+        if not path.is_file():
             raise InputError(f"{self.state}: there is no saved state to resume from")
-        state = load_tensors(self.state, "a training state")
+        state = load_tensors(path, "a training state")
         check_state(self.state, state)
         if state.get("base_fingerprint") != self._provenance.base_fingerprint:
             raise InputError(f"{self.state}: is the state of a run on another base model")

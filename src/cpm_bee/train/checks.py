@@ -226,4 +226,4 @@ def _run_files(
         "" if evaluation is None else evaluation.fingerprint,
         delta_config,
     )
-    return RunFiles(options.save, options.save_name, provenance)
+    return RunFiles(options.save, options.save_name, provenance, keep_runs=options.keep_runs)
