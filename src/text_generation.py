@@ -23,7 +23,8 @@ def main() -> None:
     model = (options.load, options.model_config, options.vocab)
     loaded = pretrained.load_pretrained(*model, dtype, device, quantize=options.quantize)
     if options.delta is not None:
-        delta.load(loaded.model, options.delta, loaded.fingerprint)
+        prints = (loaded.fingerprint, loaded.tokenizer.fingerprint)
+        delta.load(loaded.model, options.delta, *prints, alpha=options.delta_alpha)
     generator = Generator(loaded.model, loaded.tokenizer)
     score = generate_file(generator, records, options, options.output, resume=options.resume)
     messages = sys.stderr if options.output == STANDARD else sys.stdout

@@ -19,6 +19,7 @@ import support
 import torch
 
 from cpm_bee.checkpoint.reader import load_tensors, save_tensors
+from cpm_bee.checkpoint.sidecar import METADATA
 from cpm_bee.data.preprocess.pipeline import preprocess
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.network import CPMBee
@@ -51,7 +52,7 @@ TRAIN_FIELDS = [
     "tokens_per_second",
 ]
 EVAL_FIELDS = ["event", "step", "loss", "token_accuracy", "exact_match", "records"]
-END_FIELDS = ["event", "reason", "step"]
+END_FIELDS = ["event", "reason", "step", "finished"]
 
 
 def records(count: int, seed: int) -> list[Record]:
@@ -181,7 +182,9 @@ class Run:
         """The saved weights, of a delta run or, where there are none, of a full one."""
         delta = self.save / f"{self.name}-delta-{which}.pt"
         path = delta if delta.exists() else self.save / f"{self.name}-{which}.pt"
-        return load_tensors(path, "weights")
+        tensors = load_tensors(path, "weights")
+        tensors.pop(METADATA, None)
+        return tensors
 
     @property
     def files(self) -> list[str]:

@@ -277,6 +277,20 @@ def test_names_that_stand_there_twice_and_a_head_that_is_not_tied(
     ]
 
 
+@pytest.mark.parametrize("row", [0, 3, -1])
+def test_a_head_with_other_values_than_the_embedding(
+    tmp_path: Path, tensors: Tensors, row: int
+) -> None:
+    """As a tool leaves it that unties the two and trains the head."""
+    head = tensors["input_embedding.weight"].clone()
+    path = native(tmp_path, {**tensors, "lm_head.weight": head.half()})
+    assert "lm_head.weight" not in Checkpoint(path).entries  # equal in its own type
+    head[row, 1] += 1
+    path = native(tmp_path, {**tensors, "lm_head.weight": head})
+    (line,) = problems(path)
+    assert line.startswith("lm_head.weight: has other values than input_embedding.weight")
+
+
 def write_index(tmp_path: Path, weight_map: object) -> Path:
     path = tmp_path / "pytorch_model.bin.index.json"
     path.write_text(json.dumps({"weight_map": weight_map}))

@@ -137,7 +137,7 @@ def test_no_pickle_runs_code(files: seeds.Seeds, tmp_path: Path) -> None:
         with pytest.raises(InputError):
             Checkpoint(path)
         with pytest.raises(InputError):
-            delta.load(files.model, path, "")
+            delta.load(files.model, path, "", "")
         assert not marker.exists(), payload
 
 
@@ -261,7 +261,7 @@ def test_a_delta_of_a_huge_rank(files: seeds.Seeds) -> None:
     content = seeds.torch_file({name: torch.zeros(rank, 8)})
     path = files.path("rank.pt", content)
     before = {n: p for n, p in files.delta_model.named_parameters() if ".lora." in n}
-    refused(lambda: delta.load(files.delta_model, path, ""), len(content), "is missing")
+    refused(lambda: delta.load(files.delta_model, path, "", ""), len(content), "is missing")
     after = {n: p for n, p in files.delta_model.named_parameters() if ".lora." in n}
     assert all(after[name] is p for name, p in before.items())
 

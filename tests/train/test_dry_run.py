@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from cpm_bee.checkpoint.reader import load_tensors, save_tensors
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.errors import InputError
+from cpm_bee.files import exclusive
 from cpm_bee.tokenizer import Tokenizer
 from cpm_bee.train import data_size
 from cpm_bee.train.options import Options
@@ -94,6 +96,14 @@ def test_it_tells_what_the_run_then_tells(
     previous = bench.save / "cpm_bee_finetune-previous"
     assert moved == [f"the files of the run before would be moved to {previous}"]
     assert len(again) == len(told) + 1
+
+
+def test_it_tells_of_a_run_that_writes_the_same_files(bench: Bench) -> None:
+    with exclusive(bench.save / ".cpm_bee_finetune.lock", "is writing"):
+        (line,) = bench.problems()
+        assert f"process {os.getpid()} on " in line and "give another --save-name" in line
+        bench.run(save_name="other")
+    bench.run()
 
 
 def as_rank_0_of(count: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -467,6 +467,17 @@ def _save_interval(lab: Lab) -> None:
 
 
 @case
+def _keep_runs(lab: Lab) -> None:
+    save = lab.folder / "kept"
+    kept = [
+        [name for name in lab.run(save=save, keep_runs=n, max_steps=1).files if "previous" in name]
+        for n in (2, 2, 2, 1)
+    ]
+    names = ["cpm_bee_finetune-previous", "cpm_bee_finetune-previous-2"]
+    assert kept == [[], names[:1], names, names[:1]]
+
+
+@case
 def _resume(lab: Lab) -> None:
     save = lab.new_folder()
     lab.run(save=save, max_steps=2)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from cpm_bee import hints, quantize
 from cpm_bee.cli import positive, real_number
+from cpm_bee.errors import InputError
 from cpm_bee.options import REQUIRED, CommandOptions, Group, check_values
 
 FILES = Group("files", "文件")
@@ -110,6 +111,13 @@ class TextGenerationOptions(GenerationOptions, CommandOptions):
         "微调保存的增量文件；不指定则只用基座模型",
         metavar="FILE",
     )
+    delta_alpha: float | None = MODEL.option(
+        None,
+        "alpha of a delta that does not record it (another tool's, without a `.json`); 16 when "
+        "not given",
+        "增量文件未记录 alpha（由其他工具保存、旁边没有 `.json`）时使用的 alpha；不指定时为 16",
+        type=real_number(0, exclusive=True),
+    )
     quantize: str = MODEL.option(
         quantize.NONE,
         "hold the base model in 4 bit (`nf4`) or 8 bit (`int8`); quantized once and cached beside "
@@ -130,3 +138,8 @@ class TextGenerationOptions(GenerationOptions, CommandOptions):
         "`cpu`、`cuda` 或 `cuda:N`；`auto` 在有 GPU 时用 GPU",
         metavar="DEVICE",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.delta_alpha is not None and self.delta is None:
+            raise InputError("--delta-alpha: needs --delta")

@@ -108,11 +108,15 @@ def check(options: Options) -> Inputs:
     if pretrained is not None:
         if delta_config is not None:
             _insert_delta(pretrained, delta_config, _seed(options), problems)
-        files = _run_files(options, pretrained, delta_config)
+        files = _run_files(options, pretrained, delta_config, datasets.get("--eval-dataset"))
+        if options.dry_run:  # a run takes the lock on its first rank, later
+            with problems.collecting():
+                files.refuse_if_locked()
         for flag, dataset in datasets.items() if options.dry_run else ():
             with problems.collecting():
                 surveys[flag] = survey(dataset, pretrained.tokenizer, shapes[flag])
-    if files is not None and options.resume and "--dataset" in datasets:
+    all_opened = datasets.keys() == data_folders(options).keys()
+    if files is not None and options.resume and all_opened:
         settings = shapes["--dataset"].settings(datasets["--dataset"].fingerprint)
         with problems.collecting():
             saved_state = files.load_state(settings)
@@ -209,12 +213,17 @@ def _check_each_alone(options: Options, missing: set[str], problems: Problems) -
 
 
 def _run_files(
-    options: Options, pretrained: PretrainedModel, delta_config: DeltaConfig | None
+    options: Options,
+    pretrained: PretrainedModel,
+    delta_config: DeltaConfig | None,
+    evaluation: BinaryDataset | None,
 ) -> RunFiles:
     provenance = RunProvenance(
         pretrained.model.config,
         os.path.abspath(pretrained.tokenizer.source),
         pretrained.fingerprint,
+        pretrained.tokenizer.fingerprint,
+        "" if evaluation is None else evaluation.fingerprint,
         delta_config,
     )
-    return RunFiles(options.save, options.save_name, provenance)
+    return RunFiles(options.save, options.save_name, provenance, keep_runs=options.keep_runs)

@@ -87,6 +87,6 @@ def _checkpointing_line(options: Options, inputs: Inputs, is_sharded: bool) -> s
 def _result_lines(options: Options, inputs: Inputs) -> list[str]:
     files = inputs.files
     lines = [f"results: {files.best}, {files.last}; log: {files.log}"]
-    if not options.resume and files.files_of_previous():
-        lines.append(f"the files of the run before would be moved to {files.previous}")
+    if not options.resume and files.places.present():
+        lines.append(f"the files of the run before would be moved to {files.places.previous}")
     return lines

@@ -98,8 +98,8 @@ class Reporter:
         ]
         self.line("\n".join(rows))
 
-    def end(self, reason: str, step: int) -> None:
-        self._log("end", {"reason": reason, "step": step})
+    def end(self, reason: str, step: int, *, finished: bool = False) -> None:
+        self._log("end", {"reason": reason, "step": step, "finished": finished})
         self.line(f"training ended after {step} steps: {reason}")
 
     def close(self) -> None:

@@ -150,6 +150,14 @@ class Options(ModelOptions, CommandOptions):
         "保存训练状态的间隔（步）；不指定时等于 `--eval-interval`",
         type=positive,
     )
+    keep_runs: int = EVALUATION.option(
+        1,
+        "finished earlier runs of the same name to keep, in `SAVE_NAME-previous`, "
+        "`SAVE_NAME-previous-2`, ...; the newest earlier run is kept in any case",
+        "保留多少次同名的、已完成的旧运行（`SAVE_NAME-previous`、`SAVE_NAME-previous-2` 等）；"
+        "最近一次旧运行总会保留",
+        type=positive,
+    )
     resume: bool = EVALUATION.option(
         False,
         "continue from the training state saved in `--save`",

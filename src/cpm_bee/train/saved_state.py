@@ -32,6 +32,9 @@ def check_state(path: Path, state: dict[Any, Any]) -> None:
             problems.add(part, "is missing, or no dictionary")
     if not isinstance(state.get("base_fingerprint"), str):
         problems.add("base_fingerprint", "is missing, or no text")
+    for part in ("vocabulary_fingerprint", "evaluation_fingerprint"):  # not in older states
+        if not isinstance(state.get(part, ""), str):
+            problems.add(part, "is no text")
     if not problems.count:
         for part in ("settings", "delta"):
             if not _is_plain(state[part]):

@@ -16,7 +16,6 @@ from cpm_bee.engine.select import make_engine
 from cpm_bee.errors import CpmBeeError, InputError, RunError
 from cpm_bee.model.frozen.buffers import return_freed_memory
 from cpm_bee.model.network import CPMBee
-from cpm_bee.progress import print_above_bar
 from cpm_bee.tokenizer import Tokenizer
 from cpm_bee.train.activation_checkpointing import choose_for_run
 from cpm_bee.train.checkpoints import RunFiles
@@ -127,10 +126,11 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
             state = TrainingState(**trainer_state)
             # Its file is mapped: while a name holds it, the disk keeps it beside its successors.
             del saved, engine_state
-        elif engine.rank == 0 and (previous := files.archive_previous()):
-            print_above_bar(f"the files of the run before are in {previous}")
+        if engine.rank == 0:
+            # Not before all ranks have opened the state that they resume from: it may be moved.
+            files.places.finish() if options.resume else files.places.begin()
         reporter = Reporter(
-            files.log if engine.rank == 0 else None,
+            files.places.to_write(files.log) if engine.rank == 0 else None,
             resumed_step=state.step if options.resume else None,
             task=options.task_name,
             tensorboard=options.tensorboard,
@@ -161,7 +161,7 @@ def open_index(engine: Engine, dataset: BinaryDataset, tokenizer: Tokenizer) -> 
     failure: Exception | None = None
     if engine.rank == 0:
         try:
-            TokenIndex.of(dataset, tokenizer)
+            TokenIndex.of(dataset, tokenizer, refuse_busy=True)
         except (CpmBeeError, OSError) as error:
             failure = error
     if engine.reduce([float(failure is not None)])[0]:

@@ -103,7 +103,7 @@ class Trainer:
                 self._reporter.end(reason, state.step)
                 raise RunError(reason) from error
             self._save()
-        self._reporter.end(reason, state.step)
+        self._reporter.end(reason, state.step, finished=True)
         return reason
 
     def _train(self) -> str:
@@ -239,7 +239,10 @@ class Trainer:
             self._save_weights("best")  # nothing to choose by
         engine_state = self._engine.training_state()
         if self._engine.rank == 0:
-            self._files.save_state(engine_state, asdict(state), self._training.settings)
+            settings = self._training.settings
+            previous = self._files.save_state(engine_state, asdict(state), settings)
+            if previous is not None:
+                self._reporter.line(f"the files of the run before are in {previous}")
         self._engine.barrier()
 
     def _save_weights(self, which: str) -> None:
