@@ -6,7 +6,7 @@ from cpm_bee.train.options import Options
 
 def main() -> None:
     options = Options.parse()
-    from cpm_bee.train.setup import finetune  # here, so that --help need not import torch
+    from cpm_bee.train.setup import finetune  # imported late: --help needs no torch
 
     finetune(options)
 

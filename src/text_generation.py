@@ -10,7 +10,7 @@ from cpm_bee.generate.options import TextGenerationOptions
 
 def main() -> None:
     options = TextGenerationOptions.parse()
-    # Imported late, with torch: --help and wrong usage answer at once.
+    # Imported late, since torch is slow to load: --help and usage errors are immediate.
     from cpm_bee import delta, pretrained
     from cpm_bee.engine.device import choose_device, choose_dtype
     from cpm_bee.generate.beam_search import Generator

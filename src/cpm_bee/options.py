@@ -9,12 +9,11 @@ with the help text in both languages:
     class Options(CommandOptions):
         script = "tool.py"
         ...
-        batch_size: int = TRAINING.option(32, "rows a step", "每步的行数", type=positive)
+        batch_size: int = TRAINING.option(32, "rows per step", "每步的行数", type=positive)
 
 `Options.parse()` reads the command line. `scripts/make_docs.py` makes docs/training.md and its
 Chinese page from the same fields. A `bool` field is a switch; a field without `type` is text; the
-default `REQUIRED` makes a flag that must be given. Help texts are Markdown: `--help` drops the
-backticks.
+default `REQUIRED` makes the flag mandatory. Help texts are Markdown: `--help` drops the backticks.
 """
 
 from __future__ import annotations
@@ -56,13 +55,13 @@ class Group:
         choices: Sequence[str] | None = None,
         metavar: str | None = None,
     ) -> Any:
-        """A dataclass field that is a flag of this group.
+        """Returns a dataclass field that is a flag of this group.
 
         Args:
-            default: the value when the flag is not given; `REQUIRED` where it must be.
-            help: the meaning in English.
-            chinese: the meaning in Chinese.
-            type: makes the value from the text; raises `argparse.ArgumentTypeError`.
+            default: the value when the flag is not given; `REQUIRED` if it must be given.
+            help: the help text in English.
+            chinese: the help text in Chinese.
+            type: converts the text to the value, or raises `argparse.ArgumentTypeError`.
         """
         declared = {
             "group": self, "help": help, "chinese": chinese,
@@ -76,7 +75,7 @@ GENERAL = Group("general", "通用")
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag as it was declared."""
+    """A declared flag."""
 
     name: str  # of the field
     default: Any
@@ -115,12 +114,12 @@ class Flag:
         )
 
 
-# Every script has it; no field holds it, since `cli.run_command` looks for it by itself.
+# Every script has this flag. It is not a field, since `cli.run_command` handles it.
 DEBUG = Flag("debug", False, True, GENERAL, DEBUG_HELP, DEBUG_HELP_CHINESE)
 
 
 def flags_of(options: Any) -> list[Flag]:
-    """The flags of a dataclass or of its instance, in the order of its fields."""
+    """Returns the flags of a dataclass or of its instance, in the order of its fields."""
     return [
         Flag(field.name, field.default, field.type in (bool, "bool"), **field.metadata)
         for field in dataclasses.fields(options)
@@ -165,7 +164,7 @@ class CommandOptions:
 
     @classmethod
     def flags(cls) -> list[Flag]:
-        """The flags by group, without --debug."""
+        """Returns the flags by group, without --debug."""
         order = [*cls.groups, GENERAL]
         return sorted(flags_of(cls), key=lambda flag: order.index(flag.group))
 

@@ -90,10 +90,10 @@ def test_a_line_that_a_kill_has_cut_is_generated_again(tmp_path, encoder):
     ("lines", "message"),
     [
         (["{"], "partial:1: not valid JSON"),
-        (["[]"], "partial:1: is not the record"),
-        ([json.dumps(RESULTS[1])], "partial:1: is not the record"),
-        ([json.dumps(RESULTS[0]), json.dumps(RESULTS[0])], "partial:2: is not the record"),
-        ([json.dumps(r) for r in [*RESULTS, RESULTS[0]]], "partial:5: is not the record"),
+        (["[]"], "partial:1: does not match record"),
+        ([json.dumps(RESULTS[1])], "partial:1: does not match record"),
+        ([json.dumps(RESULTS[0]), json.dumps(RESULTS[0])], "partial:2: does not match record"),
+        ([json.dumps(r) for r in [*RESULTS, RESULTS[0]]], "partial:5: does not match record"),
     ],
 )
 def test_records_of_another_input_are_refused_and_kept(tmp_path, encoder, lines, message):

@@ -568,7 +568,7 @@ def _checkpointing(lab: Lab) -> None:
         assert len(calls) - 2 * once == 3 * train_support.CONFIG.num_layers
         assert none.losses == full.losses
         assert distance(none.weights(), full.weights()) == 0
-    assert "checkpointing full: as asked" in lab.printed
+    assert "checkpointing full: as requested" in lab.printed
     lab.run(checkpointing="auto")
     assert "checkpointing none: a step needs less than" in lab.printed
     lab.patch.setattr(activation_checkpointing, "free_memory", lambda *_: 1 << 16)

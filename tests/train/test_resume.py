@@ -201,7 +201,7 @@ def test_a_state_without_these_fingerprints_is_used_with_a_warning(
     assert len(told) == 2 and "--vocab" in told[0] and "--eval-dataset" in told[1]
     state["evaluation_fingerprint"] = torch.zeros(2)
     torch.save(state, path)
-    with pytest.raises(InputError, match="evaluation_fingerprint: is no text"):
+    with pytest.raises(InputError, match="evaluation_fingerprint: is not a text"):
         train(workspace, tmp_path, use_delta=True, resume=True)
 
 

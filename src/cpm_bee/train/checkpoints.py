@@ -42,7 +42,7 @@ class RunProvenance(NamedTuple):
 
 
 class RunFiles:
-    """`SAVE/SAVE_NAME-...`: names and ways of writing. Used on rank 0 alone."""
+    """Names, writes and reads the files `SAVE/SAVE_NAME-...`. Only rank 0 writes."""
 
     def __init__(
         self, folder: str, name: str, provenance: RunProvenance, *, keep_runs: int = 1
@@ -61,7 +61,7 @@ class RunFiles:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other runs from writing the same files; the context of a run."""
+        """Returns the context of a run, in which no other run can write the same files."""
         with exclusive(*self._lock):
             try:
                 yield
@@ -69,7 +69,7 @@ class RunFiles:
                 self.places.discard_unstarted()
 
     def refuse_if_locked(self) -> None:
-        """Raise `InputError` if a run is writing these files at this moment; for a dry run."""
+        """Raise `InputError` if another run is writing these files; for a dry run."""
         refuse_if_held(*self._lock)
 
     @property
@@ -81,7 +81,7 @@ class RunFiles:
         )
 
     def save_weights(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
-        """A delta file, or a native checkpoint (fp16 if the config says half)."""
+        """Save a delta file, or a native checkpoint (in fp16 if the config says half)."""
         path = self.places.to_write(path)
         if self._provenance.delta is not None:
             origin = self._provenance
@@ -104,10 +104,10 @@ class RunFiles:
     ) -> Path | None:
         """Save the training state; a resumed run must have the same `settings`.
 
-        With its first state a new run takes its place: the files of an earlier run are moved.
+        With the first state of a new run, the files of an earlier run are moved.
 
         Returns:
-            the folder that they were moved to, if they were.
+            The folder that they were moved to, or None.
         """
         state = {
             "settings": settings,
@@ -121,7 +121,7 @@ class RunFiles:
         return self.places.take_place()
 
     def _sets(self) -> dict[str, str]:
-        """The fingerprints that a state of an earlier version does not have."""
+        """Returns the fingerprints that are not in states of earlier versions."""
         return {
             "vocabulary_fingerprint": self._provenance.vocabulary_fingerprint,
             "evaluation_fingerprint": self._provenance.evaluation_fingerprint,
@@ -134,12 +134,11 @@ class RunFiles:
     def load_state(
         self, settings: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The (engine, progress) of `save_state`.
+        """Load the (engine, progress) of `save_state`.
 
         Raises:
-            InputError: there is none, or of a run on another base, with another delta, vocabulary
-                or evaluation set or, where they are given, other settings; all that differ are
-                listed.
+            InputError: there is no state, or it is that of a run with another base, delta,
+                vocabulary, evaluation set or, if given, other settings; all differences are listed.
         """
         path = self.places.to_read(self.state)
         if not path.is_file():

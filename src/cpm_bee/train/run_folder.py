@@ -1,17 +1,17 @@
-"""Where a run writes, and how it takes the place of an earlier run of its name.
+"""Where a run writes, and how it replaces an earlier run of the same name.
 
-Until a new run has saved its first state, it writes to a folder of its own, `.NAME-new/`: a start
-that fails leaves the earlier run where it is. Then these renames give each its place:
+Until a new run has saved its first state, it writes to a separate folder, `.NAME-new/`: a run that
+fails to start leaves the earlier run in place. Then these renames follow:
 
     .NAME-incoming/ is made
-    .NAME-new/ becomes .NAME-ready/: from here on the new run is the present one
+    .NAME-new/ becomes .NAME-ready/: from here on the new run is the current one
     the earlier run's files go into .NAME-incoming/
     NAME-previous/ becomes NAME-previous-2/, and so on, the last of them first
     .NAME-incoming/ becomes NAME-previous/
     the files in .NAME-ready/ get their final names
 
-After a kill at any point, what is there tells which step is next, and the next start finishes them.
-Only after that the earlier runs that are too many are removed.
+After a kill at any point, the existing folders show which step is next, and the next run finishes
+them. Only then are surplus earlier runs removed.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import re
 import shutil
 from pathlib import Path
 
-_LOG_END = 1 << 16  # bytes of a log that hold its last line
+_LOG_END = 1 << 16  # bytes at the end of a log that contain its last line
 
 
 class RunFolder:
     """The files `SAVE/SAVE_NAME-...` of a run, and the folders of earlier ones.
 
     Args:
-        endings: of the names of all files that a run may write, each behind the name.
+        endings: the endings of all files that a run may write; each follows the name.
         keep_runs: the number of finished earlier runs to keep.
     """
 
@@ -44,28 +44,28 @@ class RunFolder:
         self.previous = folder / f"{name}-previous"
 
     def present(self) -> list[Path]:
-        """The files that a run of this name has left in the folder."""
+        """Returns the files that a run of this name has left in the folder."""
         own = [self._folder / f"{self._name}{ending}" for ending in self._endings]
         return [path for path in own if path.is_file()]
 
     def to_read(self, path: Path) -> Path:
-        """Where a file of the present run is, also after a kill while it was given its place."""
+        """Returns where a file of the current run is, even if a kill interrupted the renames."""
         ready = self._ready / path.name
         return ready if ready.is_file() else path
 
     def to_write(self, path: Path) -> Path:
-        """Where to write a file of this run at this moment."""
+        """Returns where to write a file of this run now."""
         return self._new / path.name if self._is_staged else path
 
     def begin(self) -> None:
-        """Begin a new run, which leaves an earlier one where it is until `take_place`."""
+        """Begin a new run, which leaves an earlier one in place until `take_place`."""
         self.finish()
         if self.present():
             self._new.mkdir()
             self._is_staged = True
 
     def take_place(self) -> Path | None:
-        """Give this run, which has saved a state, its final names; the folder of the one before."""
+        """Give this run's files their final names; returns the folder of the previous run."""
         if not self._is_staged:
             return None
         self._incoming.mkdir()
@@ -75,12 +75,12 @@ class RunFolder:
         return self.previous
 
     def discard_unstarted(self) -> None:
-        """Remove what a start has written that failed before it could take its place."""
+        """Remove the files of a run that failed before `take_place`."""
         if self._is_staged:
             shutil.rmtree(self._new, ignore_errors=True)
 
     def finish(self) -> None:
-        """Finish what a kill has interrupted, then remove what is too much."""
+        """Finish interrupted renames, then remove surplus runs."""
         if self._ready.is_dir() and self._incoming.is_dir():
             for path in self.present():
                 path.rename(self._incoming / path.name)
@@ -105,11 +105,11 @@ class RunFolder:
         self._incoming.rename(self.previous)
 
     def _numbered(self, number: int) -> Path:
-        """The folder of an earlier run; 1 is the newest."""
+        """Returns the folder of an earlier run; 1 is the latest."""
         return self.previous if number == 1 else Path(f"{self.previous}-{number}")
 
     def earlier(self) -> list[Path]:
-        """The folders of earlier runs, the newest first."""
+        """Returns the folders of earlier runs, latest first."""
         pattern = re.compile(re.escape(self.previous.name) + r"(?:-([1-9]\d{0,8}))?")
         found = {}
         for path in self._folder.iterdir() if self._folder.is_dir() else ():
@@ -118,13 +118,13 @@ class RunFolder:
         return [found[number] for number in sorted(found)]
 
     def _remove_surplus(self) -> None:
-        """Keep the newest earlier run and the newest finished ones, with numbers from 1."""
+        """Keep the latest earlier run and the latest finished ones, numbered from 1."""
         shutil.rmtree(self._dropped, ignore_errors=True)
         finished = kept = 0
         for number, path in enumerate(self.earlier(), start=1):
             counts = self._is_finished(path)
             if number > 1 and not (counts and finished < self._keep_runs):
-                path.rename(self._dropped)  # whole, so that no part of it is taken for a run
+                path.rename(self._dropped)  # as a whole, so that no part is mistaken for a run
                 shutil.rmtree(self._dropped, ignore_errors=True)
                 continue
             finished += counts
@@ -133,7 +133,7 @@ class RunFolder:
                 path.rename(self._numbered(kept))
 
     def _is_finished(self, folder: Path) -> bool:
-        """Whether a run's log ends with its end; without a log, nothing speaks against it."""
+        """Whether a run's log has its end; a run without a log counts as finished."""
         log = folder / f"{self._name}-log.jsonl"
         if not log.is_file():
             return True
