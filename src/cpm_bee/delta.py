@@ -1,4 +1,4 @@
-"""Delta tuning: insert a LoRA into a model, save it, load it (docs/format.md §7)."""
+"""Delta tuning: insert LoRA into a model, save it and load it (docs/format.md §7)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _INFIX = ".lora."
 
 @dataclass(frozen=True)
 class DeltaConfig:
-    """Rank r and alpha of (alpha/r) (x Aᵀ) Bᵀ, the layers it is added to, dropout of x."""
+    """Settings of the delta (alpha/r) (x Aᵀ) Bᵀ: rank r, alpha, target layers, dropout of x."""
 
     rank: int = 8
     alpha: float = 16
@@ -37,21 +37,21 @@ class DeltaConfig:
         unknown = [t for t in self.targets if t not in TARGETS]
         if unknown or not self.targets:
             raise InputError(
-                f"--delta-targets: {', '.join(unknown) or 'nothing'} is no layer of the model; "
+                f"--delta-targets: {', '.join(unknown) or 'nothing'} is not a layer of the model; "
                 f"choose from {', '.join(TARGETS)}"
             )
 
 
 class LoRA(nn.Module):
-    """The low-rank path beside a Linear. Unlike the base path it is not divided by sqrt(dim_in)."""
+    """The low-rank path beside a Linear; unlike the base path, not divided by sqrt(dim_in)."""
 
     def __init__(self, linear: Linear, config: DeltaConfig) -> None:
         super().__init__()
         dim_in, dim_out = linear.dim_in, linear.dim_out
-        # fp32 for every base: a 16-bit weight would lose most steps of a small learning rate.
+        # Always fp32: in 16 bit, most updates at a small learning rate would round to nothing.
         device = linear.operands()[0].device  # a quantised layer has no weight
         if device.type == "meta":
-            device = torch.device("cpu")  # the base's values come later, its own must not be lost
+            device = torch.device("cpu")  # the base is loaded later, but these values are set now
         self.lora_A = nn.Parameter(torch.empty(config.rank, dim_in, device=device))
         self.lora_B = nn.Parameter(torch.empty(dim_out, config.rank, device=device))
         self.scale = config.alpha / config.rank
@@ -59,7 +59,7 @@ class LoRA(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """A Kaiming-uniform with a = sqrt(5), which is U(±1/sqrt(dim_in)); B zero."""
+        """Set A to Kaiming-uniform with a = sqrt(5), i.e. U(±1/sqrt(dim_in)), and B to zero."""
         bound = 1 / math.sqrt(self.lora_A.shape[1])
         values = torch.rand(self.lora_A.shape, generator=generator) * 2 - 1
         self.lora_A.copy_(values * bound)
@@ -72,12 +72,12 @@ class LoRA(nn.Module):
 
 
 def insert(model: CPMBee, config: DeltaConfig, seed: int) -> None:
-    """Freeze the model and add a LoRA, the only part to be trained, to each target layer."""
+    """Freeze the model and add a trainable LoRA to each target layer."""
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, Linear)]
     for name, linear in linears:
-        linear.lora = None  # of a delta before this one
+        linear.lora = None  # removes an earlier delta
         if name.rpartition(".")[2] in config.targets:
             lora = LoRA(linear, config)
             lora.initialize(generator)
@@ -85,14 +85,14 @@ def insert(model: CPMBee, config: DeltaConfig, seed: int) -> None:
 
 
 def tensors(model: CPMBee) -> dict[str, torch.Tensor]:
-    """The delta's tensors by their names in a delta file (docs/format.md §7)."""
+    """The delta's tensors by the names they have in a delta file (docs/format.md §7)."""
     return {name: p.detach().cpu() for name, p in model.named_parameters() if _INFIX in name}
 
 
 def save(
     path: Path, values: dict[str, torch.Tensor], config: DeltaConfig, base_fingerprint: str
 ) -> None:
-    """Write a delta file, and a `.json` sidecar with its settings and its base."""
+    """Write a delta file and a `.json` sidecar with its settings and its base's fingerprint."""
     save_tensors(path, values)
     sidecar = {
         "rank": config.rank,
@@ -104,13 +104,13 @@ def save(
 
 
 def load(model: CPMBee, path: str | Path, base_fingerprint: str) -> DeltaConfig:
-    """Insert a delta file of this or another CPM-Bee tool into a model.
+    """Load a delta file made by this or another CPM-Bee tool into a model.
 
-    Without a `.json` beside it, rank and targets are read from the tensors and alpha is 16.
+    Rank and targets are read from the tensors. Alpha is read from the sidecar, and is 16 without
+    one.
 
     Raises:
-        InputError: the delta was trained on another base, or its tensors do not fit; all that do
-            not are listed.
+        InputError: the delta was trained on another base, or tensors do not fit (all are listed).
     """
     path = Path(path)
     if not path.is_file():
@@ -121,10 +121,10 @@ def load(model: CPMBee, path: str | Path, base_fingerprint: str) -> DeltaConfig:
     if made_on is not None and made_on != base_fingerprint:
         raise InputError(
             f"{path}: was trained on another base model (fingerprint {str(made_on)[:12]}..., "
-            f"the loaded one has {base_fingerprint[:12]}...); name its own base with --load"
+            f"the loaded one has {base_fingerprint[:12]}...); give its own base with --load"
         )
     config = _config_of(path, loaded, sidecar)
-    # Before anything is inserted: one tensor of a huge rank would claim it for all layers.
+    # Before inserting: one tensor with a huge rank would allocate that rank in every layer.
     expected = _shapes(model, config)
     problems = Problems()
     for name in sorted({*loaded, *expected}):
@@ -156,7 +156,7 @@ def _shapes(model: CPMBee, config: DeltaConfig) -> dict[str, tuple[int, int]]:
 
 def _config_of(path: Path, loaded: dict[str, Any], sidecar: dict[str, Any]) -> DeltaConfig:
     if not all(_is_matrix(name, value) for name, value in loaded.items()):
-        raise InputError(f"{path}: not a delta file, which holds only matrices by name")
+        raise InputError(f"{path}: not a delta file, which contains only named matrices")
     ending = f"{_INFIX}lora_A"
     lora_a = {name.removesuffix(ending): v for name, v in loaded.items() if name.endswith(ending)}
     targets = {name.rpartition(".")[2] for name in lora_a} & set(TARGETS)
@@ -167,7 +167,7 @@ def _config_of(path: Path, loaded: dict[str, Any], sidecar: dict[str, Any]) -> D
         )
     ranks = {value.shape[0] for value in lora_a.values()}
     if len(ranks) > 1:
-        raise InputError(f"{path}: holds LoRA of several ranks {sorted(ranks)}, expected one")
+        raise InputError(f"{path}: contains LoRA of several ranks {sorted(ranks)}, expected one")
     alpha = sidecar.get("alpha", DeltaConfig.alpha)
     number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
     if not number or not 0 < alpha < math.inf:
