@@ -11,10 +11,10 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from cpm_bee.distributed import rank
 from cpm_bee.engine import Engine, StepResult
+from cpm_bee.engine.finite import not_finite
 from cpm_bee.errors import InterruptedRun, RunError
 from cpm_bee.model.network import CPMBee
 from cpm_bee.progress import progress_bar, silence_terminal
@@ -109,12 +109,7 @@ class Trainer:
 
     def _fault_of_base(self) -> str:
         """What is wrong with the values of the base model, which training does not change."""
-        names = []
-        for name, tensor in (*self._model.named_parameters(), *self._model.named_buffers()):
-            if self.state.step == 0 or not tensor.requires_grad:
-                values = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-                if not torch.isfinite(values).all():
-                    names.append(name)
+        names = not_finite(self._model, only_frozen=self.state.step > 0)
         if not names:
             return ""
         more = f" and in {len(names) - 3} more tensors" if len(names) > 3 else ""
