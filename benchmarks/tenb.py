@@ -168,7 +168,8 @@ def train_phase(work: Work, arguments: argparse.Namespace) -> dict[str, Any]:
             seconds.append(time.perf_counter() - started)
         del loss
         print(f"after {step} steps: loss {losses[-1]:.4f}", flush=True)
-    delta.save(work.delta, engine.trained_tensors(), config, base.fingerprint)
+    prints = (base.fingerprint, base.tokenizer.fingerprint)
+    delta.save(work.delta, engine.trained_tensors(), config, *prints)
     return {
         "loading_seconds": loading,
         "tokens": batch.num_tokens,
@@ -185,7 +186,7 @@ def generate_phase(work: Work, arguments: argparse.Namespace) -> dict[str, Any]:
     from cpm_bee.generate.options import GenerationOptions
 
     base = load(work, arguments)
-    delta.load(base.model, work.delta, base.fingerprint)
+    delta.load(base.model, work.delta, base.fingerprint, base.tokenizer.fingerprint)
     options = GenerationOptions(beam_size=1, max_length=arguments.answer_tokens)
     with open(work.records, encoding="utf-8") as file:
         record = json.loads(file.readline())

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Get the vocabulary of the released CPM-Bee models (86,583 tokens) as src/ckpts/vocab.txt.
-# It lies in the Python wheel `viscpm`; only that one file of it is used, nothing is installed.
+# It is part of the Python wheel `viscpm`; only that file is used, and nothing is installed.
 #   bash scripts/fetch_vocab.sh [TARGET]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"

@@ -12,14 +12,14 @@ if ! command -v torchrun > /dev/null; then
 fi
 
 GPUS=0
-if command -v nvidia-smi > /dev/null; then            # else no need to ask torch, which is slow
+if command -v nvidia-smi > /dev/null; then            # otherwise do not ask torch, which is slow
     GPUS="$(python -c 'import torch; print(torch.cuda.device_count())')"
 fi
 GPUS_PER_NODE="${GPUS_PER_NODE:-$GPUS}"               # processes on this machine; 0 GPUs: one
 [ "$GPUS_PER_NODE" = 0 ] && GPUS_PER_NODE=1
 NNODES="${NNODES:-1}"                                 # machines
 if ! [[ "$NNODES" =~ ^[1-9][0-9]*$ && "$GPUS_PER_NODE" =~ ^[1-9][0-9]*$ ]]; then
-    echo "error: NNODES=$NNODES, GPUS_PER_NODE=$GPUS_PER_NODE: whole numbers are needed" >&2
+    echo "error: NNODES=$NNODES, GPUS_PER_NODE=$GPUS_PER_NODE: must be whole numbers from 1" >&2
     exit 2
 fi
 if [ "$NNODES" != 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
@@ -27,16 +27,16 @@ if [ "$NNODES" != 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
         "the same on all machines" >&2
     exit 2
 fi
-MASTER_ADDR="${MASTER_ADDR:-localhost}"               # the first of them
+MASTER_ADDR="${MASTER_ADDR:-localhost}"               # the first machine
 MASTER_PORT="${MASTER_PORT:-$([ "$NNODES" = 1 ] && echo 0 || echo 12345)}"   # 0: any free port
 
-RDZV_TIMEOUT="${RDZV_TIMEOUT:-300}"                   # seconds in which all machines must come
+RDZV_TIMEOUT="${RDZV_TIMEOUT:-300}"                   # seconds for all machines to connect
 
 LOAD="${LOAD:-ckpts/pytorch_model.bin}"               # base model
 MODEL_CONFIG="${MODEL_CONFIG:-}"                      # default: derived from the checkpoint
 if [ "$LOAD" = ckpts/pytorch_model.bin ] && [ ! -e "$LOAD" ] && [ -d ckpts/cpm-bee-tiny ]; then
-    echo "ckpts/pytorch_model.bin is not there: using the tiny model that comes with this project."
-    echo "It shows the whole job, but it knows little; put a CPM-Bee checkpoint there for real work."
+    echo "ckpts/pytorch_model.bin does not exist: using the tiny model that comes with this project."
+    echo "It shows how things work, but it knows little; for real work, put a CPM-Bee checkpoint there."
     LOAD=ckpts/cpm-bee-tiny
 fi
 # The settings that are flags, with their defaults. In the environment a setting has the flag's name
@@ -60,7 +60,7 @@ defaults=(
     save-name=cpm_bee_finetune
 )
 if [ "$(basename "$LOAD")" = cpm-bee-tiny ]; then
-    # A tiny model wants more and smaller steps, at a higher rate, than a large one.
+    # A tiny model needs more and smaller steps, at a higher rate, than a large one.
     defaults+=(
         epoch=6 batch-size=1 max-length=1024 lr=0.06 warmup-iters=50
         eval-interval=200 inspect-iters=1000
@@ -68,7 +68,7 @@ if [ "$(basename "$LOAD")" = cpm-bee-tiny ]; then
 fi
 declare -A settings
 order=()
-for setting in "${defaults[@]}"; do                   # the last one of a name counts
+for setting in "${defaults[@]}"; do                   # the last one of each name counts
     flag="${setting%%=*}"
     [ -n "${settings[$flag]:-}" ] || order+=("$flag")
     settings[$flag]="${setting#*=}"
@@ -89,14 +89,14 @@ done
 
 SCRIPT="$project/src/finetune_cpm_bee.py"
 PROCESSES=$((NNODES * GPUS_PER_NODE))
-if [ "$PROCESSES" = 1 ]; then                         # finds its mistakes itself, and needs no torchrun
+if [ "$PROCESSES" = 1 ]; then                         # checks itself, and needs no torchrun
     CMD=(python "$SCRIPT" "${OPTS[@]}" "$@")
     echo "${CMD[*]}"
     exec "${CMD[@]}"
 fi
 
-# Many processes would report a mistake together, and machines would wait for one that has it: find
-# it in one process on each machine first, which is told of the number of processes as rank 0 is.
+# With many processes, all would report a mistake, and other machines would wait for the one that
+# has it. So one process on each machine checks first, with the environment of rank 0.
 RANK=0 LOCAL_RANK=0 WORLD_SIZE="$PROCESSES" python "$SCRIPT" "${OPTS[@]}" "$@" --dry-run || exit $?
 case " $* " in *" --dry-run "* | *" --dry_run "* | *" --help "* | *" -h "*) exit ;; esac
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole job in one command: install, reformat, preprocess, tune, show what was gained.
+# All in one command: install, reformat, preprocess, fine-tune, and compare before and after.
 #   bash scripts/quickstart.sh                     on the sample in raw_data/
 #   RAW_DATA=my_folder bash scripts/quickstart.sh  on your own train.jsonl and eval.jsonl
 # Can be repeated. Settings of scripts/finetune_cpm_bee.sh (EPOCH, LR, LOAD, ...) work here too.
@@ -16,7 +16,7 @@ if [ ! -d "$RAW_DATA" ]; then
     exit 2
 fi
 RAW_DATA="$(cd "$RAW_DATA" && pwd)"
-# The stages run in other folders: paths are meant as seen from here.
+# The stages run in other folders, so make relative paths absolute here.
 for name in BEE_DATA BIN_DATA SAVE LOAD VOCAB MODEL_CONFIG; do
     path="${!name:-}"
     if [ -n "$path" ] && [ "$path" != auto ] && [ "${path#/}" = "$path" ]; then
@@ -33,7 +33,7 @@ for name in train eval; do
     fi
 done
 
-# shellcheck disable=SC2119  # without its extra, not with our own arguments
+# shellcheck disable=SC2119  # called without the extra; our own arguments are not for it
 make_venv
 step() { printf '\n== %s\n' "$*"; }
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Fine-tune CPM-Bee under SLURM, on as many nodes as the job has. Submit it from src/:
 #   sbatch --nodes=2 --gpus-per-node=8 scripts/slurm_finetune.sh [flags of finetune_cpm_bee.py]
-# Settings of finetune_cpm_bee.sh go along in the environment:
+# Settings of finetune_cpm_bee.sh are passed in the environment:
 #   LOAD=ckpts/pytorch_model.bin BATCH_SIZE=2 sbatch --nodes=2 ... scripts/slurm_finetune.sh
-# Model, data and results must lie on a file system that all nodes share.
+# Model, data and results must be on a file system that all nodes share.
 #SBATCH --job-name=cpm_bee
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -31,6 +31,6 @@ if [ -z "${GPUS_PER_NODE:-}" ] && [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
     export GPUS_PER_NODE="$SLURM_GPUS_ON_NODE"
 fi
 
-# One task a node, which is its torchrun; one that fails ends the others.
+# One task per node, which runs torchrun; a task that fails ends the others.
 exec srun --ntasks="$NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
     bash scripts/finetune_cpm_bee.sh "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests: makes .venv where missing, installs all they need, and passes arguments to pytest.
+# Run the tests: makes .venv if missing, installs the dependencies, and passes arguments to pytest.
 #   bash scripts/test.sh                  everything
 #   bash scripts/test.sh -m "not slow"    the quick ones
 set -euo pipefail

@@ -1,11 +1,11 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: sets $project, makes .venv there and installs into it.
-#   make_venv [EXTRA]   e.g. make_venv dev; returns at once where nothing has changed
+#   make_venv [EXTRA]   e.g. make_venv dev; returns at once if nothing has changed
 #   use_venv            puts an existing .venv on the PATH, unless another one is active
 
 project="$(cd -P "$(dirname "${BASH_SOURCE[0]}")" && cd -P .. && pwd)"
 
-# Threads that spin while they wait starve a machine that does other work too.
+# Threads that spin while they wait slow down everything else on the machine.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 
 use_venv() {
@@ -17,7 +17,7 @@ use_venv() {
 make_venv() {
     local extra="${1:-}" python="${PYTHON:-python3}" stamp fingerprint
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-        echo "error: $python is older than Python 3.10; name a newer one: PYTHON=python3.11 bash ..." >&2
+        echo "error: $python is older than Python 3.10; choose a newer one: PYTHON=python3.11 bash ..." >&2
         exit 2
     fi
     stamp="$project/.venv/.installed-${extra:-base}"
@@ -27,7 +27,7 @@ make_venv() {
         "$python" -m venv --clear "$project/.venv"
     fi
     if [ "$(cat "$stamp" 2>/dev/null)" != "$fingerprint" ]; then
-        echo "installing into $project/.venv (PyTorch is large: this takes some minutes)"
+        echo "installing into $project/.venv (PyTorch is large: this takes a few minutes)"
         (cd "$project" && .venv/bin/python -m pip install --quiet --disable-pip-version-check \
             -c constraints.txt -e ".${extra:+[$extra]}")
         if [ "$extra" = dev ]; then install_bmtrain; fi
@@ -37,8 +37,8 @@ make_venv() {
     use_venv
 }
 
-# For the tests of --engine bmtrain; its wheels are for Python 3.10 and 3.11 on Linux. Without its
-# dependencies: its NCCL would be written over the one of a CUDA build of PyTorch.
+# For the tests of --engine bmtrain, whose wheels are for Python 3.10 and 3.11 on Linux. Installed
+# without dependencies: its NCCL would overwrite that of a CUDA build of PyTorch.
 install_bmtrain() {
     local python="$project/.venv/bin/python"
     "$python" -c 'import platform as p, sys

@@ -14,7 +14,7 @@ VOCABULARIES = CHECKPOINTS / "vocab.txt", CHECKPOINTS / "cpm-bee-tiny" / "vocab.
 
 
 def load_vocabulary(given: str | None) -> Tokenizer | None:
-    """The tokenizer of `--vocab`; by default of the model that finetune_cpm_bee.sh would load."""
+    """Load `--vocab`, by default the vocabulary of the base model in `src/ckpts`, if any."""
     usual = [path for path in VOCABULARIES if path.is_file()]
     if given == NO_VOCABULARY or (given is None and not usual):
         return None
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def next_step(folders: list[Path]) -> str:
-    """The command that trains on the datasets just made, to be run anywhere."""
+    """Returns the next step: the command that trains on the new datasets."""
     src = Path(__file__).absolute().parent
     by_name = {folder.name: folder.absolute() for folder in folders}
     training = by_name.get("train", folders[0].absolute())

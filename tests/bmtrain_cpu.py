@@ -1,15 +1,15 @@
 """The real bmtrain 1.0.1 on CPUs, over gloo, for tests.
 
-What touches CUDA is replaced and nothing else: bmtrain's modules see a `torch` whose CUDA device is
-the CPU; its NCCL calls go to gloo, by pointer as they come; the CUDA kernels that a training step
-calls are a line of torch each. The CPU Adam kernels and all Python of bmtrain are its own. Streams,
-events, page-locked memory, real NCCL and real kernels are not shown by it (docs/gpu-checklist.md).
+Only what touches CUDA is replaced: bmtrain's modules see a `torch` whose CUDA device is the CPU;
+its NCCL calls, which pass pointers, go to gloo; the CUDA kernels that a training step calls are a
+line of torch each. The CPU Adam kernels and all Python of bmtrain are its own. This does not test
+streams, events, page-locked memory, real NCCL and real kernels (docs/gpu-checklist.md).
 
     python tests/bmtrain_cpu.py SCRIPT [FLAG ...]
 
-runs a script of the project so, alone or under torchrun, with `--engine bmtrain` allowed on a CPU.
+runs a script of the project, alone or under torchrun, with `--engine bmtrain` allowed on a CPU.
 
-Once installed it stays: use it in processes that do nothing else.
+`install` cannot be undone: use it in processes that do nothing else.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _CPU = torch.device("cpu")
 _TIMEOUT = datetime.timedelta(seconds=60)
 _KEPT_ALIVE: list[Any] = []  # rank 0's store must outlive all exchanges
 
-# ncclDataType_t and ncclRedOp_t, of NCCL's documentation.
+# ncclDataType_t and ncclRedOp_t, from NCCL's documentation.
 _TYPES = {
     0: torch.int8, 1: torch.uint8, 2: torch.int32, 4: torch.int64, 6: torch.float16,
     7: torch.float32, 8: torch.float64, 9: torch.bfloat16,
@@ -56,13 +56,13 @@ _AVERAGE = 4
 
 
 def require() -> None:
-    """Skip a test, and say so, where bmtrain is not installed."""
+    """Skip a test if bmtrain is not installed."""
     if importlib.util.find_spec("bmtrain") is None:
         pytest.skip("bmtrain is not installed (Python 3.10 or 3.11 on Linux has it)")
 
 
 class _Stream:
-    """Everything is done by the time a call returns, so nothing is left to wait for."""
+    """A stream that never has to wait, since calls return only when they are done."""
 
     cuda_stream = 0
 
@@ -89,7 +89,7 @@ def _stream(stream: _Stream) -> Iterator[None]:
 
 
 def _fake_cuda() -> types.SimpleNamespace:
-    # No `__getattr__` to torch.cuda: what is not foreseen must fail, not half work.
+    # No `__getattr__` to torch.cuda: an unexpected use must fail, not half work.
     cuda = types.SimpleNamespace(
         Stream=_Stream,
         Event=_Event,
@@ -108,12 +108,12 @@ def _fake_cuda() -> types.SimpleNamespace:
 
 
 class _Torch(types.ModuleType):
-    """torch, for the eyes of bmtrain: its factories make CPU tensors whatever is asked for."""
+    """The torch that bmtrain sees: its factories make CPU tensors for any device."""
 
     def __init__(self) -> None:
         super().__init__("torch")
         self.cuda = _fake_cuda()
-        # The CPU's generator is always among those that it keeps.
+        # `fork_rng` always saves the CPU's generator.
         fork = functools.partial(torch.random.fork_rng, [])
         self.random = types.SimpleNamespace(fork_rng=lambda devices, enabled: fork(enabled))
         for name in ("tensor", "empty", "zeros", "ones", "full", "arange", "zeros_like"):
@@ -134,7 +134,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def _is_cuda(tensor: Any) -> bool:
-    """True for bmtrain, which refuses anything else; false, as it is, for torch itself."""
+    """True if bmtrain asks, which refuses other tensors; false if torch itself asks."""
     return str(sys._getframe(1).f_globals.get("__name__", "")).startswith("bmtrain")
 
 
@@ -149,7 +149,7 @@ def _patch_tensors() -> None:
 
 
 def _at(pointer: int, count: int, kind: int) -> torch.Tensor:
-    """The memory at an address as a flat tensor."""
+    """Returns the memory at an address as a flat tensor."""
     dtype = _TYPES[kind]
     if count == 0:
         return torch.empty(0, dtype=dtype)
@@ -167,7 +167,7 @@ def _reduced(source: torch.Tensor, operation: int) -> torch.Tensor:
 
 
 class _Communicator:
-    """NCCL's calls for one communicator, that of all ranks, over gloo; by pointer as in C."""
+    """NCCL's calls for the communicator of all ranks, over gloo; with pointers, as in C."""
 
     def unique_id(self) -> bytes:
         with socket.socket() as probe:
@@ -246,14 +246,14 @@ def install() -> Any:
 
 
 def run_ranks(script: str, world_size: int, *arguments: object, seconds: float = 280) -> None:
-    """Run a file of tests/ in several processes, placed as torchrun variables them."""
+    """Run a file of tests/ in several processes, with the variables that torchrun sets."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": world_size}
-    # On two, bmtrain would give each process a core of its own, on which others may be busy.
+    # With 2, bmtrain would pin each process to a core, on which others may be busy.
     variables |= {"LOCAL_WORLD_SIZE": 1000, "OMP_NUM_THREADS": 1}
-    variables["MALLOC_MMAP_THRESHOLD_"] = 1 << 16  # what is freed leaves the process, for measuring
+    variables["MALLOC_MMAP_THRESHOLD_"] = 1 << 16  # freed memory leaves the process, for measuring
     variables["PYTHONPATH"] = os.pathsep.join([str(_ROOT / "src"), str(_ROOT / "tests")])
     processes: list[subprocess.Popen[str]] = []
     for rank in range(world_size):
@@ -274,13 +274,13 @@ def run_ranks(script: str, world_size: int, *arguments: object, seconds: float =
             outputs.append(process.communicate(timeout=max(1, deadline - time.monotonic()))[0])
         except subprocess.TimeoutExpired:
             process.kill()
-            outputs.append(process.communicate()[0] + "\nno end in time")
+            outputs.append(process.communicate()[0] + "\ntimed out")
     statuses = [process.returncode for process in processes]
     assert statuses == [0] * world_size, "\n".join(outputs)
 
 
 def engines() -> tuple[Any, Callable[[torch.dtype], BMTrainEngine]]:
-    """bmtrain, and what makes an engine of this process, for a compute type."""
+    """Returns bmtrain, and a function that makes this process's engine for a compute type."""
     bmt = install()
     from cpm_bee.engine.bmtrain_engine import BMTrainEngine
 

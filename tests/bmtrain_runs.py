@@ -1,8 +1,9 @@
-"""What the bmtrain and the torch engine are made to do, to be compared; as a script, by bmtrain.
+"""Runs of the bmtrain and the torch engine, to be compared.
 
     python tests/bmtrain_runs.py FOLDER
 
-leaves in the folder what one process of several found (see `bmtrain_cpu.run_ranks`).
+writes the results of bmtrain in one of several processes to the folder (see
+`bmtrain_cpu.run_ranks`).
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ RESUMED = ("delta", "full-fp16")
 
 def make_model(case: Case, dtype: torch.dtype) -> CPMBee:
     masks = ((True, False), (False, False), (False, False)) if case.pruned else ()
-    # Of sizes with which the border between two processes lies within a tensor of each layer.
+    # With these sizes the border between two processes is within a tensor of each layer.
     model = CPMBee(tiny.make_config(num_layers=3, dim_ff=30, mask_modules=masks))
     model.load_state_dict(dict(initial_values(model, seed=4)))
     with torch.no_grad():  # a table of zeros would hide much
@@ -147,7 +148,7 @@ def advance(
 def train(
     engine: Engine, case: Case, state: Path | None = None, model: CPMBee | None = None
 ) -> dict[str, Any]:
-    """All steps, of a model other than the case's if given; a state after ten goes to a file."""
+    """Train all steps, of `model` or the case's own; the state after ten is saved to `state`."""
     model = prepared(engine, case, model=model)
     first = advance(engine, model, case, 0, 10)
     if state is not None and engine.rank == 0:
@@ -160,7 +161,7 @@ def train(
 
 
 def resumed(engine: Engine, case: Case, path: Path) -> dict[str, Any]:
-    """What follows from such a file."""
+    """Train the remaining steps from a file saved by `train`."""
     model = prepared(engine, case)
     engine.load_training_state(load_tensors(path, "a state"))
     found = advance(engine, model, case, 10)
@@ -182,7 +183,7 @@ def _resume(make: Any, folder: Path) -> dict[str, Any]:
 
 
 def _traffic(make: Any, bmt: Any) -> dict[str, Any]:
-    """How many values are exchanged, and in how many calls, by saving and by two passes."""
+    """Returns the values exchanged by each call, in saving and in two passes."""
     calls: dict[str, list[int]] = {}
     for name in ("ncclAllGather", "ncclAllReduce"):
         call = getattr(bmt.C, name)
@@ -207,7 +208,7 @@ def _traffic(make: Any, bmt: Any) -> dict[str, Any]:
 
 
 def _decay(make: Any) -> dict[str, Any]:
-    """Two steps without any gradient, of what the device and then the host holds."""
+    """Returns the tensors after two steps with gradients of zero: only weight decay acts."""
     found = {}
     for dtype in (torch.float32, torch.float16):
         engine = make(dtype)
@@ -250,7 +251,7 @@ def _errors(make: Any) -> dict[str, str]:
 
 
 def _idle_step(make: Any) -> list[float]:
-    """Norms of two steps; before the second there is no backward pass."""
+    """Returns the norms of two steps; before the second there is no backward pass."""
     engine = make(torch.float32)
     model = prepared(engine, RUNS["full"])
     engine.backward(model.loss(collate(tiny.encode(RECORDS), tiny.TOKENIZER)))
@@ -258,7 +259,7 @@ def _idle_step(make: Any) -> list[float]:
 
 
 def _memory(make: Any, bmt: Any, folder: Path) -> dict[str, int]:
-    """Bytes of a process's parts of a mapped model, and the most that it needed to get them."""
+    """Returns the bytes of this process's parts of a mapped model, and of the peak in loading."""
     with torch.device("meta"):
         model = CPMBee(tiny.make_config(**BIG))
     model.half()

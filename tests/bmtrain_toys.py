@@ -1,8 +1,8 @@
-"""Toys on which bmtrain shows its ways, and the engine beside them; a script for each process.
+"""Toy models that show how bmtrain and the engine behave; a script for each process.
 
     python tests/bmtrain_toys.py FOLDER
 
-leaves in the folder what each scene found in this process (see `bmtrain_cpu.run_ranks`).
+writes the result of each scene in this process to the folder (see `bmtrain_cpu.run_ranks`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WORLD = 2
 
 
 class Layer(nn.Module):
-    """h + w * h; notes under which autocast it runs."""
+    """Computes h + w * h, and records whether autocast is on."""
 
     def __init__(self, requires_grad: bool = True) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def inputs(rank: int) -> torch.Tensor:
 
 
 def true_gradients(*layers: Layer) -> list[torch.Tensor | None]:
-    """Summed over the ranks' inputs, by plain PyTorch."""
+    """Returns the gradients summed over the ranks' inputs, by plain PyTorch."""
     stack = Stack(*layers)
     for rank in range(WORLD):
         stack(inputs(rank)).backward()
@@ -65,7 +65,7 @@ def true_gradients(*layers: Layer) -> list[torch.Tensor | None]:
 
 
 def whole(bmt: Any, part: Any, values: Any) -> torch.Tensor:
-    """A tensor from the ranks' parts."""
+    """Returns a tensor from the ranks' parts."""
     result = torch.zeros(part._original_shape.numel())
     if part.numel():
         result[part._start_partition : part._end_partition] = values.float()

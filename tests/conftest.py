@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# Threads that spin while they wait take the core from those that work, as soon as anything else
-# runs on the machine. Read when torch is imported; the processes that tests start inherit it.
+# On a busy machine, threads that spin while they wait take the core from those that work. The
+# variable is read when torch is imported; the processes that tests start inherit it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import properties

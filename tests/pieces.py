@@ -1,4 +1,4 @@
-"""A text split into pieces, for tests that look at each: encoding does it without making them."""
+"""Splits a text into pieces, for tests that look at each one; encoding does not make them."""
 
 from __future__ import annotations
 

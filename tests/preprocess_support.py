@@ -1,4 +1,4 @@
-"""Small inputs of preprocessing, and what became of them."""
+"""Small inputs for preprocessing, and functions that read the results."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def bee_data(place: Path) -> Path:
-    """A folder with records of two datasets in `bee_data`."""
+    """Write the records of two datasets to `place`/bee_data; returns `place`."""
     write(place / "bee_data" / "train.jsonl", 300)
     write(place / "bee_data" / "eval.jsonl", 50)
     return place
@@ -55,7 +55,7 @@ def make(place: Path, name: str = "bin", **options: object) -> Path:
 
 
 def assert_same_index(folder: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """The index of a dataset is, byte for byte, the one that training would make."""
+    """Assert that a dataset's index is, byte for byte, the one that training would make."""
     (made,) = folder.glob("token_index-*")
     assert made.name == folder_name(tokenizer)
     built = tmp_path / "built"

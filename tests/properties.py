@@ -3,8 +3,8 @@
     pytest                                    profile ci: the same examples every time, no shrinking
     HYPOTHESIS_PROFILE=fuzz pytest -m property    random, many more, shrinks what fails
 
-Hypothesis has a limit for an example (a deadline) and none for a test. A deadline fails on a busy
-machine, so there is none; instead no further example is run once a test's time is used up.
+Hypothesis limits the time of an example (a deadline), not that of a test. A deadline fails on a
+busy machine, so there is none; instead, no further example runs once a test's time is used up.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, settings
 
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci")
-# Beside a busy core, examples take long to make; that is no mistake of a test.
+# On a busy machine, examples take long to make, which is not the test's fault.
 _COMMON: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 _MORE = 20  # times as many examples for fuzzing
 _SECONDS = {"ci": 20.0, "fuzz": 60.0}
@@ -44,7 +44,7 @@ def load_profile() -> None:
 
 
 def examples(count: int, *suppress: HealthCheck, **rest: Any) -> settings:
-    """The settings of a test whose examples are dear: at most `count`, in the profile's way."""
+    """Returns settings for a test with slow examples: at most `count`, or more for fuzzing."""
     default = settings.default
     assert default is not None
     return settings(
@@ -55,7 +55,7 @@ def examples(count: int, *suppress: HealthCheck, **rest: Any) -> settings:
 
 
 def new_seed() -> str | None:
-    """A seed to print, for the profile that is random."""
+    """Returns a seed to print for the random profile; None for the other."""
     return str(random.SystemRandom().randrange(2**32)) if PROFILE == "fuzz" else None
 
 
@@ -73,7 +73,7 @@ class TimeLimit:
         self._has_failed = False
 
     def apply(self, test: Callable[..., None]) -> Callable[..., None]:
-        """What hypothesis calls for each example, with the limit."""
+        """Returns the function that hypothesis calls for each example, with the limit."""
 
         @functools.wraps(test)
         def limited(*args: Any, **kwargs: Any) -> None:

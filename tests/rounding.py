@@ -1,16 +1,16 @@
 """Bounds between two correct computations, measured instead of guessed.
 
-Two correct computations of the same thing in fp32 differ: they add in another order, and kernels
-for other CPUs (SSE, AVX2, AVX-512) round elsewhere. By how much depends on the machine and on the
-problem: Adam divides small gradients by their own size, so that the rounding of a gradient that
-nearly cancels reaches the weights whole. No constant is right everywhere. What can be measured
-everywhere is how far a computation is from the exact result:
+Two correct computations of the same thing in fp32 differ: they add in a different order, and
+kernels for other CPUs (SSE, AVX2, AVX-512) round differently. The difference depends on the machine
+and on the problem: Adam divides small gradients by their own size, so that the rounding of a
+gradient that nearly cancels reaches the weights undiminished. No constant is right everywhere. What
+can be measured everywhere is how far a computation is from the exact result:
 
 1. The exact result x comes from the same code in double precision (`double_precision`), whose own
    rounding is 5e8 times smaller.
 2. A trusted computation (one process, PyTorch's own gradients) has an error |t - x|. It is one
    sample of what rounding does here. More samples come from weights whose last bit is random
-   (`nudge`): their runs round elsewhere, and differ by eps times the condition of the problem too.
+   (`nudge`): their runs round differently, and also differ by eps times the problem's condition.
 3. The tested computation y is correct if its error is one more such sample:
    |y - x| <= MARGIN * max |t_i - x|. It follows that two of them differ by at most
    (MARGIN + 1) times the trusted error.
@@ -18,9 +18,9 @@ everywhere is how far a computation is from the exact result:
 MARGIN: where a single value decides the error, samples are normally distributed, the worst case.
 The largest of three then falls below 1/8 of the next one in 0.2 % of cases; where the error has
 many independent parts, practically never. A mistake in a formula is larger by orders of magnitude:
-the bounds come to about 1e-6 of the losses. FLOOR stands in where the trusted result is exact by
-luck: n additions in random order err by sqrt(n) * eps / 2, and the sums here have at most some
-thousand terms.
+the bounds are about 1e-6 of the losses. FLOOR applies where the trusted result is exact by chance:
+n additions in random order err by sqrt(n) * eps / 2, and the sums here have at most a few thousand
+terms.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 EPS = torch.finfo(torch.float32).eps
 MARGIN = 8.0
 FLOOR = 16 * EPS
-# How far two ways to compute the same may be apart in double precision. It is 4.5e5 * eps, as 5e-2
-# would be in fp32: room for any condition, and yet far below what a mistake changes.
+# The largest error allowed in double precision. It is 4.5e5 * eps, as 5e-2 would be in fp32: enough
+# for any condition, and far below what a mistake changes.
 DOUBLE = 1e-10
 
 Module = TypeVar("Module", bound=nn.Module)
 Named = Mapping[str, torch.Tensor]
 
 _aten = torch.ops.aten
-# What draws numbers draws them in fp32, so that both precisions have the same ones.
+# Random numbers are drawn in fp32, so that both precisions get the same ones.
 _FILLING = {_aten.uniform_.default, _aten.normal_.default, _aten.bernoulli_.float}
 _MAKING = {_aten.randn.default, _aten.randn.generator, _aten.rand.default, _aten.rand.generator}
 
 
 class _Double(TorchDispatchMode):
-    """Wherever fp32 is asked for, also within a backward pass, it is double."""
+    """Replaces fp32 with double wherever it is requested, also within a backward pass."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -73,7 +73,7 @@ def _wide(value: Any) -> Any:
 
 @contextlib.contextmanager
 def double_precision() -> Iterator[None]:
-    """Code that computes in fp32 computes in double here; the models have to be double too."""
+    """Makes code that computes in fp32 compute in double; the models must be double too."""
     before, load = torch.get_default_dtype(), torch.load
 
     def load_as_stored(*args: Any, **kwargs: Any) -> Any:
@@ -91,7 +91,7 @@ def double_precision() -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_written() -> Iterator[None]:
-    """Within `double_precision`: fp32 is fp32 again; what has double inputs still is double."""
+    """Within `double_precision`, makes fp32 fp32 again; what has double inputs stays double."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -108,14 +108,14 @@ def nudge(tensors: Mapping[str, torch.Tensor], seed: int) -> None:
     for tensor in tensors.values():
         if tensor.dtype != torch.float32:  # codes of quantised weights
             continue
-        # Zero stays: a LoRA's B has to begin as one.
+        # Zeros stay: a LoRA's B has to begin with them.
         steps = torch.randint(-1, 2, tensor.shape, generator=generator) * (tensor != 0)
         towards = torch.where(steps == 0, tensor, steps * math.inf)
         tensor.copy_(torch.nextafter(tensor, towards))
 
 
 def relative_error(actual: Any, exact: Any, scale: Any = None) -> float:
-    """Of numbers: the root mean square of each one's; of tensors: that of all values together.
+    """Returns the relative error of a tensor, or the root mean square of those of numbers.
 
     Args:
         scale: what the differences of tensors are compared with; None: the exact values.
@@ -128,22 +128,22 @@ def relative_error(actual: Any, exact: Any, scale: Any = None) -> float:
 
 
 def bound(trusted: Sequence[Any], exact: Any, scale: Any = None) -> float:
-    """The largest error of a correct computation, given some that are trusted."""
+    """Returns the largest error of a correct computation, given some that are trusted."""
     return MARGIN * max(FLOOR / MARGIN, *(relative_error(t, exact, scale) for t in trusted), 0.0)
 
 
 def assert_as_exact(
     actual: Any, trusted: Sequence[Any], exact: Any, what: str, scale: Any = None
 ) -> None:
-    """`actual` is as near to the exact result as what is trusted, up to `MARGIN`."""
+    """Assert that `actual` is as near to the exact result as `trusted`, up to `MARGIN`."""
     error, allowed = relative_error(actual, exact, scale), bound(trusted, exact, scale)
     assert error <= allowed, f"{what}: {error:.1e} from the exact result, {allowed:.1e} allowed"
 
 
 def joined(tensors: Named, like: Named) -> torch.Tensor:
-    """All values in double, each tensor's as a share of the norm of the one of `like`.
+    """Returns all values in double, each tensor divided by the norm of its namesake in `like`.
 
-    A tensor that nearly cancels counts as a thousandth of the largest.
+    A smaller norm than a thousandth of the largest is raised to that.
     """
     assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in like.items()}
     norms = {name: float(tensor.detach().double().norm()) for name, tensor in like.items()}
@@ -156,8 +156,11 @@ def joined(tensors: Named, like: Named) -> torch.Tensor:
 def assert_same(
     module: Module, tested: Callable[[Module], Named], trusted: Callable[[Module], Named]
 ) -> None:
-    """Two ways to compute the same by a module in fp32: equal in double precision, and in fp32 one
-    as exact as the other. Each way gets copies of the module, and returns tensors by name."""
+    """Assert that two ways to compute with an fp32 module agree.
+
+    They must be equal in double precision, and equally exact in fp32. Each gets copies of the
+    module and returns tensors by name.
+    """
     double = copy.deepcopy(module).double()
     with double_precision():
         exact = trusted(copy.deepcopy(double))

@@ -1,4 +1,4 @@
-"""Run under torchrun by tests/engine/test_fsdp.py: each check raises where it fails."""
+"""Run under torchrun by tests/engine/test_fsdp.py: each check raises if it fails."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LARGE = tiny.make_config(dim_model=512, num_heads=8, dim_head=64, dim_ff=1365, n
 
 
 def write_model(folder: Path, config: ModelConfig) -> str:
-    """A checkpoint in fp16, its config and vocabulary."""
+    """Write a checkpoint in fp16, with its config and vocabulary."""
     folder.mkdir(parents=True, exist_ok=True)
     model = tiny.make_model(0, **config.to_dict())
     save_tensors(folder / "model.bin", {n: p.half() for n, p in model.state_dict().items()})
@@ -46,7 +46,7 @@ def memory(name: str) -> int:
 
 
 def reading(engine: TorchEngine, folder: Path) -> None:
-    """Each rank reads its own rows, and has room for no more."""
+    """Assert that each rank reads only its own rows, and has memory for no more."""
     base = open_model(str(folder / "large" / "model.bin"), folder / "large" / "config.json")
     rows: dict[str, tuple[int, int, int]] = {}
     original = LazyTensor.rows
@@ -77,7 +77,7 @@ def reading(engine: TorchEngine, folder: Path) -> None:
 
 
 def run(engine: TorchEngine, folder: Path, way: str) -> dict[str, Any]:
-    """Steps with the first of which gradients overflow; what an engine tells of them."""
+    """Run steps, of which the first overflows; returns what the engine reports."""
     path, config = folder / "small" / "model.bin", folder / "small" / "config.json"
     base = open_model(str(path), config, engine.dtype)
     delta.insert(base.model, delta.DeltaConfig(rank=3, targets=("project_q", "w_out")), 0)
@@ -104,7 +104,7 @@ def run(engine: TorchEngine, folder: Path, way: str) -> dict[str, Any]:
 
 
 def spreading(engine: TorchEngine, folder: Path) -> None:
-    """fp16 with its loss scale, skipped steps, statistics and states, in each way alike."""
+    """Assert that fp16 with its loss scale, skipped steps, statistics and states is the same."""
     kinds = {way: run(engine, folder, way) for way in ("ddp", "fsdp", "offload")}
     expected = kinds["ddp"]
     assert [r[0] for r in expected["results"][:4]] == [True, False, False, False]
@@ -113,7 +113,7 @@ def spreading(engine: TorchEngine, folder: Path) -> None:
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             if name.startswith("trained") and engine.rank > 0:
-                continue  # complete on rank 0 alone
+                continue  # complete only on rank 0
             if isinstance(value, torch.Tensor):
                 torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-4)
             elif name == "results":

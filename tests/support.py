@@ -1,4 +1,4 @@
-"""Where things are, and how tests run a script; fixtures stand in conftest.py."""
+"""Paths, and how tests run a script; fixtures are in conftest.py."""
 
 from __future__ import annotations
 

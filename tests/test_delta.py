@@ -18,7 +18,7 @@ from cpm_bee.errors import InputError
 from cpm_bee.model.layers import Linear
 from cpm_bee.model.network import CPMBee, target_loss
 
-BASE = "0" * 64
+BASE, VOCABULARY = "0" * 64, "1" * 64
 OWNERS = {
     "project_q": "self_att.self_attention.project_q",
     "project_k": "self_att.self_attention.project_k",
@@ -48,7 +48,7 @@ def tuned(config: DeltaConfig | None = None, seed: int = 0, **changes: Any) -> C
 
 
 def saved(path: Path, model: CPMBee, config: DeltaConfig | None = None) -> Path:
-    delta.save(path, delta.tensors(model), config or DeltaConfig(), BASE)
+    delta.save(path, delta.tensors(model), config or DeltaConfig(), BASE, VOCABULARY)
     return path
 
 
@@ -189,20 +189,31 @@ def test_targets_are_validated(targets: tuple[str, ...], named: str) -> None:
         DeltaConfig(targets=tuple(sorted(TARGETS))),
     ],
 )
-@pytest.mark.parametrize("sidecar", [True, False])
+@pytest.mark.parametrize("kept", ["both", "metadata", "sidecar", "neither"])
 def test_a_saved_delta_loads(
-    tmp_path: Path, batch: Batch, config: DeltaConfig, sidecar: bool
+    tmp_path: Path, batch: Batch, config: DeltaConfig, kept: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """With its sidecar, alone, as an older version wrote it, and as another tool does."""
     model = tuned(config)
     path = saved(tmp_path / "d.pt", model, config)
-    if not sidecar:
+    if kept in ("metadata", "neither"):
         path.with_suffix(".json").unlink()
+    if kept in ("sidecar", "neither"):
+        torch.save(delta.tensors(model), path)
     other = tiny.make_model(1)
-    loaded = delta.load(other, path, BASE)
+    loaded = delta.load(other, path, BASE, VOCABULARY)
     assert loaded.rank == config.rank and set(loaded.targets) == set(config.targets)
-    assert loaded.alpha == (config.alpha if sidecar else 16)
-    if sidecar or config.alpha == 16:
-        assert torch.equal(logits(other, batch), logits(model, batch))
+    assert loaded.alpha == (16 if kept == "neither" else config.alpha)
+    told = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    if kept == "neither":
+        (line,) = told
+        assert str(path) in line and "alpha 16 is assumed" in line and "--delta-alpha" in line
+        other = tiny.make_model(1)
+        delta.load(other, path, BASE, VOCABULARY, alpha=config.alpha)
+        assert len(caplog.records) == 1
+    else:
+        assert not told
+    assert torch.equal(logits(other, batch), logits(model, batch))
     assert {n for n, p in other.named_parameters() if p.requires_grad} == set(delta.tensors(model))
 
 
@@ -211,14 +222,98 @@ def test_what_is_saved(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run-delta-best.json", path.name]
     stored = torch.load(path, weights_only=True)
     assert type(stored) is dict and all(type(t) is torch.Tensor for t in stored.values())
+    metadata = stored.pop("cpm_bee.metadata")
+    assert metadata.dtype == torch.uint8 and metadata.dim() == 1
+    assert set(stored) == set(delta.tensors(tuned()))
     note = json.loads(path.with_suffix(".json").read_text())
-    assert note.pop("written_by").startswith("cpm_bee ")
-    assert note == {
-        "rank": 8,
-        "alpha": 16,
-        "targets": ["project_q", "project_v"],
-        "base_fingerprint": BASE,
-    }
+    for values in (note, json.loads(bytes(metadata.tolist()))):
+        assert values.pop("written_by").startswith("cpm_bee ")
+        if values is not note:
+            assert values.pop("vocabulary_fingerprint") == VOCABULARY
+        assert values == {
+            "rank": 8,
+            "alpha": 16,
+            "targets": ["project_q", "project_v"],
+            "base_fingerprint": BASE,
+        }
+
+
+def test_a_saved_delta_loads_in_other_tools(tmp_path: Path) -> None:
+    """As they do it: a module with such parameters, `strict=False`, perhaps in half precision."""
+    model = tuned()
+    path = saved(tmp_path / "d.pt", model)
+    other = tiny.make_model(1)
+    delta.insert(other, DeltaConfig(), seed=3)
+    stored = {name: value.half() for name, value in torch.load(path, weights_only=True).items()}
+    found = other.half().load_state_dict(stored, strict=False)
+    assert found.unexpected_keys == ["cpm_bee.metadata"]
+    assert not any(".lora." in name for name in found.missing_keys)
+    for name, value in delta.tensors(model).items():
+        assert torch.equal(other.state_dict()[name], value.half())
+
+
+def rewritten(path: Path, **changes: Any) -> Path:
+    """A saved delta with other values in its metadata."""
+    stored = torch.load(path, weights_only=True)
+    values = json.loads(bytes(stored["cpm_bee.metadata"].tolist())) | changes
+    text = bytearray(json.dumps(values).encode())
+    torch.save({**stored, "cpm_bee.metadata": torch.frombuffer(text, dtype=torch.uint8)}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"alpha": 64}, {"rank": 4}, {"targets": ["w_0"]}, {"base_fingerprint": "e" * 64}],
+)
+def test_a_sidecar_that_says_something_else_is_refused(
+    tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    path = saved(tmp_path / "d.pt", tuned())
+    note = path.with_suffix(".json")
+    note.write_text(json.dumps(json.loads(note.read_text()) | changed))
+    header, line, remedy = refusal(path)
+    assert header.startswith(f"{note}: does not describe {path}")
+    assert line.startswith(f"{next(iter(changed))}: ") and ", in the delta " in line
+    assert f"mv {note} {note}.unused" in remedy
+    note.rename(f"{note}.unused")
+    delta.load(tiny.make_model(1), path, BASE, VOCABULARY)
+
+
+def test_the_rank_is_that_of_the_tensors(tmp_path: Path) -> None:
+    path = rewritten(saved(tmp_path / "d.pt", tuned()), rank=4)
+    path.with_suffix(".json").unlink()
+    assert refusal(path)[0].startswith(f"{path}: records rank 4, its tensors have rank 8")
+
+
+def test_an_alpha_that_is_recorded_is_not_overridden(tmp_path: Path) -> None:
+    path = saved(tmp_path / "d.pt", tuned())
+    delta.load(tiny.make_model(1), path, BASE, VOCABULARY, alpha=16)
+    with pytest.raises(InputError, match=r"--delta-alpha 64: .*d\.pt was trained with alpha 16"):
+        delta.load(tiny.make_model(1), path, BASE, VOCABULARY, alpha=64)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        torch.zeros(3),
+        torch.zeros(2, 2, dtype=torch.uint8),
+        torch.tensor([123], dtype=torch.uint8),
+        torch.full((200_000,), 91, dtype=torch.uint8),
+        torch.full((60_000,), 91, dtype=torch.uint8),
+        torch.tensor([255, 254], dtype=torch.uint8),
+        3,
+    ],
+)
+def test_metadata_that_is_damaged_is_refused(tmp_path: Path, metadata: Any) -> None:
+    path = saved(tmp_path / "d.pt", tuned())
+    torch.save({**torch.load(path, weights_only=True), "cpm_bee.metadata": metadata}, path)
+    assert refusal(path)[0].startswith(f"{path}: its cpm_bee.metadata is damaged")
+
+
+def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path / "d.pt", tuned())
+    with pytest.raises(InputError, match=r"another vocabulary .*111111111111.*--vocab"):
+        delta.load(tiny.make_model(1), path, BASE, "2" * 64)
 
 
 def test_a_delta_in_fp16(tmp_path: Path) -> None:
@@ -226,20 +321,20 @@ def test_a_delta_in_fp16(tmp_path: Path) -> None:
     halves = {name: tensor.half() for name, tensor in delta.tensors(model).items()}
     torch.save(halves, tmp_path / "d.pt")
     other = tiny.make_model(1)
-    delta.load(other, tmp_path / "d.pt", BASE)
+    delta.load(other, tmp_path / "d.pt", BASE, VOCABULARY)
     for name, tensor in delta.tensors(other).items():
         assert tensor.dtype == torch.float32 and torch.equal(tensor, halves[name].float())
 
 
 def refusal(path: Path, model: CPMBee | None = None) -> list[str]:
     with pytest.raises(InputError) as caught:
-        delta.load(model or tiny.make_model(1), path, BASE)
+        delta.load(model or tiny.make_model(1), path, BASE, VOCABULARY)
     return [line.strip() for line in str(caught.value).splitlines()]
 
 
 def test_another_base_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "d.pt"
-    delta.save(path, delta.tensors(tuned()), DeltaConfig(), "f" * 64)
+    delta.save(path, delta.tensors(tuned()), DeltaConfig(), "f" * 64, VOCABULARY)
     model = tiny.make_model(1)
     (line,) = refusal(path, model)
     assert line.startswith(f"{path}: was trained on another base model (fingerprint ffffffffffff")
@@ -328,8 +423,8 @@ def test_a_second_delta_replaces_the_first(tmp_path: Path, batch: Batch) -> None
     config = DeltaConfig(rank=2, targets=("w_0",))
     second = saved(tmp_path / "b.pt", tuned(config, seed=2), config)
     model, fresh = tiny.make_model(1), tiny.make_model(1)
-    delta.load(model, first, BASE)
-    delta.load(model, second, BASE)
-    delta.load(fresh, second, BASE)
+    delta.load(model, first, BASE, VOCABULARY)
+    delta.load(model, second, BASE, VOCABULARY)
+    delta.load(fresh, second, BASE, VOCABULARY)
     assert torch.equal(logits(model, batch), logits(fresh, batch))
     assert set(delta.tensors(model)) == set(delta.tensors(fresh))

@@ -106,7 +106,16 @@ def test_delta_changes_the_answers(tmp_path):
     files = ["--input", source, "--max-length", 5, "--output"]
     plain = run(*trained(), *files, "plain.jsonl", cwd=tmp_path)
     tuned = run(*trained(), *files, "tuned.jsonl", "--delta", "some-delta-best.pt", cwd=tmp_path)
-    assert (plain.returncode, tuned.returncode, tuned.stderr) == (0, 0, "")
+    assert (plain.returncode, tuned.returncode) == (0, 0)
+    assert "warning: some-delta-best.pt does not record its alpha" in tuned.stderr
+    more = ("--delta", "some-delta-best.pt", "--delta-alpha")
+    outputs = {}
+    for alpha in (16, 1e-9):
+        done = run(*trained(), *files, f"{alpha}.jsonl", *more, alpha, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        outputs[alpha] = (tmp_path / f"{alpha}.jsonl").read_text("utf-8")
+    assert outputs[16] == (tmp_path / "tuned.jsonl").read_text("utf-8")
+    assert outputs[1e-9] == (tmp_path / "plain.jsonl").read_text("utf-8")
     plain_results = read((tmp_path / "plain.jsonl").read_text("utf-8"))
     tuned_results = read((tmp_path / "tuned.jsonl").read_text("utf-8"))
     assert len(plain_results) == len(tuned_results) == len(prompts)
@@ -118,6 +127,11 @@ def assert_refused(done, *parts):
     assert "Traceback" not in done.stderr
     for part in parts:
         assert part in done.stderr
+
+
+def test_an_alpha_needs_a_delta(tmp_path):
+    done = run("--input", "in.jsonl", "--output", "-", "--delta-alpha", 8, cwd=tmp_path)
+    assert_refused(done, "--delta-alpha: needs --delta")
 
 
 @pytest.mark.slow

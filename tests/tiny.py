@@ -24,7 +24,7 @@ TOKENIZER = Tokenizer([*RESERVED_TOKENS, *PLAIN], source="tiny vocabulary")
 
 
 def make_config(**changes: Any) -> ModelConfig:
-    """Sizes that all differ; distances from 4 on share buckets."""
+    """Returns a config whose sizes all differ, and in which distances from 4 on share buckets."""
     values: dict[str, Any] = {
         "vocab_size": len(TOKENIZER),
         "dim_model": 12,
@@ -40,7 +40,7 @@ def make_config(**changes: Any) -> ModelConfig:
 
 
 def make_model(seed: int = 0, **changes: Any) -> CPMBee:
-    """A model of independent weights, so that each of them matters to the results."""
+    """Returns a model with independent weights, so that each of them affects the results."""
     model = CPMBee(make_config(**changes))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def make_model(seed: int = 0, **changes: Any) -> CPMBee:
 
 
 def hidden_states(model: CPMBee, batch: Batch) -> torch.Tensor:
-    """The states of all tokens after the last norm, [T, dim_model]."""
+    """Returns the states of all tokens after the last norm, [T, dim_model]."""
     h = model.input_embedding(batch.ids, batch.subs)
     h = model.encoder(h, model.attention_over(batch, h))
     return model.encoder.output_layernorm(h)
@@ -68,7 +68,7 @@ def write_vocabulary(path: Path, tokenizer: Tokenizer = TOKENIZER) -> Path:
 
 
 def anonymous_memory() -> int:
-    """Bytes of this process that are no mapped file's."""
+    """Returns the bytes of this process's memory that belong to no mapped file."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
 
@@ -105,12 +105,12 @@ def encodable_records(draw: st.DrawFn) -> Record:
 
 
 def records() -> st.SearchStrategy[Record]:
-    """Such records without what `records.validate` refuses."""
+    """The records of `encodable_records` without what `records.validate` refuses."""
     return encodable_records().map(_made_valid)
 
 
 def _made_valid(record: Record) -> Record:
-    """Control tokens become others, and an answer's own special tokens a letter."""
+    """Replace control tokens with others, and special tokens of only the answer with a letter."""
 
     def renamed(tree: Any) -> Any:
         if isinstance(tree, str):

@@ -19,6 +19,7 @@ import support
 import torch
 
 from cpm_bee.checkpoint.reader import load_tensors, save_tensors
+from cpm_bee.checkpoint.sidecar import METADATA
 from cpm_bee.data.preprocess.pipeline import preprocess
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.network import CPMBee
@@ -34,7 +35,7 @@ CONFIG = ModelConfig(
 )
 TRAINING, EVALUATION = 60, 20
 
-# Whatever a test does not set itself: a step of about 16 records, few enough for 4 an epoch.
+# The flags that a test does not set itself: a step has about 16 records, an epoch 4 steps.
 DEFAULTS = {
     "--max-length": 64,
     "--batch-size": 4,
@@ -51,11 +52,11 @@ TRAIN_FIELDS = [
     "tokens_per_second",
 ]
 EVAL_FIELDS = ["event", "step", "loss", "token_accuracy", "exact_match", "records"]
-END_FIELDS = ["event", "reason", "step"]
+END_FIELDS = ["event", "reason", "step", "finished"]
 
 
 def records(count: int, seed: int) -> list[Record]:
-    """Of three kinds: copy a letter, two answers (shuffled in training), choose an option."""
+    """Makes records of three kinds: copy a letter, two answers (shuffled), choose an option."""
     rng = random.Random(seed)
     result: list[Record] = []
     for number in range(count):
@@ -95,13 +96,13 @@ class Workspace:
         return self.model / "vocab.txt"
 
     def flags(self, save: Path, **values: Any) -> list[str]:
-        """The command line of a run on this data: `DEFAULTS`, then `values` (see `with_flags`)."""
+        """Returns the flags of a run on this data: `DEFAULTS` and `values` (see `with_flags`)."""
         own = {"--dataset": self.train, "--load": self.model, "--save": save}
         return with_flags({**DEFAULTS, **own}, **values)
 
 
 def with_flags(flags: dict[str, Any], **values: Any) -> list[str]:
-    """A command line of flags, changed by values: True is a switch, False or None leaves it out."""
+    """Returns flags, changed by `values`: True is a switch, False or None leaves the flag out."""
     flags = flags | {"--" + name.replace("_", "-"): value for name, value in values.items()}
     result: list[str] = []
     for name, value in flags.items():
@@ -118,7 +119,7 @@ def write_jsonl(path: Path, values: list[Record]) -> None:
 
 
 def make_dataset(folder: Path, name: str, values: list[Record]) -> Path:
-    """Write `folder/NAME.jsonl` and preprocess it; the data set's folder."""
+    """Write `folder/NAME.jsonl` and preprocess it; returns the data set's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / f"{name}.jsonl"
     write_jsonl(source, values)
@@ -128,7 +129,7 @@ def make_dataset(folder: Path, name: str, values: list[Record]) -> Path:
 
 
 def make_model(folder: Path, config: ModelConfig = CONFIG, *, seed: int = 3) -> None:
-    """A base model with random weights in the native format, its config and vocabulary beside."""
+    """Write a base model with random weights in the native format, with config and vocabulary."""
     folder.mkdir(parents=True)
     model = CPMBee(config)
     generator = torch.Generator().manual_seed(seed)
@@ -150,7 +151,7 @@ def make_workspace(folder: Path, *, dropout: float = 0.0) -> Workspace:
 
 @dataclass
 class Run:
-    """What a run of name `name` left in its folder."""
+    """The files that a run named `name` left in its folder."""
 
     save: Path
     name: str = "cpm_bee_finetune"
@@ -178,10 +179,12 @@ class Run:
         return str(self.events[-1]["reason"])
 
     def weights(self, which: str = "last") -> dict[str, torch.Tensor]:
-        """The saved weights, of a delta run or, where there are none, of a full one."""
+        """Returns the saved weights of a delta run or, if there are none, of a full one."""
         delta = self.save / f"{self.name}-delta-{which}.pt"
         path = delta if delta.exists() else self.save / f"{self.name}-{which}.pt"
-        return load_tensors(path, "weights")
+        tensors = load_tensors(path, "weights")
+        tensors.pop(METADATA, None)
+        return tensors
 
     @property
     def files(self) -> list[str]:
@@ -206,10 +209,10 @@ class Samples:
     def of(
         one: Run, workspace: Workspace, exactly: dict[str, Any] | None = None, **values: Any
     ) -> Samples:
-        """More samples of a run with these flags, in folders beside it.
+        """Run more samples of a run with these flags, in folders beside it.
 
-        One is in double precision, with the flags of `exactly` in place of others. The others have
-        their steps in smaller pieces, whose sums are the same and round otherwise.
+        One is in double precision, with flags changed by `exactly`. The others split their steps
+        into smaller pieces, whose sums are the same but round differently.
         """
 
         def beside(name: str, **more: Any) -> Run:
@@ -221,7 +224,7 @@ class Samples:
         return Samples(exact, [one, *pieces])
 
     def check(self, other: Run, *, evaluations: bool = True) -> None:
-        """Another run is as exact as these: losses, gradient norms, evaluations and weights."""
+        """Assert that a run's losses, gradient norms, evaluations and weights are as exact."""
         columns = [("loss", "train"), ("grad_norm", "train"), ("loss", "eval")]
         for name, event in columns[: 3 if evaluations else 2]:
             trusted = [run.column(name, event) for run in self.trusted]
@@ -236,13 +239,13 @@ class Samples:
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """The largest difference of any value of two sets of weights."""
+    """Returns the largest difference between values of two sets of weights."""
     assert a.keys() == b.keys()
     return max((a[n].float() - b[n].float()).abs().max().item() for n in a)
 
 
 def environment(**values: str) -> dict[str, str]:
-    """One thread a process; none of what a torchrun around the tests would set."""
+    """Returns an environment with one thread per process, without variables of torchrun."""
     outer = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID")
     inherited = {name: value for name, value in os.environ.items() if name not in outer}
     return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", **values}
@@ -252,7 +255,7 @@ SCRIPT = support.ROOT / "src" / "finetune_cpm_bee.py"
 
 
 def command(*flags: str, ranks: int | None = None, script: Path = SCRIPT) -> list[str]:
-    """The command of a script, under torchrun if `ranks` is given."""
+    """Returns the command of a script, under torchrun if `ranks` is given."""
     launcher: list[str] = []
     if ranks is not None:
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
@@ -272,7 +275,7 @@ def start(command: list[str], cwd: Path, **values: str) -> subprocess.Popen[str]
 
 
 def finish(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, str, str]:
-    """Exit status, output and errors."""
+    """Wait for a process; returns its exit status, output and errors."""
     try:
         output, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -290,7 +293,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Tiny models are faster so, and helpers beside us keep their core."""
+    """Use one thread, which is faster for tiny models and leaves the other cores free."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -300,8 +303,8 @@ def one_thread() -> Iterator[None]:
 
 
 def main() -> None:
-    """Run several fine-tunings under one torchrun, whose processes cost seconds to start."""
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # it serves one process group alone
+    """Run several fine-tunings under one torchrun, since its processes take seconds to start."""
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # it serves only one process group
     for port, flags in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         os.environ["MASTER_PORT"] = str(port)
         finetune(Options.parse(flags))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +14,26 @@ from torch import nn
 
 from cpm_bee.checkpoint.loading import copy_values
 from cpm_bee.checkpoint.reader import load_tensors, save_tensors
-from cpm_bee.checkpoint.sidecar import read_sidecar, sidecar_path, write_sidecar
+from cpm_bee.checkpoint.sidecar import (
+    METADATA,
+    metadata_tensor,
+    read_metadata,
+    read_sidecar,
+    sidecar_path,
+    write_sidecar,
+)
 from cpm_bee.errors import InputError, Problems, shown
 from cpm_bee.model.layers import Linear
 from cpm_bee.model.network import CPMBee
+
+logger = logging.getLogger(__name__)
 
 # The Linear layers that can carry a delta, by the last part of their name.
 TARGETS = ("project_q", "project_k", "project_v", "attention_out", "w_0", "w_1", "w_out")
 
 _INFIX = ".lora."
+# What a delta file and its sidecar both record.
+_RECORDED = ("rank", "alpha", "targets", "base_fingerprint", "vocabulary_fingerprint")
 
 
 @dataclass(frozen=True)
@@ -90,41 +102,59 @@ def tensors(model: CPMBee) -> dict[str, torch.Tensor]:
 
 
 def save(
-    path: Path, values: dict[str, torch.Tensor], config: DeltaConfig, base_fingerprint: str
+    path: Path,
+    values: dict[str, torch.Tensor],
+    config: DeltaConfig,
+    base_fingerprint: str,
+    vocabulary_fingerprint: str,
 ) -> None:
-    """Write a delta file and a `.json` sidecar with its settings and its base's fingerprint."""
-    save_tensors(path, values)
-    sidecar = {
+    """Write a delta file with its settings and its base, and the same in a `.json` sidecar."""
+    settings = {
         "rank": config.rank,
         "alpha": config.alpha,
         "targets": list(config.targets),
         "base_fingerprint": base_fingerprint,
     }
-    write_sidecar(path, sidecar)
+    metadata = metadata_tensor({**settings, "vocabulary_fingerprint": vocabulary_fingerprint})
+    save_tensors(path, {**values, METADATA: metadata})
+    write_sidecar(path, settings)
 
 
-def load(model: CPMBee, path: str | Path, base_fingerprint: str) -> DeltaConfig:
+def load(
+    model: CPMBee,
+    path: str | Path,
+    base_fingerprint: str,
+    vocabulary_fingerprint: str,
+    *,
+    alpha: float | None = None,
+) -> DeltaConfig:
     """Load a delta file made by this or another CPM-Bee tool into a model.
 
-    Rank and targets are read from the tensors. Alpha is read from the sidecar, and is 16 without
-    one.
+    Rank and targets are read from the tensors. If neither the file nor its sidecar records alpha,
+    it is `alpha` or, with a warning, 16.
 
     Raises:
-        InputError: the delta was trained on another base, or tensors do not fit (all are listed).
+        InputError: the delta was trained on another base or vocabulary or with another alpha, its
+            sidecar contradicts it, or tensors do not fit (all are listed).
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such delta file")
     loaded = load_tensors(path, "a delta file")
-    sidecar = read_sidecar(path)
-    made_on = sidecar.get("base_fingerprint")
-    if made_on is not None and made_on != base_fingerprint:
+    recorded = _recorded(path, loaded)
+    base, vocabulary = (recorded.get(f"{of}_fingerprint") for of in ("base", "vocabulary"))
+    if base is not None and base != base_fingerprint:
         raise InputError(
-            f"{path}: was trained on another base model (fingerprint {str(made_on)[:12]}..., "
-            f"the loaded one has {base_fingerprint[:12]}...); give its own base with --load"
+            f"{path}: was trained on another base model (fingerprint {str(base)[:12]}..., "
+            f"the loaded one has {base_fingerprint[:12]}...); name its own base with --load"
         )
-    config = _config_of(path, loaded, sidecar)
-    # Before inserting: one tensor with a huge rank would allocate that rank in every layer.
+    if vocabulary is not None and vocabulary != vocabulary_fingerprint:
+        raise InputError(
+            f"{path}: was trained with another vocabulary (fingerprint {str(vocabulary)[:12]}..., "
+            f"the loaded one has {vocabulary_fingerprint[:12]}...); name its own with --vocab"
+        )
+    config = _config_of(path, loaded, recorded, alpha)
+    # Before anything is inserted: one tensor of a huge rank would claim it for all layers.
     expected = _shapes(model, config)
     problems = Problems()
     for name in sorted({*loaded, *expected}):
@@ -154,7 +184,31 @@ def _shapes(model: CPMBee, config: DeltaConfig) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def _config_of(path: Path, loaded: dict[str, Any], sidecar: dict[str, Any]) -> DeltaConfig:
+def _recorded(path: Path, loaded: dict[str, Any]) -> dict[str, Any]:
+    """What a delta file and its sidecar record, which must agree; leaves the tensors alone."""
+    sidecar = read_sidecar(path)
+    metadata = read_metadata(path, loaded.pop(METADATA)) if METADATA in loaded else {}
+    beside = sidecar_path(path)
+    for source, values in ((beside, sidecar), (path, metadata)):
+        alpha = values.get("alpha", DeltaConfig.alpha)
+        number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+        if not number or not 0 < alpha < math.inf:
+            raise InputError(f"{source}: alpha {shown(alpha)} is not a number above 0")
+    problems = Problems()
+    for name in _RECORDED:
+        if name in sidecar and name in metadata and sidecar[name] != metadata[name]:
+            problems.add(name, f"{shown(sidecar[name])}, in the delta {shown(metadata[name])}")
+    problems.raise_if_any(
+        f"{beside}: does not describe {path}, which records other values itself:",
+        f"put the delta's own sidecar there, or move this one elsewhere (mv {beside} "
+        f"{beside}.unused): the delta needs none",
+    )
+    return {**sidecar, **metadata}
+
+
+def _config_of(
+    path: Path, loaded: dict[str, Any], recorded: dict[str, Any], alpha: float | None
+) -> DeltaConfig:
     if not all(_is_matrix(name, value) for name, value in loaded.items()):
         raise InputError(f"{path}: not a delta file, which contains only named matrices")
     ending = f"{_INFIX}lora_A"
@@ -167,12 +221,27 @@ def _config_of(path: Path, loaded: dict[str, Any], sidecar: dict[str, Any]) -> D
         )
     ranks = {value.shape[0] for value in lora_a.values()}
     if len(ranks) > 1:
-        raise InputError(f"{path}: contains LoRA of several ranks {sorted(ranks)}, expected one")
-    alpha = sidecar.get("alpha", DeltaConfig.alpha)
-    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-    if not number or not 0 < alpha < math.inf:
-        raise InputError(f"{sidecar_path(path)}: alpha {shown(alpha)} is not a number above 0")
-    return DeltaConfig(rank=ranks.pop(), alpha=alpha, targets=tuple(sorted(targets)))
+        raise InputError(f"{path}: holds LoRA of several ranks {sorted(ranks)}, expected one")
+    (rank,) = ranks
+    if recorded.get("rank", rank) != rank:
+        raise InputError(
+            f"{path}: records rank {shown(recorded['rank'])}, its tensors have rank {rank}; "
+            "put an intact copy of it and its .json there"
+        )
+    known = recorded.get("alpha")
+    if alpha is not None and known not in (None, alpha):
+        raise InputError(
+            f"--delta-alpha {alpha:g}: {path} was trained with alpha {known:g}, which it records; "
+            "leave out the flag"
+        )
+    if alpha is None and known is None:
+        logger.warning(
+            f"{path} does not record its alpha, and has no {sidecar_path(path).name} beside it: "
+            f"alpha {DeltaConfig.alpha:g} is assumed; if it was trained with another one, give "
+            "that with --delta-alpha"
+        )
+    alpha = next(a for a in (known, alpha, DeltaConfig.alpha) if a is not None)
+    return DeltaConfig(rank=rank, alpha=alpha, targets=tuple(sorted(targets)))
 
 
 def _is_matrix(name: Any, value: Any) -> bool:

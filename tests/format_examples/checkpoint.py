@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from cpm_bee import delta
-from cpm_bee.checkpoint.config_from_weights import derive_config
-from cpm_bee.checkpoint.reader import Checkpoint, layers_present, save_tensors
+from cpm_bee.checkpoint.config_from_weights import derive_config, layers_present
+from cpm_bee.checkpoint.reader import Checkpoint, save_tensors
+from cpm_bee.checkpoint.sidecar import METADATA
 from cpm_bee.delta import DeltaConfig
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.layers import Linear
@@ -92,7 +93,7 @@ def _saved_delta() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     delta.insert(model, DeltaConfig(), seed=0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cpm_bee_finetune-delta-best.pt"
-        delta.save(path, delta.tensors(model), DeltaConfig(), "0" * 64)
+        delta.save(path, delta.tensors(model), DeltaConfig(), "0" * 64, "1" * 64)
         tensors = torch.load(path, weights_only=True)
         sidecar = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     return tensors, sidecar
@@ -109,7 +110,18 @@ def delta_names(page: Json) -> Rows:
 
 
 @example
+def delta_metadata(page: Json) -> Rows:
+    tensors, _ = _saved_delta()
+    return _fields(json.loads(bytes(tensors[METADATA].tolist())))
+
+
+@example
 def delta_sidecar(page: Json) -> Rows:
-    _, sidecar = _saved_delta()
-    fixed = {"base_fingerprint": "64 hex digits", "written_by": "name and version"}
-    return [[name, fixed.get(name, json.dumps(value))] for name, value in sidecar.items()]
+    return _fields(_saved_delta()[1])
+
+
+def _fields(values: dict[str, Any]) -> Rows:
+    digits = "64 hex digits"
+    fixed = {"base_fingerprint": digits, "vocabulary_fingerprint": digits}
+    fixed["written_by"] = "name and version"
+    return [[name, fixed.get(name, json.dumps(value))] for name, value in values.items()]

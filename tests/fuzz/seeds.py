@@ -99,7 +99,9 @@ class Seeds:
             delta.tensors(self.delta_model),
             self.delta_config,
             BASE_FINGERPRINT,
+            self.tokenizer.fingerprint,
         )
+        self.delta_whole = (folder / "delta.pt").read_bytes()  # with its metadata
         self.delta_sidecar = (folder / "delta.json").read_bytes()
         self.engine = TorchEngine(torch.device("cpu"), torch.float32)
         settings = OptimizerSettings(

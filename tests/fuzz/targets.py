@@ -19,6 +19,7 @@ import torch
 
 from cpm_bee import delta
 from cpm_bee.checkpoint.reader import Checkpoint
+from cpm_bee.checkpoint.sidecar import METADATA
 from cpm_bee.data import record_pickle
 from cpm_bee.data.bin_dataset import BinaryDataset, frame
 from cpm_bee.data.preprocess.pipeline import preprocess
@@ -284,7 +285,8 @@ def mutate_tensors(rng: random.Random, values: dict[Any, Any]) -> Any:
 
 def choose_tensor(rng: random.Random, like: Any) -> Any:
     """Something that is like a tensor, or is not."""
-    plain = torch.is_tensor(like) and not like.is_sparse and not like.is_quantized
+    plain = torch.is_tensor(like) and like.layout == torch.strided
+    plain = plain and not like.is_quantized and not like.is_meta
     if not plain or not 0 < like.numel() < 1 << 16:
         return mutate.choose_value(rng)
     large = rng.choice([1 << 20, 1 << 33, 1 << 40])
@@ -407,15 +409,18 @@ def read_vocabulary(seed_files: Seeds, content: bytes) -> None:
 
 def make_delta(seed_files: Seeds, rng: random.Random) -> bytes:
     if rng.random() < 0.5:
-        return mutate.mutate_zip(rng, seed_files.delta)
+        return mutate.mutate_zip(rng, rng.choice([seed_files.delta, seed_files.delta_whole]))
     values = dict(torch.load(_stream(seed_files.delta), weights_only=True))
+    if rng.random() < 0.3:
+        noted = mutate.mutate_json(rng, json.loads(seed_files.delta_sidecar))
+        values[METADATA] = torch.frombuffer(bytearray(noted or b"{"), dtype=torch.uint8)
     return seeds.torch_file(mutate_tensors(rng, values))
 
 
 def read_delta(seed_files: Seeds, content: bytes) -> None:
     path = seed_files.path("fuzz-delta.pt", content)
     path.with_suffix(".json").unlink(missing_ok=True)
-    delta.load(seed_files.model, path, seeds.BASE_FINGERPRINT)
+    delta.load(seed_files.model, path, seeds.BASE_FINGERPRINT, seed_files.tokenizer.fingerprint)
 
 
 def make_delta_sidecar(seed_files: Seeds, rng: random.Random) -> bytes:
@@ -425,7 +430,7 @@ def make_delta_sidecar(seed_files: Seeds, rng: random.Random) -> bytes:
 def read_delta_sidecar(seed_files: Seeds, content: bytes) -> None:
     path = seed_files.path("sidecar-delta.pt", seed_files.delta)
     path.with_suffix(".json").write_bytes(content)
-    delta.load(seed_files.model, path, seeds.BASE_FINGERPRINT)
+    delta.load(seed_files.model, path, seeds.BASE_FINGERPRINT, seed_files.tokenizer.fingerprint)
 
 
 SETTINGS = {"records of --dataset": "a" * 64, "rows of a step": 4, "--seed": 0, "--drop": False}
@@ -433,7 +438,12 @@ SETTINGS = {"records of --dataset": "a" * 64, "rows of a step": 4, "--seed": 0, 
 
 def run_files(seed_files: Seeds) -> RunFiles:
     provenance = RunProvenance(
-        seed_files.config, "vocab.txt", seeds.BASE_FINGERPRINT, seed_files.delta_config
+        seed_files.config,
+        "vocab.txt",
+        seeds.BASE_FINGERPRINT,
+        seed_files.tokenizer.fingerprint,
+        "",
+        seed_files.delta_config,
     )
     return RunFiles(str(seed_files.folder), "fuzz", provenance)
 

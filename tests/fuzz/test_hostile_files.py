@@ -137,7 +137,7 @@ def test_no_pickle_runs_code(files: seeds.Seeds, tmp_path: Path) -> None:
         with pytest.raises(InputError):
             Checkpoint(path)
         with pytest.raises(InputError):
-            delta.load(files.model, path, "")
+            delta.load(files.model, path, "", "")
         assert not marker.exists(), payload
 
 
@@ -212,6 +212,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BOMBS)
 def test_pickles_that_take_all_memory_or_time(files: seeds.Seeds, name: str) -> None:
     for protocol in (b"\x80\x02", b"\x80\x04"):
@@ -261,7 +262,7 @@ def test_a_delta_of_a_huge_rank(files: seeds.Seeds) -> None:
     content = seeds.torch_file({name: torch.zeros(rank, 8)})
     path = files.path("rank.pt", content)
     before = {n: p for n, p in files.delta_model.named_parameters() if ".lora." in n}
-    refused(lambda: delta.load(files.delta_model, path, ""), len(content), "is missing")
+    refused(lambda: delta.load(files.delta_model, path, "", ""), len(content), "is missing")
     after = {n: p for n, p in files.delta_model.named_parameters() if ".lora." in n}
     assert all(after[name] is p for name, p in before.items())
 
@@ -423,6 +424,7 @@ def test_a_line_of_100_megabytes(files: seeds.Seeds, kind: str) -> None:
     path.unlink()
 
 
+@pytest.mark.slow
 def test_a_line_as_long_as_is_allowed(files: seeds.Seeds) -> None:
     begin, end = b'{"<ans>": "a", "input": "', b'"}'
     line = begin + b"a" * (MAX_LINE - len(begin) - len(end)) + end

@@ -93,7 +93,7 @@ def test_an_output_that_is_one_of_the_inputs_is_refused(tmp_path, link):
         output.symlink_to(source)
     else:
         output.hardlink_to(source)
-    with pytest.raises(InputError, match=r"is the file .*in\.jsonl itself"):
+    with pytest.raises(InputError, match=r"is the input file .*in\.jsonl"):
         jsonl.check_output(str(output), (None, "-", source))
 
 

@@ -66,7 +66,9 @@ def test_a_checkpoint_saved_by_us_has_their_form(
 
 def test_their_delta_loads(pretrained: PretrainedModel, shared: Path) -> None:
     path = shared / "golden" / DELTA
-    config = delta.load(pretrained.model, path, pretrained.fingerprint)
+    config = delta.load(
+        pretrained.model, path, pretrained.fingerprint, pretrained.tokenizer.fingerprint
+    )
     assert config == delta.DeltaConfig(rank=8, alpha=16, targets=("project_q", "project_v"))
     stored = read(path)
     loaded = delta.tensors(pretrained.model)
@@ -79,9 +81,11 @@ def test_our_delta_has_their_form(
 ) -> None:
     config = delta.DeltaConfig()
     delta.insert(pretrained.model, config, seed=0)
-    delta.save(tmp_path / DELTA, delta.tensors(pretrained.model), config, pretrained.fingerprint)
+    prints = (pretrained.fingerprint, pretrained.tokenizer.fingerprint)
+    delta.save(tmp_path / DELTA, delta.tensors(pretrained.model), config, *prints)
     ours, theirs = read(tmp_path / DELTA), read(shared / "golden" / DELTA)
     assert type(ours) is dict
+    assert ours.pop("cpm_bee.metadata").dtype == torch.uint8
     assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
     note = json.loads((tmp_path / DELTA).with_suffix(".json").read_text())
     assert note["base_fingerprint"] == pretrained.fingerprint

@@ -332,7 +332,7 @@ def trained_delta(base: PretrainedModel, path: Path) -> None:
     tensors = delta.tensors(base.model)
     for tensor in tensors.values():
         tensor.copy_(torch.randn(tensor.shape, generator=generator) / 8)
-    delta.save(path, tensors, config, base.fingerprint)
+    delta.save(path, tensors, config, base.fingerprint, base.tokenizer.fingerprint)
 
 
 def loss_of(base: PretrainedModel) -> float:
@@ -352,7 +352,7 @@ def test_a_delta_goes_from_a_quantised_base_to_the_full_one_and_back(
         for used in (made_on, used_on):
             base = load(checkpoint, used)
             without = loss_of(base)
-            delta.load(base.model, path, base.fingerprint)
+            delta.load(base.model, path, base.fingerprint, base.tokenizer.fingerprint)
             losses.append(loss_of(base))
             assert abs(losses[-1] - without) > 0.01
         assert losses[0] == pytest.approx(losses[1], rel=0.2)

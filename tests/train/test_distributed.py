@@ -18,6 +18,7 @@ from cpm_bee.checkpoint.reader import save_tensors
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.packing import Plan
 from cpm_bee.data.token_index.reader import TokenIndex
+from cpm_bee.files import exclusive
 from cpm_bee.pretrained import load_pretrained
 from cpm_bee.quantize.linear import QuantizedLinear
 from cpm_bee.tokenizer import Tokenizer
@@ -224,3 +225,19 @@ def test_answers_are_shuffled_alike_on_any_number_of_processes(workspace: Worksp
     # So that the comparisons above cover it: the data set has answers to shuffle.
     index = TokenIndex.of(BinaryDataset(workspace.train), Tokenizer.load(workspace.vocabulary))
     assert index._arrays["shuffled"].sum() == train_support.TRAINING // 3
+
+
+@pytest.mark.slow
+def test_one_lock_for_all_processes_of_a_run(workspace: Workspace, tmp_path: Path) -> None:
+    """The first process holds it; while another run has it, all of them end."""
+    save = tmp_path / "results"
+    flags = workspace.flags(save, use_delta=True, max_steps=1)
+    with exclusive(save / ".cpm_bee_finetune.lock", "holds it"):
+        run = train_support.start(train_support.command(*flags, ranks=2), tmp_path)
+        status, _, errors = train_support.finish(run)
+        assert status != 0 and "error: process" in errors and "another --save-name" in errors
+        assert [p.name for p in save.iterdir()] == [".cpm_bee_finetune.lock"]
+    run = train_support.start(train_support.command(*flags, ranks=2), tmp_path)
+    assert train_support.finish(run)[0] == 0
+    assert "cpm_bee_finetune-state.pt" in Run(save).files
+    assert not [name for name in Run(save).files if name.startswith(".")]

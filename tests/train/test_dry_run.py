@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from cpm_bee.checkpoint.reader import load_tensors, save_tensors
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.errors import InputError
+from cpm_bee.files import exclusive
 from cpm_bee.tokenizer import Tokenizer
 from cpm_bee.train import data_size
 from cpm_bee.train.options import Options
@@ -92,8 +94,16 @@ def test_it_tells_what_the_run_then_tells(
     again = bench.run(**values)
     moved = [line for line in again if line not in told and not line.startswith("checkpointing")]
     previous = bench.save / "cpm_bee_finetune-previous"
-    assert moved == [f"the files of the run before would be moved to {previous}"]
+    assert moved == [f"the files of the previous run would be moved to {previous}"]
     assert len(again) == len(told) + 1
+
+
+def test_it_tells_of_a_run_that_writes_the_same_files(bench: Bench) -> None:
+    with exclusive(bench.save / ".cpm_bee_finetune.lock", "is writing"):
+        (line,) = bench.problems()
+        assert f"process {os.getpid()} on " in line and "give another --save-name" in line
+        bench.run(save_name="other")
+    bench.run()
 
 
 def as_rank_0_of(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +119,7 @@ def test_it_plans_for_all_processes(bench: Bench, monkeypatch: pytest.MonkeyPatc
     assert any(line.startswith("a step: 32 rows of 64 tokens") for line in told)
     assert any(line.startswith("parallel ddp, each process with the whole model") for line in told)
     told = bench.run(parallel="fsdp", offload=True)
-    fsdp = "parallel fsdp, each process with a part of every tensor, in host memory: as asked"
+    fsdp = "parallel fsdp, each process with a part of every tensor, in host memory: as requested"
     assert fsdp in told
 
 
@@ -150,7 +160,7 @@ def test_everything_that_is_wrong_is_told_at_once(bench: Bench) -> None:
         f"--seed {2**60}: must be less",
         f"--save {file / 'results'}: {file} is a file",
         f"--tensorboard {file}: is a file",
-        "--save-name a/b: is a name",
+        "--save-name a/b: must be a name",
         f"--eval-dataset {none}: no such folder",
         f"--model-config {none}: no such file",
         f"--vocab {none}: no such file",
@@ -359,7 +369,7 @@ def test_it_is_refused_by_exit_status_2(bench: Bench) -> None:
     command = [sys.executable, str(train_support.SCRIPT), *flags]
     status, output, errors = train_support.finish(train_support.start(command, bench.folder))
     assert (status, errors) == (0, "")
-    assert output.endswith("dry run: nothing is wrong so far, and nothing was written\n")
+    assert output.endswith("dry run: no problems were found, and nothing was written\n")
     command += ["--save-name", "a/b"]
     status, output, errors = train_support.finish(train_support.start(command, bench.folder))
     assert (status, output) == (2, "")

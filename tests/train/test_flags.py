@@ -84,7 +84,9 @@ CASES: dict[str, Callable[[Lab], None]] = {}
 
 
 def case(function: Callable[[Lab], None]) -> Callable[[Lab], None]:
-    CASES[function.__name__.lstrip("_")] = function
+    name = function.__name__.lstrip("_")
+    assert name not in CASES, f"two cases for --{name}"
+    CASES[name] = function
     return function
 
 
@@ -120,15 +122,6 @@ def _debug(lab: Lab) -> None:
     lab.patch.setattr(sys, "argv", ["finetune_cpm_bee.py", *arguments, "--debug"])
     with pytest.raises(InputError):  # which the interpreter shows with its traceback
         run_command(main)
-
-
-@case
-def _dry_run(lab: Lab) -> None:
-    arguments = lab.workspace.flags(lab.folder / "none", dry_run=True)
-    finetune(Options.parse(arguments))
-    assert "dry run: 1 process(es) can start" in lab._capsys.readouterr().out
-    assert not (lab.folder / "none").exists()
-    assert "missing" in lab.refusal(dry_run=True, load=lab.folder / "missing")
 
 
 @case
@@ -467,6 +460,17 @@ def _save_interval(lab: Lab) -> None:
 
 
 @case
+def _keep_runs(lab: Lab) -> None:
+    save = lab.folder / "kept"
+    kept = [
+        [name for name in lab.run(save=save, keep_runs=n, max_steps=1).files if "previous" in name]
+        for n in (2, 2, 2, 1)
+    ]
+    names = ["cpm_bee_finetune-previous", "cpm_bee_finetune-previous-2"]
+    assert kept == [[], names[:1], names, names[:1]]
+
+
+@case
 def _resume(lab: Lab) -> None:
     save = lab.new_folder()
     lab.run(save=save, max_steps=2)
@@ -564,7 +568,7 @@ def _checkpointing(lab: Lab) -> None:
         assert len(calls) - 2 * once == 3 * train_support.CONFIG.num_layers
         assert none.losses == full.losses
         assert distance(none.weights(), full.weights()) == 0
-    assert "checkpointing full: as asked" in lab.printed
+    assert "checkpointing full: as requested" in lab.printed
     lab.run(checkpointing="auto")
     assert "checkpointing none: a step needs less than" in lab.printed
     lab.patch.setattr(activation_checkpointing, "free_memory", lambda *_: 1 << 16)

@@ -169,6 +169,42 @@ def test_resuming_on_another_base_or_data_is_refused(workspace: Workspace, tmp_p
         train(workspace, tmp_path / "run", dataset=dataset, **flags)
 
 
+def test_resuming_with_another_evaluation_set_or_vocabulary_is_refused(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    """Best losses of two sets cannot be compared; a vocabulary of the same size reads other ids."""
+    flags = {"use_delta": True, "max_steps": 1, "eval_dataset": workspace.eval}
+    train(workspace, tmp_path / "run", **flags)
+    flags |= {"resume": True, "max_steps": 2}
+    other = train_support.make_dataset(tmp_path, "other", train_support.records(20, seed=3))
+    for dataset in (other, None):
+        with pytest.raises(InputError, match=r"records of --eval-dataset: .*, it was"):
+            train(workspace, tmp_path / "run", **{**flags, "eval_dataset": dataset})
+    tokens = workspace.vocabulary.read_text(encoding="utf-8").split("\n")
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("\n".join([*tokens[:-2], tokens[-1], tokens[-2]]), encoding="utf-8")
+    with pytest.raises(InputError, match=r"tokens of --vocab: .*, it was"):
+        train(workspace, tmp_path / "run", vocab=vocabulary, **flags)
+    train(workspace, tmp_path / "run", **flags)
+
+
+def test_a_state_without_these_fingerprints_is_used_with_a_warning(
+    workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(workspace, tmp_path, use_delta=True, max_steps=1)
+    path = tmp_path / "cpm_bee_finetune-state.pt"
+    state = torch.load(path, weights_only=True)
+    del state["vocabulary_fingerprint"], state["evaluation_fingerprint"]
+    torch.save(state, path)
+    train(workspace, tmp_path, use_delta=True, max_steps=2, resume=True)
+    told = [r.getMessage() for r in caplog.records if "did not record" in r.getMessage()]
+    assert len(told) == 2 and "--vocab" in told[0] and "--eval-dataset" in told[1]
+    state["evaluation_fingerprint"] = torch.zeros(2)
+    torch.save(state, path)
+    with pytest.raises(InputError, match="evaluation_fingerprint: is not a text"):
+        train(workspace, tmp_path, use_delta=True, resume=True)
+
+
 def test_rows_may_be_spread_otherwise(workspace: Workspace, tmp_path: Path) -> None:
     whole = train(workspace, tmp_path / "whole", use_delta=True)
     train(workspace, tmp_path / "cut", use_delta=True, max_steps=3)

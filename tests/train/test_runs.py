@@ -61,7 +61,9 @@ def test_the_log_has_the_promised_events_and_fields(workspace: Workspace, tmp_pa
     assert all(list(e) == END_FIELDS for e in run.of("end"))
     assert run.column("step") == list(range(1, 9))
     assert run.column("step", "eval") == [0, 3, 6, 8]
-    assert run.events[-1] == {"event": "end", "reason": "all 1 epochs are done", "step": 8}
+    assert run.events[-1] == {
+        "event": "end", "reason": "all 1 epochs are done", "step": 8, "finished": True,
+    }  # fmt: skip
     assert run.column("records", "eval") == [train_support.EVALUATION] * 4
     assert all(0 < tokens <= 4 * 64 for tokens in run.column("tokens"))
     assert all(speed > 0 for speed in run.column("tokens_per_second"))
@@ -156,12 +158,15 @@ def test_a_broken_base_model_ends_the_run_before_training(
     weights = dict(load_tensors(path, "a checkpoint"))
     name = "encoder.output_layernorm.weight"
     save_tensors(path, {**weights, name: torch.full_like(weights[name], math.nan)})
-    with pytest.raises(RunError, match="evaluation loss after 0 steps is nan"):
-        train(
-            workspace, tmp_path, load=tmp_path / "model", use_delta=True,
-            eval_dataset=workspace.eval,
-        )  # fmt: skip
-    assert kinds(Run(tmp_path)) == ["start", "end"]
+    blamed = rf"model: there are values that are not finite in {name}: the checkpoint is damaged"
+    for number, use_delta in enumerate((True, None)):
+        values = {"load": tmp_path / "model", "use_delta": use_delta}
+        with pytest.raises(RunError, match=blamed) as error:
+            train(workspace, tmp_path / f"{number}", **values, eval_dataset=workspace.eval)
+        assert "--lr" not in str(error.value)
+        assert kinds(Run(tmp_path / f"{number}")) == ["start", "end"]
+        with pytest.raises(RunError, match=blamed):  # without an evaluation, in the first step
+            train(workspace, tmp_path / f"{number} without", **values)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -314,3 +319,28 @@ def test_what_is_missing_is_listed_at_once(workspace: Workspace, tmp_path: Path)
         assert f"--{name.replace('_', '-')} {tmp_path / f'no-{name}'}: no such" in str(caught.value)
     assert "--engine bmtrain" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_start_that_fails_moves_nothing(workspace: Workspace, tmp_path: Path) -> None:
+    """And one that fails later, unfinished, is not kept in place of one that is finished."""
+    folder = tmp_path / "results"
+    flags = {"use_delta": True, "max_steps": 1, "eval_dataset": workspace.eval}
+    good = train(workspace, folder, **flags)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    train_support.make_model(tmp_path / "model")
+    path = tmp_path / "model" / "pytorch_model.bin"
+    weights = dict(load_tensors(path, "a checkpoint"))
+    name = "encoder.output_layernorm.weight"
+    save_tensors(path, {**weights, name: torch.full_like(weights[name], math.nan)})
+    for values in (flags, {**flags, "use_delta": None}):
+        with pytest.raises(RunError, match="the checkpoint is damaged"):
+            train(workspace, folder, **{**values, "load": tmp_path / "model"})
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    for _ in range(3):  # without an evaluation it fails in its first step, with a state saved
+        with pytest.raises(RunError):
+            train(workspace, folder, use_delta=True, load=tmp_path / "model")
+    places = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    assert places == ["cpm_bee_finetune-previous", "cpm_bee_finetune-previous-2"]
+    kept = Run(folder / "cpm_bee_finetune-previous-2")
+    assert kept.losses == good.losses
+    assert {p.name: p.read_bytes() for p in kept.save.iterdir()} == before

@@ -20,7 +20,7 @@ def warnings(min_steps: int, **values: Any) -> list[str]:
 @pytest.mark.parametrize("style", STYLES)
 def test_a_run_within_the_warm_up_is_named(style: str) -> None:
     [warning] = warnings(1, lr_decay_style=style)  # one step in all, 100 of warm-up
-    assert "the whole run of about 1 step(s) lies within the warm-up" in warning
+    assert "the whole run of about 1 step(s) is within the warm-up" in warning
     assert "--epoch" in warning and "--batch-size" in warning and "--warmup-iters" in warning
     [warning] = warnings(20, lr_decay_style=style, epoch=5)
     assert "about 100 step(s)" in warning

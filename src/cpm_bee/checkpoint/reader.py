@@ -91,6 +91,12 @@ class Checkpoint:
                 f"has shape {list(tied.shape)}, it is tied to "
                 f"input_embedding.weight with {list(embedding.shape)}",
             )
+        elif tied is not None and embedding is not None and not _are_equal(tied, embedding):
+            problems.add(
+                _TIED,
+                "has other values than input_embedding.weight; CPM-Bee has one matrix for both, so "
+                "this model would not be the same without it",
+            )
         problems.raise_if_any(f"{self.path}: cannot be loaded:")
         if not self.entries:
             raise InputError(f"{self.path}: holds no tensors")
@@ -118,6 +124,20 @@ def fingerprint_of(samples: Iterable[tuple[str, bytes]]) -> str:
     for _, taken in sorted(samples):
         digest.update(taken)
     return digest.hexdigest()
+
+
+def _are_equal(a: LazyTensor, b: LazyTensor) -> bool:
+    """Whether two matrices of one shape are equal as fp16, by rows that are evenly spread."""
+    if len(a.shape) != 2:
+        return True  # refused elsewhere
+    if not a.dtype.is_floating_point:
+        return False
+    first, second = a.read(), b.read()
+    count = min(a.shape[0], _SAMPLED)
+    rows = [i * (a.shape[0] - 1) // max(1, count - 1) for i in range(count)]
+    return all(
+        torch.equal(*(t[row].float().half().nan_to_num() for t in (first, second))) for row in rows
+    )
 
 
 def _resolve(path: Path) -> Path:
@@ -274,18 +294,3 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Any]) -> None:
     """Save a flat dictionary with `torch.save`, atomically."""
     with atomic_file(Path(path), "wb") as file:
         torch.save(dict(tensors), file)
-
-
-# At most three digits, so that a file cannot claim enough layers to fill memory.
-_LAYER = re.compile(r"encoder\.layers\.(\d{1,3})\.(self_att|ffn)\.")
-
-
-def layers_present(names: Iterable[str]) -> list[tuple[bool, bool]]:
-    """For each layer, whether any weights of its attention and of its FFN are present."""
-    present: dict[int, list[bool]] = {}
-    for name in names:
-        if match := _LAYER.match(name):
-            blocks = present.setdefault(int(match[1]), [False, False])
-            blocks[match[2] == "ffn"] = True
-    count = max(present, default=-1) + 1
-    return [tuple(present.get(i, [False, False])) for i in range(count)]  # type: ignore[misc]

@@ -2,6 +2,9 @@
 
 `run-best.json` is the sidecar of `run-best.pt`. A full model's sidecar has `config`, `vocab` and
 `base_fingerprint`; a delta's has `rank`, `alpha`, `targets` and `base_fingerprint`.
+
+A sidecar is lost if a file is copied without it. A delta file therefore contains the same values,
+as JSON text in a tensor of bytes, so that it stays a flat dictionary of tensors.
 """
 
 from __future__ import annotations
@@ -11,9 +14,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from cpm_bee import __version__
 from cpm_bee.errors import InputError
 from cpm_bee.files import atomic_file
+
+METADATA = "cpm_bee.metadata"  # the name of the tensor of bytes
+_MAX_METADATA = 1 << 16  # bytes
 
 _LARGEST = 2**63  # of integers: larger ones may overflow a float, and no size is that large
 
@@ -33,19 +42,9 @@ def read_sidecar(weights: Path) -> dict[str, Any]:
     if path in (weights, weights.parent / "config.json") or not path.is_file():
         return {}
     try:
-        values = json.loads(
-            path.read_text(encoding="utf-8"),
-            parse_int=_whole_number,
-            parse_float=_number,
-            parse_constant=_number,
-        )
-    except RecursionError:
-        raise _refusal(path, weights, "nested too deeply") from None
-    except ValueError as error:  # JSON, text encoding, numbers
-        raise _refusal(path, weights, f"not a JSON file: {error}") from None
-    if not isinstance(values, dict):
-        raise _refusal(path, weights, "a JSON object is expected")
-    return values
+        return _parse(path.read_bytes())
+    except ValueError as error:
+        raise _refusal(path, weights, str(error)) from None
 
 
 def write_sidecar(weights: Path, values: dict[str, Any]) -> None:
@@ -53,6 +52,47 @@ def write_sidecar(weights: Path, values: dict[str, Any]) -> None:
     values = {**values, "written_by": f"cpm_bee {__version__}"}
     with atomic_file(sidecar_path(weights)) as file:
         file.write(json.dumps(values, indent=2) + "\n")
+
+
+def metadata_tensor(values: dict[str, Any]) -> torch.Tensor:
+    """`values` and the version of this package, as JSON text in a tensor of bytes, uint8 [n]."""
+    text = json.dumps({**values, "written_by": f"cpm_bee {__version__}"})
+    return torch.from_numpy(np.frombuffer(text.encode(), dtype=np.uint8).copy())
+
+
+def read_metadata(path: Path, tensor: Any) -> dict[str, Any]:
+    """The values of a `metadata_tensor` in the file `path`.
+
+    Raises:
+        InputError: the tensor is damaged.
+    """
+    try:
+        if not torch.is_tensor(tensor) or tensor.dtype != torch.uint8 or tensor.dim() != 1:
+            raise ValueError("a tensor of bytes is expected")
+        if tensor.layout != torch.strided or tensor.is_meta or len(tensor) > _MAX_METADATA:
+            raise ValueError(f"at most {_MAX_METADATA} bytes are expected")
+        return _parse(tensor.numpy().tobytes())
+    except ValueError as error:
+        raise InputError(
+            f"{path}: its {METADATA} is damaged ({error}); put an intact copy of the file there"
+        ) from None
+
+
+def _parse(content: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(
+            content.decode("utf-8"),
+            parse_int=_whole_number,
+            parse_float=_number,
+            parse_constant=_number,
+        )
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except ValueError as error:  # JSON, text encoding, numbers
+        raise ValueError(f"not a JSON file: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError("a JSON object is expected")
+    return values
 
 
 def _refusal(path: Path, weights: Path, reason: str) -> InputError:

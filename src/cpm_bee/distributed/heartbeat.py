@@ -1,12 +1,12 @@
 """Detects a rank that has ended or hangs, so that the others do not wait for it.
 
-A collective operation ends in an error when a peer's connection breaks, but the error does not name
-the peer; and it waits for half an hour when the peer hangs. So every rank runs a thread that
+When a peer's connection breaks, a collective operation fails with an error that does not name the
+peer; when a peer hangs, it waits for half an hour. So every rank runs a thread that
 
 - registers its process (machine and process id) in the store of the process group,
 - increments a counter there every two seconds: its heartbeat,
 - looks in the store for a note about lost ranks, in /proc for the processes of its own machine, and
-  at the counters for those of others. Whoever misses a rank writes the note for all.
+  at the counters for those of others. The first rank to notice a loss writes the note for all.
 
 A rank that fails with an error of its own writes the note itself (`close`). After a failed
 collective the main thread asks for the cause (`explain_failure`). A main thread that is still stuck
@@ -30,10 +30,10 @@ import torch.distributed as dist
 from cpm_bee.distributed.rank import is_reporting_rank, lost_ranks, report_error
 
 _INTERVAL = 2.0  # seconds between two heartbeats, and between two checks of the other ranks
-# Seconds without a heartbeat after which a rank counts as lost: when a collective has failed, and
-# when none has, since a machine may be busy.
+# Seconds without a heartbeat after which a rank counts as lost: after a failed collective, and
+# otherwise, when its machine may just be busy.
 _SILENCE, _LONG_SILENCE = 10.0, 40.0
-# Seconds in which the main thread should come out of a collective by itself once a rank is lost.
+# Seconds for the main thread to leave a collective by itself once a rank is lost.
 _GRACE = 10.0
 _LOST, _DONE = "lost", "done"  # keys in the store
 
@@ -45,7 +45,7 @@ class _Process(NamedTuple):
 
     @classmethod
     def of_this_process(cls) -> _Process:
-        """`machine` is equal for processes that see each other in /proc (same PID namespace)."""
+        """`machine` is the same for processes that see each other in /proc (one PID namespace)."""
         with contextlib.suppress(OSError):
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
             return cls(
@@ -54,7 +54,7 @@ class _Process(NamedTuple):
         return cls(f"{socket.gethostname()}/{os.getpid()}", socket.gethostname(), os.getpid())
 
     def has_ended(self) -> bool:
-        """Whether a process of this machine has ended; a zombie has."""
+        """Whether this process, on this machine, has ended; a zombie counts as ended."""
         try:
             # pid (name) state ...
             stat = Path(f"/proc/{self.pid}/stat").read_text(errors="replace")
@@ -67,7 +67,7 @@ class Heartbeat:
     """This rank's heartbeat in a store, and its check of the other ranks."""
 
     def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
-        # A connection of its own: another user may block on the given one for long.
+        # A separate connection: another user may block on the given one for a long time.
         self._store = dist.PrefixStore("heartbeat", store.clone())  # type: ignore[attr-defined]
         self._rank, self._ranks = rank, range(world_size)
         self._own = _Process.of_this_process()
@@ -80,7 +80,7 @@ class Heartbeat:
         self._thread.start()
 
     def close(self, failure: str | None) -> None:
-        """Stop. Tell the other ranks that this one ends, and why if an error ends it."""
+        """Stop, and tell the other ranks that this one ends, and of the error if there is one."""
         self._closed.set()
         self._thread.join(_INTERVAL)
         with contextlib.suppress(RuntimeError):
@@ -89,7 +89,7 @@ class Heartbeat:
                 self._publish(f"rank {self._rank} has ended: {failure}", [self._rank])
 
     def explain_failure(self) -> str | None:
-        """After a failed collective: a sentence that names the lost ranks, or None if none is."""
+        """Returns a sentence that names the ranks lost in a failed collective, or None."""
         deadline = time.monotonic() + _SILENCE + 3 * _INTERVAL
         with contextlib.suppress(RuntimeError):
             while time.monotonic() < deadline:
@@ -102,7 +102,7 @@ class Heartbeat:
         return None
 
     def _run(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the store has gone, and rank 0 with it
+        with contextlib.suppress(RuntimeError):  # the store is gone, and rank 0 with it
             while not self._closed.wait(_INTERVAL):
                 self._store.add(f"beat/{self._rank}", 1)
                 if (cause := self._check(_LONG_SILENCE)) and not self._closed.wait(_GRACE):
@@ -116,7 +116,7 @@ class Heartbeat:
         os._exit(1)
 
     def _check(self, silence: float) -> str | None:
-        """A sentence that names the lost ranks, or None; `silence` is in seconds."""
+        """Returns a sentence that names the lost ranks, or None; `silence` is in seconds."""
         if self._store.check([_LOST]):
             ranks, _, text = self._store.get(_LOST).decode().partition("\n")
             lost_ranks.update(map(int, ranks.split()))
@@ -128,7 +128,7 @@ class Heartbeat:
         if not lost:
             lost = list(self._silent_ranks(silence))
             reason = f"has sent no heartbeat for {silence:.0f} seconds"
-        # One that ended well has said so before.
+        # A rank that ended normally has said so first.
         lost = [rank for rank in lost if not self._store.check([f"{_DONE}/{rank}"])]
         if not lost:
             return None

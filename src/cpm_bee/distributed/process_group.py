@@ -20,12 +20,11 @@ _TIMEOUT = datetime.timedelta(minutes=30)  # rank 0 may be making a token index
 _GLOO_RELEASE_TIME = 0.1  # seconds
 _RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=2)  # for the first machine to answer
 
-
 _heartbeat: Heartbeat | None = None
 
 
 def join(device: torch.device) -> None:
-    """Join the other ranks that torchrun started. Raises `RunError` if they do not come."""
+    """Join the other ranks that torchrun started. Raises `RunError` if they do not connect."""
     global _heartbeat
     try:
         # `init_process_group` itself would also wait `_TIMEOUT` for the first machine.
@@ -42,14 +41,14 @@ def join(device: torch.device) -> None:
     except (RuntimeError, ValueError) as error:
         address = ":".join(os.environ.get(n, "?") for n in ("MASTER_ADDR", "MASTER_PORT"))
         raise RunError(
-            f"the processes do not find each other at {address} within "
+            f"the processes could not connect to each other at {address} within "
             f"{_RENDEZVOUS_TIMEOUT.total_seconds():.0f} seconds ({_reason(error)}); MASTER_ADDR "
-            "must be the first machine's address, and a firewall must let them connect"
+            "must be the first machine's address, and no firewall may block it"
         ) from None
 
 
 def leave() -> None:
-    """Leave the process group, if there is one. Other ranks learn of an error being handled."""
+    """Leave the process group, if any, and tell the other ranks of an error being handled."""
     global _heartbeat
     error = sys.exc_info()[1]
     if _heartbeat is not None:
@@ -57,8 +56,8 @@ def leave() -> None:
         _heartbeat = None
     if dist.is_initialized():
         dist.destroy_process_group()
-        # A thread of gloo's may still have to release the last tensor, for which it needs the
-        # interpreter: one that is ending by then aborts the process.
+        # A thread of gloo may still have to release the last tensor, which needs the interpreter.
+        # If the interpreter is shutting down by then, the process aborts.
         if error is None:
             time.sleep(_GLOO_RELEASE_TIME)
         else:  # report it first: torchrun may end this process
@@ -67,7 +66,7 @@ def leave() -> None:
 
 @contextlib.contextmanager
 def exchange() -> Iterator[None]:
-    """The context of collectives: one that fails because a rank has ended raises `RunError`."""
+    """A context for collectives. Raises `RunError` if one fails because a rank has ended."""
     try:
         yield
     except RuntimeError as error:

@@ -1,14 +1,14 @@
-"""This process among those that torchrun started, and which of them reports an error.
+"""The rank of this process, and which rank reports an error.
 
 torchrun sets RANK, LOCAL_RANK and WORLD_SIZE for each process that it starts. When one of them
-fails, torchrun stops the others of its machine (SIGTERM, after 30 seconds SIGKILL), prints a report
+fails, torchrun stops the others on its machine (SIGTERM, after 30 seconds SIGKILL), prints a report
 and exits with status 1. A wrong flag or a missing file usually fails on all ranks at about the same
-time, and has to be printed once:
+time, and should be printed once:
 
-- Rank 0 prints the error and exits. On a machine without rank 0, or that has lost it, the lowest
-  rank that is left does so, and names itself.
-- The other ranks wait for torchrun to stop them. One that is still there after some seconds has an
-  error of its own: it prints it with its rank, and exits.
+- Rank 0 prints the error and exits. On a machine that does not have rank 0, or has lost it, the
+  lowest remaining rank does so, and names itself.
+- The other ranks wait for torchrun to stop them. One that still runs after 20 seconds has an error
+  of its own: it prints that error with its rank, and exits.
 - The message is also written to the file (TORCHELASTIC_ERROR_FILE) that torchrun's report is made
   from; an unexpected error goes there with its traceback (`record`).
 """
@@ -24,8 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-# Seconds in which the reporting rank should come to an error that all ranks have. A longer time
-# delays the report of an error that it does not have.
+# Seconds for the reporting rank to reach an error that all ranks have. A longer time delays the
+# report of an error that only another rank has.
 _PATIENCE = 20.0
 
 
@@ -49,8 +49,8 @@ class RankInfo(NamedTuple):
 # Ranks of this run that are known to have ended.
 lost_ranks: set[int] = set()
 
-# Set on SIGTERM by whoever handles it. torchrun is then stopping this machine's processes already,
-# and sends no second signal to one that waits.
+# Set by the handler of SIGTERM. torchrun is then already stopping this machine's processes, and
+# sends no second signal to one that waits.
 is_terminating = False
 
 
@@ -81,9 +81,9 @@ def record(
 ) -> Callable[[], int | None]:
     """Wrap an entry script's `main` so that torchrun's report has the traceback of an error.
 
-    This is `torch.distributed.elastic.multiprocessing.errors.record`, but for errors that
-    `report_error` has reported. Without torchrun, `main` is returned as it is, and torch is not
-    imported.
+    This is `torch.distributed.elastic.multiprocessing.errors.record`, except for errors that
+    `report_error` has already reported. Without torchrun, it returns `main` itself and does not
+    import torch.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return main

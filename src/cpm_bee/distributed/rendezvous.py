@@ -3,17 +3,16 @@
     python -m cpm_bee.distributed.rendezvous MASTER_ADDR MASTER_PORT NNODES SECONDS
 
 The agents (torchrun processes) of a run meet at MASTER_ADDR:MASTER_PORT, where the first machine's
-agent opens a store. Left to itself, torchrun waits more than a minute for a store on a port that
-another program has, waits ten minutes for a machine that cannot be reached, and ends both in a
-traceback. Here
+agent opens a store. Without these checks, torchrun waits more than a minute if another program has
+the port, or ten minutes for an unreachable machine, and fails with a traceback. Here
 
 - the machine that has the address MASTER_ADDR is the first one, and checks that the port is free;
 - the others wait until something listens there.
 
-Printed are flags for torchrun: whether this machine is the first one, which torchrun gets wrong
-when a host name resolves to another of its addresses, and the address that the others see it at,
-since they may not know its host name. On a loopback address nothing is printed: several agents on
-one machine then agree among themselves which of them is the first.
+The output is flags for torchrun: whether this machine is the first one, which torchrun gets wrong
+when a host name resolves to another of its addresses, and the address under which the others see
+it, since they may not know its host name. For a loopback address the output is empty: several
+agents on one machine agree among themselves which of them is the first.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ import time
 from cpm_bee.cli import run_command
 from cpm_bee.errors import InputError, RunError
 
-_QUIET = 5.0  # seconds of waiting before a message says so
+_QUIET = 5.0  # seconds to wait before printing a message about it
 
 
 def rendezvous_flags(address: str, port: int, num_nodes: int, seconds: float) -> str:
-    """Flags for torchrun; "" for one machine, and on a loopback address.
+    """Returns flags for torchrun; "" for one machine or a loopback address.
 
     Raises:
-        InputError: no machine has this name, or another program has the port.
+        InputError: no machine has this name, another program has the port, or none is given.
         RunError: nothing listens there in time.
     """
     if num_nodes == 1:
@@ -83,7 +82,7 @@ def _wait_for_host(address: str, port: int, seconds: float) -> str:
     raise RunError(
         f"no answer from {address}:{port} within {seconds:.0f} seconds (RDZV_TIMEOUT): "
         "MASTER_ADDR must be the first machine's address on all machines, the run must have been "
-        "started there too, and a firewall must let port MASTER_PORT pass"
+        "started there too, and no firewall may block port MASTER_PORT"
     )
 
 
@@ -102,7 +101,7 @@ def _is_own(address: str) -> bool:
 
 
 def _check_port_is_free(port: int) -> None:
-    """Raise `InputError` where torchrun could not listen on a port, on all addresses."""
+    """Raise `InputError` if torchrun could not listen on a port of all addresses."""
     for family in (socket.AF_INET, socket.AF_INET6):
         try:
             with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -130,7 +129,7 @@ def _free_port() -> int:
 def _main() -> None:
     address, port, num_nodes, seconds = sys.argv[1:]
     if not port.isdecimal() or int(port) > 65535:
-        raise InputError(f"MASTER_PORT={port}: is no port, a whole number up to 65535")
+        raise InputError(f"MASTER_PORT={port}: must be a whole number up to 65535")
     print(rendezvous_flags(address, int(port), int(num_nodes), float(seconds)))
 
 

@@ -20,14 +20,13 @@ class State(NamedTuple):
 class AdamW:
     """PyTorch's AdamW step, with decoupled weight decay (Loshchilov and Hutter, 2019).
 
-    Without `torch.optim.Optimizer`, which loads the compiler: 70 MB of memory that a small
-    machine has better use for.
+    It does not use `torch.optim.Optimizer`, which loads the compiler and so takes 70 MB of memory.
 
     Args:
-        parameters: by name.
+        parameters: the parameters by name.
 
     Attributes:
-        state: of each parameter, its first and second moment, and the steps done.
+        state: the moments and the number of steps of each parameter, by name.
     """
 
     def __init__(self, parameters: Mapping[str, torch.Tensor], weight_decay: float) -> None:
@@ -48,7 +47,7 @@ class AdamW:
         gradients: Mapping[str, torch.Tensor],
         lr: float,
     ) -> None:
-        """Update the parameters, in place, by their gradients."""
+        """Update the parameters in place."""
         names = [name for name, p in parameters.items() if p.numel()]
         adamw(
             [parameters[name] for name in names],

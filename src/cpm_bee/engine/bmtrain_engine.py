@@ -1,8 +1,8 @@
 """The bmtrain engine: ZeRO-3 on CUDA, with the optimizer state on the host.
 
-The only file that imports bmtrain, and only once an engine is made. bmtrain 1.0.1 is the version
-that this is written for: what is relied on, and which of its ways fail silently, is tested in
-tests/engine/test_bmtrain_rules.py.
+This is the only file that imports bmtrain, and only when an engine is made. It is written for
+bmtrain 1.0.1: tests/engine/test_bmtrain_rules.py tests the behaviour that it relies on, and what
+fails silently in bmtrain.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DISTRIBUTION = "ZeRO-3 by bmtrain, each process with a part of every tensor"
 
 
 def unavailable_reason(device: torch.device) -> str | None:
-    """Why this engine cannot run on a device here, and what to do about it; None if it can."""
+    """Returns why this engine cannot run on a device, and what to do; None if it can."""
     if device.type != "cuda":
         return "runs on GPUs only; --engine torch runs anywhere"
     if importlib.util.find_spec("bmtrain") is None:
@@ -47,14 +47,14 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def _start() -> Any:
-    """Import bmtrain and let the processes find each other."""
+    """Import bmtrain and connect the processes."""
     warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
     import bmtrain as bmt
 
     if bmt.init.is_initialized():
         return bmt
     if RankInfo.of_this_process().world_size == 1 and "MASTER_PORT" not in os.environ:
-        # Its own default is one port for all, so that a second run on a machine would fail.
+        # bmtrain's default is a fixed port, so a second run on the machine would fail.
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
@@ -62,7 +62,7 @@ def _start() -> Any:
     try:
         bmt.init_distributed()
     except (RuntimeError, ValueError) as error:
-        raise RunError(f"the processes do not find each other: {error}") from None
+        raise RunError(f"the processes could not connect to each other: {error}") from None
     return bmt
 
 
@@ -72,11 +72,11 @@ class BMTrainEngine:
     The processes exchange parts in every pass.
 
     Weights are held in the compute type, those of a LoRA in fp32. The optimizer keeps an fp32
-    copy of trained ones, with its moments, on the host.
+    copy of the trained weights and its moments on the host.
     """
 
     name = "bmtrain"
-    lockstep = True  # all processes make the same number of passes, forward and backward
+    lockstep = True  # all processes must run the same number of passes, forward and backward
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._bmt = _start()
@@ -120,7 +120,7 @@ class BMTrainEngine:
             grad_scale=1,  # gradients are summed over ranks, not averaged
         )
         self._manager.add_optimizer(self._optimizer)
-        self._steps = 0  # those not skipped
+        self._steps = 0  # without the skipped ones
         self._gradient_scale = 1.0  # of the gradients left from the last step
         self._has_stale_gradients = False
 
@@ -135,7 +135,7 @@ class BMTrainEngine:
 
     def _drop_stale_gradients(self) -> None:
         # Gradients outlive their step, for `statistics`. Setting them to None would leave those of
-        # a block in its storage, to be added to the next ones.
+        # a block in its storage, and the next ones would be added to them.
         if self._has_stale_gradients:
             self._manager.zero_grad()
             self._has_stale_gradients = False
@@ -170,7 +170,7 @@ class BMTrainEngine:
         factor = 1 - lr * self._settings.weight_decay
         for part in self._trained.values():
             if part.dtype == torch.float32:
-                # The copy on the host is what the optimizer steps, once it has made it.
+                # The optimizer updates its copy on the host, once it has made one.
                 self._optimizer.state.get(part, {}).get("_param_fp32", part).mul_(factor)
 
     def reduce(self, values: Sequence[float]) -> list[float]:
@@ -200,7 +200,7 @@ class BMTrainEngine:
         return {name: self._whole(part, self._exact(part)) for name, part in self._trained.items()}
 
     def training_state(self) -> dict[str, Any]:
-        """See `Engine.training_state`; in the torch engine's form, so that either can go on."""
+        """See `Engine.training_state`; in the torch engine's form, so that either can continue."""
         moments = {}
         for name, part in self._trained.items():
             state = self._optimizer.state.get(part, {})
@@ -235,7 +235,7 @@ class BMTrainEngine:
                 "exp_avg_sq": part_of(part, moments[name]["exp_avg_sq"]),
                 "_param_fp32": exact,
             }
-        # Its own order, by type, is another than that of the names.
+        # The optimizer orders parts by type, not by name.
         ordered = [part for group in self._optimizer.param_groups for part in group["params"]]
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict(
@@ -251,7 +251,7 @@ class BMTrainEngine:
 
     def _statistics_of(self, values: dict[str, Any]) -> TensorStatistics:
         count = math.prod(values["shape"])
-        share = (count - 1) / count  # bmtrain's deviations are those of a sample
+        share = (count - 1) / count  # bmtrain divides variances by count - 1
         std, grad_std = (values[n] if count > 1 else 0.0 for n in ("std", "grad_std"))
         mean_square = share * grad_std**2 + values["grad_mean"] ** 2
         return TensorStatistics(
@@ -263,5 +263,5 @@ class BMTrainEngine:
         )
 
     def close(self) -> None:
-        # NCCL's own end waits for processes that may be gone; the process's end does not.
+        # Closing NCCL waits for processes that may be gone; the end of this process does not.
         pass

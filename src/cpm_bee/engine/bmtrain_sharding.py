@@ -22,13 +22,13 @@ def shard_model(
     dtype: torch.dtype,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> dict[str, Any]:
-    """Leave each process a part of every tensor, ZeRO-3; returns the parts to be trained, by name.
+    """Shard every tensor over the processes (ZeRO-3); returns the parts to train, by name.
 
-    A part is flat; it is empty where a process has none of its tensor. The model may be in any
-    type and memory-mapped: each process reads its own parts, one layer after the other.
+    A part is flat; it is empty if the process holds nothing of its tensor. The model may be of any
+    type and memory-mapped: each process reads its own parts, layer by layer.
 
     Args:
-        dtype: of all weights but those of a LoRA, which keep theirs.
+        dtype: the type of all weights except a LoRA's, which keep theirs.
         autocast: the context of every forward pass.
     """
     names = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -44,7 +44,7 @@ def shard_model(
 
 
 def _split(bmt: Any, model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace the parameters of a module, but for those in blocks, by this process's parts."""
+    """Replace the parameters of a module, except those in blocks, with this process's parts."""
     for module in model.modules():
         for leaf, parameter in module._parameters.items():
             if parameter is None or isinstance(parameter, bmt.DistributedParameter):
@@ -58,7 +58,7 @@ def _split(bmt: Any, model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _convert(part: Any, dtype: torch.dtype) -> None:
-    """Change the type of a part in place. The last part's storage may be longer than it."""
+    """Change the type of a part in place. Its storage may be longer than the part."""
     if part.dtype != dtype:
         values = torch.empty(part.storage().size(), dtype=dtype, device=part.device)
         values[: part.numel()] = part.data
@@ -68,11 +68,11 @@ def _convert(part: Any, dtype: torch.dtype) -> None:
 def _block(
     bmt: Any, layer: TransformerBlock, autocast: Callable[[], AbstractContextManager[Any]]
 ) -> nn.Module:
-    """A layer whose tensors are gathered only while it computes, forward or backward.
+    """Wrap a layer so that its tensors are gathered only while it computes.
 
-    It recomputes activations by itself (`TransformerBlock.checkpointing`). bmtrain's way detaches
-    the arguments, and the gradient of a tensor that reaches a layer in another way, as the trained
-    bias table does, would be an error.
+    The layer recomputes activations by itself (`TransformerBlock.checkpointing`). bmtrain's own
+    checkpointing detaches the arguments, and fails on the gradient of a tensor that reaches the
+    layer in another way, as the trained bias table does.
     """
     # Where only a layer's parameters need gradients, bmtrain computes it again in the backward
     # pass, outside of the forward pass's autocast.
@@ -81,9 +81,9 @@ def _block(
 
 
 def _gathered_once(model: CPMBee) -> Callable[[], AbstractContextManager[None]]:
-    """The context of a pass, which gathers each tensor outside of the layers once.
+    """Returns the context of a pass, which gathers each tensor outside the layers once.
 
-    By itself bmtrain gathers at each access. Their number depends on the records, so that
+    By itself, bmtrain gathers at each access. The number of accesses depends on the records, so
     processes would wait for each other forever; and the embedding is accessed three times.
     """
     outside = [
@@ -111,7 +111,7 @@ def _gathered_once(model: CPMBee) -> Callable[[], AbstractContextManager[None]]:
 
 
 def _own_storage(gradient: torch.Tensor) -> torch.Tensor:
-    # bmtrain sends a gradient's storage from its begin on, and resizes it: a view's is wrong.
+    # bmtrain sends a gradient's storage from its start, and resizes it: wrong for a view.
     storage = gradient.untyped_storage().nbytes()
     if gradient.is_contiguous() and storage == gradient.numel() * gradient.element_size():
         return gradient
@@ -127,9 +127,9 @@ def part_of(part: Any, whole: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def whole_of(bmt: Any, part: Any, own: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on rank 0's CPU from all ranks' values `own`, which lie as their parts do.
+    """Gathers a tensor to rank 0's CPU from all ranks' values `own`, laid out like `part`.
 
-    Collective; empty on other ranks.
+    Collective; returns an empty tensor on the other ranks.
     """
     whole = torch.zeros(part._original_shape.numel(), dtype=own.dtype, device=device)
     if part.numel():

@@ -1,4 +1,4 @@
-"""Clipping by the global norm, as the torch engine does it and the memory estimate predicts it."""
+"""Gradient clipping by the global norm, for the torch engine and the memory estimate."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ def clip_by_global_norm(
     max_norm: float,
     sum_of_parts: Callable[[torch.Tensor], torch.Tensor] = lambda square: square,
 ) -> float:
-    """Scale gradients, in place, so that their global norm is at most `max_norm`.
+    """Scale gradients in place so that their global norm is at most `max_norm`.
 
     Args:
-        gradients: this process's parts of all of them, in fp32.
-        sum_of_parts: makes the sum of squares over all processes out of this process's own.
+        gradients: this process's parts of all gradients, in fp32.
+        sum_of_parts: returns the sum over all processes of this process's sum of squares.
 
     Returns:
-        The norm before clipping. Where it is not finite, neither are the gradients.
+        The norm before clipping. If it is not finite, the gradients cannot be used.
     """
     norms = torch.stack(torch._foreach_norm(gradients))
     norm = sum_of_parts(norms.double().square().sum()).sqrt()

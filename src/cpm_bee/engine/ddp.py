@@ -13,7 +13,7 @@ from cpm_bee.model.network import CPMBee
 
 
 class DDPStrategy(ParallelStrategy):
-    """Every process has the whole model, and its part of a tensor is the tensor.
+    """Every process holds the whole model: its part of a tensor is the whole tensor.
 
     Args:
         world_size: the number of processes.

@@ -9,15 +9,15 @@ import torch
 from cpm_bee.errors import InputError
 
 AUTO = "auto"
-# Where control groups of version 2 and 1 keep a container's limit.
+# Files with a container's memory limit, in control groups v2 and v1.
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def choose_device(name: str = AUTO) -> torch.device:
-    """The device of a name; `auto` is the GPU where there is one.
+    """Returns the device of `--device`; `auto` is the GPU if there is one.
 
     Raises:
-        InputError: there is no such device here.
+        InputError: this machine has no such device.
     """
     if name == AUTO:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -35,7 +35,10 @@ def choose_device(name: str = AUTO) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute type of `--dtype`; `auto` is fp32 on a CPU and bf16, else fp16, on a GPU."""
+    """Returns the compute type of `--dtype`.
+
+    `auto` is fp32 on a CPU, and bf16, or fp16 where that is not supported, on a GPU.
+    """
     if name != AUTO:
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
     if device.type != "cuda":
@@ -44,7 +47,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def free_memory(device: torch.device, processes: int = 1) -> int:
-    """The bytes that this process can use on a device, including those that it uses already.
+    """Returns the bytes that this process can use on a device, including those already in use.
 
     Args:
         processes: the number of processes that share the machine; on a CPU each gets an equal

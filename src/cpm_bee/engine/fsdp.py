@@ -1,7 +1,7 @@
 """FSDP2: every process holds a part of each tensor. Imported only where it is used.
 
-PyTorch gathers the tensors of a layer when its forward or backward pass begins, and forgets the
-others' parts when it ends.
+PyTorch gathers the tensors of a layer when its forward or backward pass begins, and frees the
+parts of other processes when it ends.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from cpm_bee.model.network import CPMBee
 from cpm_bee.pretrained import Tensors
 from cpm_bee.progress import progress_bar
 
-# The methods of the model that a pass begins with, besides `forward`.
+# The methods of the model that start a pass, besides `forward`.
 _PASSES = ("loss", "score")
 
 
@@ -39,9 +39,9 @@ class FSDPStrategy(ParallelStrategy):
     """Every process holds some rows of each tensor, which is sharded along its first dimension.
 
     Args:
-        tensors: the values of the model's tensors on the meta device; of each, a process reads
-            the rows that it keeps.
-        offload: keep all parts in host memory, to be copied to the device layer by layer.
+        tensors: the values of the model's tensors on the meta device; a process reads only the
+            rows that it keeps.
+        offload: keep all parts in host memory, and copy them to the device layer by layer.
     """
 
     lockstep = True
@@ -84,7 +84,7 @@ class FSDPStrategy(ParallelStrategy):
             module,
             mesh=self._mesh,
             # Weights are held in the type that they are gathered in; casting would round a
-            # quantised base's absmax and a LoRA.
+            # quantized base's absmax and a LoRA.
             mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
             offload_policy=CPUOffloadPolicy(pin_memory=pin) if self._offload else OffloadPolicy(),
         )
@@ -94,7 +94,7 @@ class FSDPStrategy(ParallelStrategy):
         module.set_force_sum_reduction_for_comms(True)
 
     def _read_rows(self, parameter: torch.Tensor, entry: LazyTensor) -> int:
-        """Read this process's rows; returns their bytes."""
+        """Read this process's rows; returns the number of bytes."""
         local = self.local(parameter)
         begin = _first_row(parameter)
         copy_values(local, entry.rows(begin, begin + len(local)).read())
@@ -123,7 +123,7 @@ class FSDPStrategy(ParallelStrategy):
         return whole[begin : begin + len(self.local(like))]
 
     def sum_gradients(self, gradients: Sequence[torch.Tensor]) -> None:
-        """PyTorch has summed them in the backward pass."""
+        """Does nothing: PyTorch sums the gradients in the backward pass."""
 
     def sum_of_parts(self, value: torch.Tensor) -> torch.Tensor:
         total = value.to(self._device)
@@ -144,7 +144,7 @@ def _first_row(parameter: torch.Tensor) -> int:
 
 
 def _to_meta(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Move all of a model to the meta device; returns the values that it had, by name."""
+    """Move a whole model to the meta device; returns the values that it had, by name."""
     own = {name: p.detach() for name, p in model.named_parameters() if not p.is_meta}
     model.to("meta")
     return own

@@ -1,7 +1,7 @@
 """How the processes of the torch engine divide a model: the interface, and the choice.
 
-`ddp.DDPStrategy`: each process has the whole model. `fsdp.FSDPStrategy`: each has a part of every
-tensor. The engine does everything else alike for both, on this process's parts.
+With `ddp.DDPStrategy`, each process has the whole model; with `fsdp.FSDPStrategy`, a part of every
+tensor. Everything else in the engine is the same for both, and works on this process's parts.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ AUTO, DDP, FSDP = "auto", "ddp", "fsdp"
 # The share of the free memory that weights and optimizer state may take before auto shards them;
 # the rest is for activations.
 _STATIC_SHARE = 0.5
-# A trained fp32 value has a gradient and two moments beside it.
+# A trained fp32 value comes with a gradient and two moments.
 _COPIES_OF_TRAINED = 4
 
 
 class ParallelStrategy(ABC):
-    """What the torch engine asks about tensors that may be divided between processes."""
+    """How the torch engine handles tensors that may be divided between processes."""
 
     lockstep: bool  # see `Engine.lockstep`
 
@@ -35,29 +35,29 @@ class ParallelStrategy(ABC):
 
     @abstractmethod
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This process's part of a parameter or gradient; shares its memory.
+        """Returns this process's part of a parameter or gradient, which shares its memory.
 
-        Not to be kept: PyTorch may lay a parameter elsewhere before the first pass.
+        Do not keep it: PyTorch may move a parameter before the first pass.
         """
 
     @abstractmethod
     def whole(self, local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """A tensor on the CPU from its parts, divided as parameter `like` is.
+        """Returns a tensor on the CPU from its parts, divided as parameter `like` is.
 
         Collective; complete on rank 0.
         """
 
     @abstractmethod
     def part_of(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """This process's part of a whole tensor, divided as parameter `like` is."""
+        """Returns this process's part of a whole tensor, divided as parameter `like` is."""
 
     @abstractmethod
     def sum_gradients(self, gradients: Sequence[torch.Tensor]) -> None:
-        """Sum gradients over processes, in place, where the backward pass has not; collective."""
+        """Sum gradients over processes in place, unless the backward pass did; collective."""
 
     @abstractmethod
     def sum_of_parts(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum over a whole tensor from the sum over this process's part; collective."""
+        """Returns the sum over a whole tensor, given that over this process's part; collective."""
 
 
 class ParallelChoice(NamedTuple):
@@ -68,15 +68,15 @@ class ParallelChoice(NamedTuple):
 def choose_parallel(
     wanted: str, model: CPMBee, device: torch.device, num_processes: int
 ) -> ParallelChoice:
-    """What `--parallel` means on several processes, as far as this process can tell.
+    """Choose between ddp and fsdp for several processes, as far as this process can tell.
 
     Args:
-        wanted: auto, ddp or fsdp; auto shards a model that, with its gradients and moments, takes
-            more than half of the memory that a process can have.
+        wanted: auto, ddp or fsdp; auto is fsdp if the model with its gradients and moments takes
+            more than half of the memory available to a process.
         model: may be on the meta device.
     """
     if wanted != AUTO:
-        return ParallelChoice(wanted, "as asked")
+        return ParallelChoice(wanted, "as requested")
     needed = sum(
         p.nbytes * (_COPIES_OF_TRAINED if p.requires_grad else 1) for p in model.parameters()
     )
@@ -88,7 +88,7 @@ def choose_parallel(
 
 
 def parallel_summary(choice: ParallelChoice, offload: bool) -> str:
-    """A choice for several processes, for people."""
+    """Describes a choice in a line for people."""
     if choice.kind == FSDP:
         location = ", in host memory" if offload else ""
         return f"parallel fsdp, each process with a part of every tensor{location}: {choice.reason}"

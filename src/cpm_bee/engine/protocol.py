@@ -1,8 +1,8 @@
-"""The interface that the trainer and its set-up use; they know nothing else about an engine.
+"""The engine interface: all that the trainer and its set-up know about an engine.
 
 An engine is one process of a run. It is used in this order: `load_model` gives the model its
 values, `prepare` takes it over for training, then `autocast`, `backward` and `step` train it, and
-`close` ends it. "Collective" means that all processes must call, in the same order.
+`close` ends it. "Collective" means that all processes must make the call, in the same order.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ class OptimizerSettings:
 
 
 class StepResult(NamedTuple):
-    """`grad_norm` is the norm before clipping; not finite if the step was skipped."""
+    """`grad_norm` is the norm before clipping; it is not finite if the step was skipped."""
 
     grad_norm: float
     skipped: bool
 
 
-# Below this an overflow is no question of scale: the gradients themselves are broken.
+# Below this scale, an overflow means that the gradients themselves are broken.
 _SMALLEST_SCALE = 2.0**-20
 
 
 def shrunk_scale(scale: float, dtype: torch.dtype, factor: float) -> float:
-    """The loss scale after an overflow. Raises `RunError` where a smaller one is of no use."""
+    """Returns the loss scale after an overflow. Raises `RunError` if a smaller one cannot help."""
     if dtype != torch.float16:
         raise RunError("the gradients are not finite (NaN or infinite)")
     scale /= factor
     if scale < _SMALLEST_SCALE:
         raise RunError(
             f"the gradients overflow at every loss scale down to {scale:g}; "
-            "--dtype bf16 or fp32 has the range"
+            "--dtype bf16 and fp32 have a larger range"
         )
     return scale
 
@@ -75,11 +75,11 @@ class Engine(Protocol):
 
     @property
     def lockstep(self) -> bool:
-        """Whether the processes exchange weights in every pass, so that all must make as many."""
+        """Whether all processes must run the same number of passes, as they exchange weights."""
 
     @property
     def loss_scale(self) -> float:
-        """The present loss scale; 1 where none is used (any type but fp16)."""
+        """The current loss scale; 1 if none is used (any type except fp16)."""
 
     def load_model(self, pretrained: PretrainedModel, parallel: str, offload: bool) -> str:
         """Load the values of `open_pretrained`'s model, now or in `prepare`.
@@ -91,41 +91,41 @@ class Engine(Protocol):
             offload: keep the parts of fsdp in host memory.
 
         Returns:
-            How the model is distributed and why, for people.
+            A line for people: how the model is distributed, and why.
         """
 
     def prepare(self, model: CPMBee, settings: OptimizerSettings) -> None:
-        """Take over a model on its device: its tensors that require gradients will be trained."""
+        """Take over a model. Its tensors that require gradients will be trained."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of every forward pass."""
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of a loss, this rank's share of the step's mean loss."""
+        """Accumulate the gradients of a loss: this rank's share of the step's mean loss."""
 
     def step(self, lr: float) -> StepResult:
-        """Sum gradients over ranks, clip, and update at a learning rate, unless they overflowed."""
+        """Sum gradients over ranks, clip them, and update unless they overflowed; collective."""
 
     def reduce(self, values: Sequence[float]) -> list[float]:
-        """The sums of values over all ranks, on every rank."""
+        """Returns the sum of each value over all ranks, on every rank; collective."""
 
     def reduce_max(self, values: Sequence[int]) -> list[int]:
-        """The largest of each of the values over all ranks, on every rank."""
+        """Returns the maximum of each value over all ranks, on every rank; collective."""
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
+        """Wait for all ranks; collective."""
 
     def trained_tensors(self) -> dict[str, torch.Tensor]:
-        """All trained tensors on the CPU, by name; collective, complete on rank 0."""
+        """Returns all trained tensors on the CPU, by name; collective, complete on rank 0."""
 
     def training_state(self) -> dict[str, Any]:
-        """What `load_training_state` needs to go on exactly; collective, complete on rank 0."""
+        """Returns what `load_training_state` needs to continue; collective, complete on rank 0."""
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Continue from a `training_state`, on any number of ranks."""
 
     def statistics(self) -> list[TensorStatistics]:
-        """Statistics of the trained tensors, after a step; collective."""
+        """Returns statistics of the trained tensors after a step; collective."""
 
     def close(self) -> None:
         """Leave the process group."""

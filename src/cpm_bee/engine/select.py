@@ -1,4 +1,4 @@
-"""Which engine a run uses."""
+"""Chooses the engine of a run."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ AUTO, TORCH, BMTRAIN = "auto", "torch", "bmtrain"
 def choose_engine(
     wanted: str, device: torch.device, quantized: str, torch_only: Sequence[str]
 ) -> str:
-    """The engine of `--engine`, torch or bmtrain; auto takes bmtrain where it can be used.
+    """Choose the engine, torch or bmtrain; auto is bmtrain where it can be used.
 
     Args:
+        wanted: `--engine`.
         quantized: `--quantize`.
-        torch_only: the flags that were given and that only the torch engine has.
+        torch_only: the given flags that only the torch engine supports.
 
     Raises:
-        InputError: bmtrain was asked for and cannot be used.
+        InputError: bmtrain was requested but cannot be used.
     """
     if wanted == TORCH:
         return TORCH
     if quantized != quantize.NONE:
-        reason: str | None = f"cannot hold a quantised base (--quantize {quantized})"
+        reason: str | None = f"cannot hold a quantized base (--quantize {quantized})"
     elif torch_only:
-        reason = f"has no {', '.join(torch_only)}; --engine torch has"
+        reason = f"does not support {', '.join(torch_only)}; --engine torch does"
     else:
         reason = bmtrain_engine.unavailable_reason(device)
     if wanted == BMTRAIN and reason is not None:
@@ -43,7 +44,7 @@ def choose_engine(
 
 
 def make_engine(chosen: str, device: torch.device, dtype: torch.dtype) -> Engine:
-    """The engine that `choose_engine` chose; joins the other processes, if there are any."""
+    """Make the engine that `choose_engine` chose, and join the other processes, if any."""
     if chosen == BMTRAIN:
         return bmtrain_engine.BMTrainEngine(device, dtype)
     return TorchEngine(device, dtype)
@@ -57,9 +58,9 @@ def expected_distribution(
     device: torch.device,
     num_processes: int,
 ) -> tuple[str, bool]:
-    """What `Engine.load_model` would return and `Engine.lockstep` would be, without an engine.
+    """Returns what `Engine.load_model` and `Engine.lockstep` would return, without an engine.
 
-    Other processes with less memory are not known about.
+    It does not know about other processes with less memory.
     """
     if chosen == BMTRAIN:
         return bmtrain_engine.DISTRIBUTION, True

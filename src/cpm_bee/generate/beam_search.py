@@ -1,4 +1,4 @@
-"""Beam search as the reference does it (docs/format.md §10)."""
+"""Beam search, as in the reference (docs/format.md §10)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cpm_bee.tokenizer import Tokenizer
 
 
 class Beam(NamedTuple):
-    """A running hypothesis: summed log probability, and its tokens with the `<s>` of answers."""
+    """A running hypothesis: summed log probability, and tokens including the `<s>` of answers."""
 
     log_p: float
     tokens: tuple[Token, ...]
@@ -33,12 +33,12 @@ class FinishedHypotheses:
 
     def add(self, score: float, tokens: tuple[Token, ...]) -> None:
         self._hypotheses.append((score, tokens))
-        # Stable: of equals the first found is the best.
+        # The sort is stable: among equal scores, the first found stays first.
         self._hypotheses.sort(key=lambda hypothesis: -hypothesis[0])
         del self._hypotheses[self._size :]
 
     def cannot_improve(self, best_log_p: float, step: int) -> bool:
-        """Whether to stop: all found, and the worst at least the best running sum / step."""
+        """Whether `size` are found, and the worst scores at least `best_log_p / step`."""
         full = len(self._hypotheses) == self._size
         return full and self._hypotheses[-1][0] >= best_log_p / step
 
@@ -49,18 +49,19 @@ class FinishedHypotheses:
 def penalize_repetition(
     logits: torch.Tensor, ids: torch.Tensor, penalty: float, window: int | None
 ) -> torch.Tensor:
-    """Penalize once each id that stands among the last `window` of a beam.
+    """Penalize each id among the last `window` of a beam, once.
 
     Args:
         logits: [B, candidates].
         ids: vocabulary ids written so far, [B, A]; an entry of the extension table counts as the
             id that it shares.
+        window: None for all ids.
     """
     if penalty == 1:
         return logits
     ids = ids[:, -window:] if window else ids
     found = logits.gather(1, ids)
-    # Scattering the same value twice is harmless, so each id is penalized once.
+    # Scattering the same value twice is harmless: each id is penalized once.
     return logits.scatter(1, ids, torch.where(found < 0, found * penalty, found / penalty))
 
 
@@ -73,9 +74,9 @@ class Generator:
         self.encoder = Encoder(tokenizer)
 
     def generate(self, record: Record, options: GenerationOptions) -> dict:
-        """A copy of a valid record whose answers are the model's; None where none was reached.
+        """Returns a copy of a valid record with the model's answers; None for one not reached.
 
-        Texts that the record has as answers are ignored. Sets the model to eval mode.
+        Ignores the record's own answers. Sets the model to eval mode.
 
         Raises:
             InputError: a special token of the record has a name that the vocabulary lacks.
@@ -90,13 +91,13 @@ class Generator:
 
     @torch.inference_mode()
     def _search(self, prompt: Prompt, options: GenerationOptions) -> list[list[tuple[int, int]]]:
-        """The (id, sub) pairs of each answer reached, without `<s>` and `</s>`."""
+        """Returns the (id, sub) pairs of each answer reached, without `<s>` and `</s>`."""
         self.model.eval()
         decoder = Decoder(self.model, self.tokenizer, prompt)
         tokens = _Search(decoder, self.tokenizer, len(prompt.answers), options).run()
         answers: list[list[tuple[int, int]]] = [[] for _ in range(tokens[-1].answer + 1)]
         for token in tokens:
-            if token.position > 0:  # `<s>` stands at 0
+            if token.position > 0:  # position 0 is `<s>`
                 answers[token.answer].append((token.id, token.sub))
         return answers
 
@@ -114,7 +115,7 @@ class _Search:
         self._finished = FinishedHypotheses(options.beam_size)
 
     def run(self) -> tuple[Token, ...]:
-        """The tokens of the best hypothesis, with the `<s>` but without the `</s>` of answers."""
+        """Returns the tokens of the best hypothesis, with the `<s>` but no `</s>` of answers."""
         beams = [Beam(0.0, (Token(self._bos, 0, 0, 0),))]
         parents = [0]
         last_step = self._options.max_length + 1
@@ -130,7 +131,7 @@ class _Search:
     def _candidates(
         self, beams: Sequence[Beam], parents: Sequence[int]
     ) -> list[tuple[float, int, int]]:
-        """The 2 * beam_size best continuations: summed log p, beam, number; best first."""
+        """Returns the 2 * beam_size best continuations (summed log p, beam, number), best first."""
         logits = self._decoder.logits([beam.tokens for beam in beams], parents)
         ids = torch.tensor([[t.id for t in beam.tokens] for beam in beams], device=logits.device)
         logits = penalize_repetition(
@@ -142,8 +143,8 @@ class _Search:
         values = top.tolist()
         if not values[0] > float("-inf"):  # topk puts NaN first
             raise RunError(
-                "the model's logits are not finite: the weights are broken, or --dtype is too "
-                "narrow for them (--dtype fp32 is the widest)"
+                "the model's logits are not finite: the weights are broken, or the range of "
+                "--dtype is too small for them (--dtype fp32 has the largest)"
             )
         return [
             (value, *divmod(number, logits.shape[1]))
@@ -163,7 +164,7 @@ class _Search:
             last = tokens[-1]
             following = Token(*self._decoder.pair(number), last.answer, last.position + 1)
             if is_last or (closes and last.answer + 1 == self._num_answers):
-                # Each earlier token, `<s>` included, accounts for the prediction of the next one.
+                # Each token so far, `<s>` included, has predicted the next one.
                 score = log_p / len(tokens)
                 self._finished.add(score, tokens if closes else (*tokens, following))
                 continue

@@ -1,4 +1,4 @@
-"""The model behind a prompt: what each beam may write next."""
+"""Runs the model on a prompt and its beams, for the logits of each beam's next token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cpm_bee.tokenizer import Tokenizer
 
 
 class Token(NamedTuple):
-    """A token of an answer: what it is, in which answer (from 0), and its position there."""
+    """A token: its (id, sub) pair, the number of its answer (from 0), and its position there."""
 
     id: int
     sub: int
@@ -25,10 +25,9 @@ class Token(NamedTuple):
 
 
 class Decoder:
-    """Runs the prompt once, then one token of each beam a step, with cached keys and values.
+    """Runs the prompt once, then one token per beam and step, with a KV cache.
 
-    Its candidates are numbered as in training: the vocabulary, then the record's (id, sub > 0)
-    pairs.
+    Candidates are numbered as in training: the vocabulary, then the record's (id, sub > 0) pairs.
     """
 
     def __init__(self, model: CPMBee, tokenizer: Tokenizer, prompt: Prompt) -> None:
@@ -42,16 +41,16 @@ class Decoder:
         self._prefill = model.prefill(batch, prompt.answers, self._cache)
 
     def pair(self, candidate: int) -> tuple[int, int]:
-        """The (id, sub) of a candidate's number."""
+        """Returns the (id, sub) pair of a candidate."""
         extra = candidate - self._vocab_size
         return self._pairs[extra] if extra >= 0 else (candidate, 0)
 
     def logits(self, beams: Sequence[Sequence[Token]], parents: Sequence[int]) -> torch.Tensor:
-        """Logits of the next token of each beam, fp32 [B, candidates]; -inf where forbidden.
+        """Returns the logits of each beam's next token, fp32 [B, candidates]; -inf if forbidden.
 
         Args:
             beams: all tokens of each beam after the prompt; the last one is new to the model.
-            parents: the index that each beam's other tokens had in the last call.
+            parents: the index of the beam of the last call that each beam continues.
         """
         written = torch.tensor(beams, device=self._device)  # (B, A, 4), as in Token
         self._cache.continue_beams(torch.tensor(parents, device=self._device))

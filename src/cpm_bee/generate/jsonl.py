@@ -25,14 +25,14 @@ STANDARD = "-"  # names standard input and output
 
 
 class InputRecord(NamedTuple):
-    """A record and where it stands, as file:line."""
+    """A record and its location, as file:line."""
 
     where: str
     record: Record
 
 
 class Score(NamedTuple):
-    """How many of the records that came with an answer were answered with exactly that."""
+    """The number of exact matches, and of the records that came with an answer."""
 
     correct: int
     answered: int
@@ -42,10 +42,14 @@ class Score(NamedTuple):
         return f"exact match: {self.correct:,} of {self.answered:,} answers ({share:.1%})"
 
 
-def read_records(path: str) -> list[InputRecord]:
-    """The records of a file, or of standard input where `path` is "-".
+def read_records(path: str, *, escape: bool = False) -> list[InputRecord]:
+    """Read the records of a file, or of standard input if `path` is "-".
 
-    Raises `InputError` with all problems of all lines.
+    Args:
+        escape: treat all texts as plain (see `records.escape_texts`).
+
+    Raises:
+        InputError: with the problems of all lines.
     """
     if path != STANDARD and Path(path).is_file():
         json_lines.check_is_lines(Path(path))
@@ -54,6 +58,7 @@ def read_records(path: str) -> list[InputRecord]:
     name = "standard input" if path == STANDARD else path
     for number, line in _lines(path):
         value, reason = json_lines.parse_line(line)
+        value = records.escape_texts(value) if escape else value
         found = [reason] if reason else records.validate(value)
         problems.extend(f"{name}:{number}", found)
         if not found:
@@ -80,7 +85,7 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
 
 
 def check_vocabulary(inputs: Sequence[InputRecord], encoder: Encoder) -> None:
-    """Raises `InputError` with all records that the vocabulary cannot express."""
+    """Raise `InputError` with all records that cannot be encoded with this vocabulary."""
     problems = Problems()
     for where, record in inputs:
         try:
@@ -91,12 +96,12 @@ def check_vocabulary(inputs: Sequence[InputRecord], encoder: Encoder) -> None:
 
 
 def check_output(output: str, inputs: Iterable[str | None]) -> None:
-    """Raise `InputError` if the output would replace a file that is read, also through a link."""
+    """Raise `InputError` if the output is one of the inputs, directly or through a link."""
     for path in inputs:
         if path not in (None, STANDARD) and output != STANDARD and _is_same_file(path, output):
             raise InputError(
-                f"--output {output}: this is the file {path} itself, which is read; its contents "
-                "would be replaced: give another --output"
+                f"--output {output}: is the input file {path}, which it would replace; give "
+                "another --output"
             )
 
 
@@ -104,7 +109,7 @@ def _is_same_file(path: str, other: str) -> bool:
     try:
         return os.path.samefile(path, other)
     except OSError:
-        return False  # one of them is not there
+        return False  # one of them does not exist
 
 
 def generate_file(
@@ -114,32 +119,35 @@ def generate_file(
     output: str,
     *,
     resume: bool = False,
+    escaped: bool = False,
 ) -> Score:
     """Write each record with the model's answer in place of its own, one per line.
 
     Args:
-        output: a file, which has this name when it is complete and `output`.partial before; "-" is
-            standard output.
-        resume: go on after the records that an interrupted call has left in `output`.partial.
+        output: a file, named `output`.partial until it is complete; "-" is standard output.
+        resume: continue after the records that an interrupted call left in `output`.partial.
+        escaped: the texts were escaped by `read_records`; they are written plain, as they were.
 
     Raises:
-        InputError: a record cannot be encoded (all are listed); or as `resumable_file`.
-        InterruptedRun: a signal ended it; the records that were written are kept.
+        InputError: records cannot be encoded (all are listed); or as `resumable_file`.
+        InterruptedRun: a signal ended it; the records written so far are kept.
     """
     check_vocabulary(inputs, generator.encoder)
-    given = [record for _, record in inputs]
+    written = records.unescape_texts if escaped else (lambda record: record)
+    given = [written(record) for _, record in inputs]
     with _output(output, given, resume) as (file, done):
         correct = answered = 0
-        for i, record in enumerate(progress_bar(given, description="generating", unit="records")):
+        bar = progress_bar(inputs, description="generating", unit="records")
+        for i, (_, record) in enumerate(bar):
             if i < len(done):
                 result = done[i]
             else:
-                result = generator.generate(record, options)
+                result = written(generator.generate(record, options))
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
                 file.flush()  # a kill loses no record
-            if records.has_answer(record[ANSWER]):
+            if records.has_answer(given[i][ANSWER]):
                 answered += 1
-                correct += result[ANSWER] == record[ANSWER]
+                correct += result[ANSWER] == given[i][ANSWER]
     return Score(correct, answered)
 
 

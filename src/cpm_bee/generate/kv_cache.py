@@ -1,4 +1,4 @@
-"""Keys and values of one prompt, shared by all beams, and of what each beam has written."""
+"""Keys and values of a prompt, shared by all beams, and of the tokens that each beam wrote."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class BeamCache:
     """A `KeyValueCache` for the beams of one record, by layer.
 
     A beam of the next step continues one of the last step: `continue_beams` says which, and
-    `append` reorders each layer when it comes to it.
+    `append` reorders the keys and values of its layer.
     """
 
     def __init__(self) -> None:
@@ -28,11 +28,11 @@ class BeamCache:
         return self._prompt[layer]
 
     def continue_beams(self, parents: torch.Tensor) -> None:
-        """Say which beam of the last step each beam of the next one continues, [B]."""
+        """Set the beam of the last step that each beam of the next one continues, [B]."""
         self._parents = parents
 
     def append(self, layer: int, new: KeyValue) -> KeyValue:
-        """See `KeyValueCache`; once for each layer and step."""
+        """See `KeyValueCache`; call it once for each layer and step."""
         if layer in self._answers:
             assert self._parents is not None, "continue_beams comes before each step"
             k, v = (x.index_select(0, self._parents) for x in self._answers[layer])

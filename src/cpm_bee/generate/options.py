@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from cpm_bee import hints, quantize
 from cpm_bee.cli import positive, real_number
+from cpm_bee.errors import InputError
 from cpm_bee.options import REQUIRED, CommandOptions, Group, check_values
 
 FILES = Group("files", "文件")
@@ -16,7 +17,7 @@ MACHINE = Group("machine", "运行环境")
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """How to search.
+    """The flags of the beam search.
 
     Raises:
         InputError: a value is out of range; names the flag.
@@ -27,21 +28,22 @@ class GenerationOptions:
     )
     max_length: int = SEARCH.option(
         100,
-        "most tokens to write for a record, all answers together (up to two more are possible)",
+        "maximum number of tokens to write for a record, over all its answers (up to two more are "
+        "possible)",
         "每条记录最多生成的 token 数，所有答案合计（可能多出至多两个）",
         type=positive,
     )
     # Keskar et al. 2019, CTRL, section 4.1, for logits of either sign.
     repetition_penalty: float = SEARCH.option(
         1.0,
-        "above 1 makes tokens that were already written less likely: divides their positive "
-        "logits and multiplies their negative ones; 1 is no penalty",
+        "a value above 1 makes tokens that were already written less likely: their positive "
+        "logits are divided by it and their negative ones multiplied; 1 is no penalty",
         "大于 1 时降低已生成 token 再次出现的概率：正的 logits 除以该值，负的乘以该值；1 为不惩罚",
         type=real_number(0, exclusive=True),
     )
     repetition_window: int | None = SEARCH.option(
         None,
-        "how many of the last tokens the penalty looks at; all when not given",
+        "number of most recent tokens that the penalty considers; all when not given",
         "重复惩罚回看的 token 数；不指定则为全部",
         type=positive,
     )
@@ -57,34 +59,41 @@ class TextGenerationOptions(GenerationOptions, CommandOptions):
     script = "text_generation.py"
     description = (
         "Answer records with a model: reads a file of records and writes the same records with "
-        'the text under "<ans>" replaced by the model\'s answer (null where the model wrote too '
-        "much before it reached that answer). Where the input has answers, the share of exact "
-        "matches is printed."
+        'the text under "<ans>" replaced by the model\'s answer (null if the model reached '
+        "--max-length before that answer). If the input has answers, it prints the share of exact "
+        "matches."
     )
     chinese = (
         "用模型回答记录：读入一个记录文件，写出同样的记录，其中 `<ans>` 下的文本换成模型的答案"
-        "（在到达该答案之前已写满时为 `null`）。若输入中带有答案，还会打印完全一致的比例。"
+        "（如果写到该答案之前已达到 `--max-length`，则为 `null`）。"
+        "若输入中带有答案，还会打印完全一致的比例。"
     )
     groups = (FILES, MODEL, SEARCH, MACHINE)
     hints = hints.GENERATE
 
     input: str = FILES.option(
         REQUIRED,
-        "records, one JSON object a line; `-` is standard input",
+        "records, one JSON object per line; `-` is standard input",
         "记录文件，每行一个 JSON 对象；`-` 为标准输入",
         metavar="FILE",
     )
     output: str = FILES.option(
         REQUIRED,
-        "where to write the answered records; `-` is standard output",
+        "file for the answered records; `-` is standard output",
         "写入作答后的记录的文件；`-` 为标准输出",
         metavar="FILE",
     )
     resume: bool = FILES.option(
         False,
-        "go on after the records that an interrupted start of the same command has left in "
+        "continue after the records that an interrupted run of the same command left in "
         "`OUTPUT.partial`",
         "接着上次中断时留在 `OUTPUT.partial` 中的记录继续生成（命令须与上次相同）",
+    )
+    escape: bool = FILES.option(
+        False,
+        "take all texts as plain, as in preprocess_dataset.py: a literal `<` needs no escaping, "
+        "and the output has none",
+        "把所有文本当作普通文本，与 preprocess_dataset.py 相同：字面的 `<` 无需转义，输出也不转义",
     )
     load: str = MODEL.option(
         "ckpts/pytorch_model.bin",
@@ -110,10 +119,17 @@ class TextGenerationOptions(GenerationOptions, CommandOptions):
         "微调保存的增量文件；不指定则只用基座模型",
         metavar="FILE",
     )
+    delta_alpha: float | None = MODEL.option(
+        None,
+        "alpha of a delta that does not record it (another tool's, without a `.json`); 16 when "
+        "not given",
+        "增量文件未记录 alpha（由其他工具保存、旁边没有 `.json`）时使用的 alpha；不指定时为 16",
+        type=real_number(0, exclusive=True),
+    )
     quantize: str = MODEL.option(
         quantize.NONE,
-        "hold the base model in 4 bit (`nf4`) or 8 bit (`int8`); quantized once and cached beside "
-        "the checkpoint",
+        "hold the base model in 4 bits (`nf4`) or 8 bits (`int8`) per weight; it is quantized once "
+        "and cached beside the checkpoint",
         "以 4 bit（`nf4`）或 8 bit（`int8`）加载基座模型；只量化一次，结果缓存在检查点旁",
         choices=quantize.CHOICES,
     )
@@ -126,7 +142,12 @@ class TextGenerationOptions(GenerationOptions, CommandOptions):
     )
     device: str = MACHINE.option(
         "auto",
-        "`cpu`, `cuda` or `cuda:N`; `auto` is the GPU where there is one",
+        "`cpu`, `cuda` or `cuda:N`; `auto` is the GPU if there is one",
         "`cpu`、`cuda` 或 `cuda:N`；`auto` 在有 GPU 时用 GPU",
         metavar="DEVICE",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.delta_alpha is not None and self.delta is None:
+            raise InputError("--delta-alpha: needs --delta")

@@ -1,8 +1,8 @@
-"""The file of answered records, of which an interruption loses none.
+"""The output file of answered records. An interruption loses none of them.
 
-Records are written to `OUTPUT.partial`, a line at a time, and the file takes its own name when all
-are there. Whatever ends generation early, also a kill, leaves `OUTPUT.partial`; `--resume` goes on
-after the records in it. They are compared with those of the input first.
+Records are written to `OUTPUT.partial`, one line at a time, and the file is renamed when it is
+complete. If generation ends early, even by a kill, `OUTPUT.partial` keeps its records. `--resume`
+compares them with those of the input and continues after them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Output(NamedTuple):
-    """An open file, and the answered records that an earlier, interrupted start wrote to it."""
+    """An open file, and the answered records that an interrupted run has already written to it."""
 
     file: IO[str]
     done: Sequence[Record]
@@ -34,21 +34,21 @@ class Output(NamedTuple):
 
 @contextmanager
 def resumable_file(path: Path, inputs: Sequence[Record], *, resume: bool) -> Iterator[Output]:
-    """A file for the answered records, which takes the name `path` when the block ends.
+    """Open a file for the answered records, and rename it to `path` when the block ends.
 
     Args:
         path: destination; an existing file is replaced. A device or pipe is written to directly.
-        inputs: the records of which the answered ones are written, in order.
-        resume: go on after the records of `path`.partial, where there are any.
+        inputs: the records to answer, in the order of the output.
+        resume: continue after the records in `path`.partial, if there are any.
 
     Raises:
-        InputError: `path` is a folder; an interrupted generation has left records and `resume` is
-            false; or what it left does not belong to `inputs`.
+        InputError: `path` is a folder; an interrupted run has left records but `resume` is false;
+            or the records that it left do not match `inputs`.
         BusyError: another process is writing it.
         InterruptedRun: a signal ended the block.
     """
     if path.is_dir():
-        raise InputError(f"{path}: this is a folder, a file was to be written")
+        raise InputError(f"{path}: this is a folder; a file is needed")
     if path.exists() and not path.is_file():
         with open(path, "w", encoding="utf-8", newline="\n") as file:
             yield Output(file, ())
@@ -56,7 +56,7 @@ def resumable_file(path: Path, inputs: Sequence[Record], *, resume: bool) -> Ite
     path = path.resolve()  # a link stays a link, its target is replaced
     partial = path.with_name(f"{path.name}.partial")
     lock = path.with_name(f".{path.name}.lock")
-    busy = f"is writing {path}; wait for its end, or give another --output"
+    busy = f"is writing {path}; wait for it to end, or give another --output"
     with exclusive(lock, busy), _signals_raise():
         done = _take_up(partial, inputs, resume)
         try:
@@ -79,7 +79,7 @@ def _take_up(partial: Path, inputs: Sequence[Record], resume: bool) -> list[Reco
         return []
     if not resume:
         raise InputError(
-            f"{partial}: holds the records of an interrupted generation; add --resume to go on "
+            f"{partial}: holds the records of an interrupted generation; add --resume to continue "
             "after them, or remove the file"
         )
     complete = _cut_to_whole_lines(partial)
@@ -89,8 +89,8 @@ def _take_up(partial: Path, inputs: Sequence[Record], resume: bool) -> list[Reco
         given = inputs[number - 1] if number <= len(inputs) else None
         if reason or not isinstance(record, dict) or {**record, ANSWER: None} != _blank(given):
             raise InputError(
-                f"{partial}:{number}: {reason or 'is not the record of that number in --input'}; "
-                "give the input that generation began with, or remove the file to begin anew"
+                f"{partial}:{number}: {reason or f'does not match record {number} of --input'}; "
+                "give the same --input as before, or remove the file to start again"
             )
         done.append(record)
     _LOGGER.info("resuming after %s records of %s", f"{len(done):,}", partial)
@@ -102,7 +102,7 @@ def _blank(record: Record | None) -> dict[str, Any] | None:
 
 
 def _cut_to_whole_lines(partial: Path) -> list[str]:
-    """The whole lines of the file; removes a last one that a kill has cut."""
+    """Returns the complete lines of the file, and removes a last one that a kill cut short."""
     content = partial.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     os.truncate(partial, len(whole))
@@ -110,21 +110,21 @@ def _cut_to_whole_lines(partial: Path) -> list[str]:
 
 
 def _keep(partial: Path, total: int) -> str:
-    """Remove a partial file without records; say what another one holds."""
+    """Remove a partial file without records; returns a sentence about one with records."""
     with open(partial, "rb") as file:
         count = sum(line.endswith(b"\n") for line in file)
     if not count:
         partial.unlink()
         return ""
     return (
-        f"{count:,} of {total:,} records are in {partial}; add --resume to the same command to go "
-        "on after them"
+        f"{count:,} of {total:,} records are in {partial}; add --resume to the same command to "
+        "continue after them"
     )
 
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """SIGTERM and a closed terminal raise KeyboardInterrupt, as Ctrl-C does."""
+    """Make SIGTERM and a closed terminal raise KeyboardInterrupt, as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

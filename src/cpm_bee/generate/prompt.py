@@ -1,4 +1,4 @@
-"""A record as a prompt, and the way from generated tokens back to its answers."""
+"""A record as a prompt, and its answers from generated tokens."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ class Prompt:
         return (self._tokenizer.unk, 0) in self._extension_numbers
 
     def text(self, tokens: Sequence[Pair]) -> str:
-        """The text of (id, sub) pairs, with the record's own meaning of extension entries.
+        """Returns the text of (id, sub) pairs; extension entries mean what they do in the record.
 
-        That holds for sub 0 too: where the record has an unknown run 𠮷, `<unk>` is 𠮷.
+        This includes sub 0: if the record has an unknown run 𠮷, `<unk>` is 𠮷.
         """
         ids = [self._extension_numbers.get(pair, pair[0]) for pair in tokens]
         return self._tokenizer.decode(ids, self._extension)
 
 
 def fill_answers(record: Record, texts: Sequence[str | None]) -> dict:
-    """A copy of a record with its answer leaves, in walk order, replaced."""
+    """Returns a copy of a record with its answer leaves replaced, in walk order."""
     remaining = iter(texts)
     return {k: _fill_node(v, remaining) if k == ANSWER else v for k, v in record.items()}
 

@@ -29,14 +29,14 @@ def choose_for_run(
     num_processes: int,
     is_sharded: bool,
 ) -> CheckpointingChoice:
-    """The choice, as far as this process can tell; auto predicts the memory of a step.
+    """Choose, as far as this process can tell; auto predicts the memory of a step.
 
     Args:
-        lengths, num_targets: of the records to train on, [R]; at least one fits into a row.
+        lengths, num_targets: of the training records, [R]; at least one fits into a row.
         is_sharded: the processes divide weights, gradients and moments between them.
     """
     if options.checkpointing != AUTO:
-        return CheckpointingChoice(options.checkpointing == "full", "as asked")
+        return CheckpointingChoice(options.checkpointing == "full", "as requested")
     rows = options.batch_size * options.max_length
     tokens = min(rows, options.max_tokens or rows)
     batch = batch_of_data(lengths, num_targets, options.max_length, tokens, config.vocab_size)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-from contextlib import AbstractContextManager
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +16,12 @@ from cpm_bee.checkpoint.sidecar import write_sidecar
 from cpm_bee.delta import DeltaConfig
 from cpm_bee.delta import save as save_delta
 from cpm_bee.errors import InputError, Problems, shown
-from cpm_bee.files import exclusive
+from cpm_bee.files import exclusive, refuse_if_held
 from cpm_bee.model.config import ModelConfig
+from cpm_bee.train.run_folder import RunFolder
 from cpm_bee.train.saved_state import check_state
+
+logger = logging.getLogger(__name__)
 
 _KEPT = ("best", "last")  # weights of a run
 _NOT_RECORDED = (
@@ -32,13 +36,17 @@ class RunProvenance(NamedTuple):
     config: ModelConfig
     vocabulary: str  # path of the vocabulary
     base_fingerprint: str
+    vocabulary_fingerprint: str
+    evaluation_fingerprint: str  # of the evaluation set's records; empty without one
     delta: DeltaConfig | None  # None: full fine-tuning
 
 
 class RunFiles:
-    """`SAVE/SAVE_NAME-...`: names and ways of writing. Used on rank 0 alone."""
+    """Names, writes and reads the files `SAVE/SAVE_NAME-...`. Only rank 0 writes."""
 
-    def __init__(self, folder: str, name: str, provenance: RunProvenance) -> None:
+    def __init__(
+        self, folder: str, name: str, provenance: RunProvenance, *, keep_runs: int = 1
+    ) -> None:
         self._folder = Path(folder)
         self._name = name
         self._provenance = provenance
@@ -47,49 +55,38 @@ class RunFiles:
         self.last = self._folder / f"{name}{infix}-last.pt"
         self.state = self._folder / f"{name}-state.pt"
         self.log = self._folder / f"{name}-log.jsonl"
-        self.previous = self._folder / f"{name}-previous"
+        weights = [f"{i}-{w}.{s}" for i in ("", "-delta") for w in _KEPT for s in ("pt", "json")]
+        endings = [*weights, "-state.pt", "-log.jsonl"]
+        self.places = RunFolder(self._folder, name, endings, keep_runs)
 
-    def archive_previous(self) -> Path | None:
-        """Move the files of an earlier run of this name to `SAVE_NAME-previous/`.
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Returns the context of a run, in which no other run can write the same files."""
+        with exclusive(*self._lock):
+            try:
+                yield
+            finally:
+                self.places.discard_unstarted()
 
-        One earlier run is kept. Returns the folder if there was one.
-        """
-        earlier = self.files_of_previous()
-        # Moved into a folder of their own first, so that after a kill at any point the next start
-        # goes on with what is missing, and the run before is removed last.
-        incoming = self.previous.with_name(f".{self.previous.name}.incoming")
-        outgoing = self.previous.with_name(f".{self.previous.name}.outgoing")
-        if not earlier and not incoming.is_dir():
-            shutil.rmtree(outgoing, ignore_errors=True)
-            return None
-        incoming.mkdir(exist_ok=True)
-        for path in earlier:
-            path.rename(incoming / path.name)
-        if self.previous.exists():
-            shutil.rmtree(outgoing, ignore_errors=True)
-            self.previous.rename(outgoing)
-        incoming.rename(self.previous)
-        shutil.rmtree(outgoing, ignore_errors=True)
-        return self.previous
+    def refuse_if_locked(self) -> None:
+        """Raise `InputError` if another run is writing these files; for a dry run."""
+        refuse_if_held(*self._lock)
 
-    def lock(self) -> AbstractContextManager[None]:
-        """Keep other runs from writing the same files; the context of a run."""
-        return exclusive(
+    @property
+    def _lock(self) -> tuple[Path, str]:
+        return (
             self._folder / f".{self._name}.lock",
             f"is writing {self._folder / self._name}-*; wait for that run to end, or give another "
             "--save-name",
         )
 
-    def files_of_previous(self) -> list[Path]:
-        """The files that a run of this name has left in the folder."""
-        weights = [f"{i}-{w}.{s}" for i in ("", "-delta") for w in _KEPT for s in ("pt", "json")]
-        own = [self._folder / f"{self._name}{ending}" for ending in weights]
-        return [path for path in (*own, self.state, self.log) if path.is_file()]
-
     def save_weights(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
-        """A delta file, or a native checkpoint (fp16 if the config says half)."""
+        """Save a delta file, or a native checkpoint (in fp16 if the config says half)."""
+        path = self.places.to_write(path)
         if self._provenance.delta is not None:
-            save_delta(path, tensors, self._provenance.delta, self._provenance.base_fingerprint)
+            origin = self._provenance
+            prints = (origin.base_fingerprint, origin.vocabulary_fingerprint)
+            save_delta(path, tensors, self._provenance.delta, *prints)
             return
         config = self._provenance.config
         if config.half:
@@ -104,16 +101,31 @@ class RunFiles:
 
     def save_state(
         self, engine: dict[str, Any], progress: dict[str, Any], settings: dict[str, Any]
-    ) -> None:
-        """Save the training state; a resumed run must have the same `settings`."""
+    ) -> Path | None:
+        """Save the training state; a resumed run must have the same `settings`.
+
+        With the first state of a new run, the files of an earlier run are moved.
+
+        Returns:
+            The folder that they were moved to, or None.
+        """
         state = {
             "settings": settings,
             "delta": self._delta(),
             "engine": engine,
             "progress": progress,
             "base_fingerprint": self._provenance.base_fingerprint,
+            **self._sets(),
         }
-        save_tensors(self.state, state)
+        save_tensors(self.places.to_write(self.state), state)
+        return self.places.take_place()
+
+    def _sets(self) -> dict[str, str]:
+        """Returns the fingerprints that are not in states of earlier versions."""
+        return {
+            "vocabulary_fingerprint": self._provenance.vocabulary_fingerprint,
+            "evaluation_fingerprint": self._provenance.evaluation_fingerprint,
+        }
 
     def _delta(self) -> dict[str, Any]:
         config = self._provenance.delta
@@ -122,15 +134,16 @@ class RunFiles:
     def load_state(
         self, settings: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The (engine, progress) of `save_state`.
+        """Load the (engine, progress) of `save_state`.
 
         Raises:
-            InputError: there is none, or of a run on another base, with another delta or, where
-                they are given, other settings; all that differ are listed.
+            InputError: there is no state, or it is that of a run with another base, delta,
+                vocabulary, evaluation set or, if given, other settings; all differences are listed.
         """
-        if not self.state.is_file():
+        path = self.places.to_read(self.state)
+        if not path.is_file():
             raise InputError(f"{self.state}: there is no saved state to resume from")
-        state = load_tensors(self.state, "a training state")
+        state = load_tensors(path, "a training state")
         check_state(self.state, state)
         if state.get("base_fingerprint") != self._provenance.base_fingerprint:
             raise InputError(f"{self.state}: is the state of a run on another base model")
@@ -138,6 +151,16 @@ class RunFiles:
         if state["delta"] != self._delta():
             was = shown(state["delta"]) if state["delta"] else "full fine-tuning"
             problems.add("delta", f"{self._delta() or 'full fine-tuning'}, it was {was}")
+        for (name, value), flag in zip(
+            self._sets().items(), ("tokens of --vocab", "records of --eval-dataset"), strict=True
+        ):
+            if name not in state:
+                logger.warning(
+                    f"{self.state}: an earlier version saved it and did not record the {flag}; "
+                    "they are taken to be the same as before"
+                )
+            elif state[name] != value:
+                problems.add(flag, f"{value or 'none'}, it was {shown(state[name] or 'none')}")
         for name, value in (settings or {}).items():
             before = state["settings"].get(name, _NOT_RECORDED)
             if before != value:

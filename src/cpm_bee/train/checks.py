@@ -1,8 +1,8 @@
 """Checks before a run starts: its flags, and all files that they name.
 
-Each process does it alone, before it waits for others. Of weights only samples are read, and
-nothing is written, with one exception: a run that is no dry run and has no mistakes so far makes
-its quantised base beside the checkpoint. Everything that is wrong is raised at once.
+Each process runs them alone, before it waits for others. They read only samples of the weights and
+write nothing, with one exception: a run that is not a dry run and has no mistakes so far makes its
+quantized base beside the checkpoint. All problems are raised at once.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class Inputs:
 
     Attributes:
         engine: "torch" or "bmtrain".
-        datasets: by flag: to train on and, if there is one, to evaluate on.
-        surveys: of each data set, for a dry run.
-        saved_state: for a run that is resumed; see `RunFiles.load_state`.
+        datasets: the training set and, if there is one, the evaluation set, by flag.
+        surveys: a survey of each data set, by flag, for a dry run.
+        saved_state: the state of a resumed run; see `RunFiles.load_state`.
     """
 
     num_processes: int
@@ -66,7 +66,7 @@ class Inputs:
     saved_state: SavedState | None
 
     def take_saved_state(self) -> SavedState | None:
-        """The state, which is not kept here."""
+        """Returns the saved state and drops it from the inputs."""
         taken, self.saved_state = self.saved_state, None
         return taken
 
@@ -75,7 +75,7 @@ def check(options: Options) -> Inputs:
     """Open and check the inputs of a run.
 
     Raises:
-        InputError: with everything that is wrong.
+        InputError: lists all problems.
     """
     problems = Problems()
     num_processes = RankInfo.of_this_process().world_size
@@ -108,11 +108,15 @@ def check(options: Options) -> Inputs:
     if pretrained is not None:
         if delta_config is not None:
             _insert_delta(pretrained, delta_config, _seed(options), problems)
-        files = _run_files(options, pretrained, delta_config)
+        files = _run_files(options, pretrained, delta_config, datasets.get("--eval-dataset"))
+        if options.dry_run:  # a run takes the lock on its first rank, later
+            with problems.collecting():
+                files.refuse_if_locked()
         for flag, dataset in datasets.items() if options.dry_run else ():
             with problems.collecting():
                 surveys[flag] = survey(dataset, pretrained.tokenizer, shapes[flag])
-    if files is not None and options.resume and "--dataset" in datasets:
+    all_opened = datasets.keys() == data_folders(options).keys()
+    if files is not None and options.resume and all_opened:
         settings = shapes["--dataset"].settings(datasets["--dataset"].fingerprint)
         with problems.collecting():
             saved_state = files.load_state(settings)
@@ -134,7 +138,7 @@ def check(options: Options) -> Inputs:
 
 
 def step_shapes(options: Options, num_processes: int) -> dict[str, StepShape]:
-    """The steps in training and in evaluation, by the flag of the data set."""
+    """Returns the shapes of training and evaluation steps, by the flag of the data set."""
     rows = options.batch_size * num_processes
     training = StepShape(
         rows * options.accumulate, options.max_length, options.drop_last, options.seed
@@ -143,7 +147,7 @@ def step_shapes(options: Options, num_processes: int) -> dict[str, StepShape]:
 
 
 def _seed(options: Options) -> int:
-    """The seed; 0 for one that no generator takes, which is among the problems by then."""
+    """Returns the seed; 0 for one out of range, which `check_flags` has reported."""
     return options.seed if abs(options.seed) < MAX_SEED else 0
 
 
@@ -161,11 +165,11 @@ def _delta_config(options: Options) -> DeltaConfig | None:
 def _open_pretrained(
     options: Options, dtype: torch.dtype, missing: set[str], problems: Problems
 ) -> PretrainedModel | None:
-    """The model with its vocabulary; None, and all problems, if it cannot be had."""
+    """Open the model with its vocabulary; adds all problems and returns None on failure."""
     if missing & {"--load", "--model-config", "--vocab"}:
         _check_each_alone(options, missing, problems)
         return None
-    only_checks = options.dry_run or problems.count > 0  # quantising takes long, and writes
+    only_checks = options.dry_run or problems.count > 0  # quantizing is slow, and writes
     before = problems.count
     with problems.collecting():
         pretrained = open_pretrained(
@@ -196,7 +200,7 @@ def _insert_delta(
 
 
 def _check_each_alone(options: Options, missing: set[str], problems: Problems) -> None:
-    """Check the files of the model that are there, which cannot be compared with each other."""
+    """Check each existing file of the model alone, as they cannot be compared with each other."""
     if options.load is not None and "--load" not in missing:
         with problems.collecting():
             derive_config(Checkpoint(options.load))
@@ -209,12 +213,17 @@ def _check_each_alone(options: Options, missing: set[str], problems: Problems) -
 
 
 def _run_files(
-    options: Options, pretrained: PretrainedModel, delta_config: DeltaConfig | None
+    options: Options,
+    pretrained: PretrainedModel,
+    delta_config: DeltaConfig | None,
+    evaluation: BinaryDataset | None,
 ) -> RunFiles:
     provenance = RunProvenance(
         pretrained.model.config,
         os.path.abspath(pretrained.tokenizer.source),
         pretrained.fingerprint,
+        pretrained.tokenizer.fingerprint,
+        "" if evaluation is None else evaluation.fingerprint,
         delta_config,
     )
-    return RunFiles(options.save, options.save_name, provenance)
+    return RunFiles(options.save, options.save_name, provenance, keep_runs=options.keep_runs)

@@ -27,7 +27,7 @@ class PlannedStep:
     epoch: int
     shares: list[list[int]]  # the records of each of this rank's batches
     num_batches: int  # of the rank with the most
-    rows: int  # this and all below: of all ranks together
+    rows: int  # this and all below: over all ranks
     records: int
     tokens: int
     targets: int
@@ -39,10 +39,10 @@ class DataLoader:
 
     Args:
         rows, max_length, drop_last, shuffle_seed: see `StepShape`.
-        accumulate: micro-steps of a step, each with as many of its rows.
-        max_tokens: largest batch; a micro-step with more tokens is split, a longer record stands
-            alone.
-        as_generated: make each record's tokens and candidates those of generation, for evaluation.
+        accumulate: the number of micro-batches in a step, each with the same share of its rows.
+        max_tokens: the most tokens in a batch; larger micro-batches are split, and a longer record
+            is a batch of its own.
+        as_generated: use the tokens and candidates of generation, for evaluation.
 
     Raises:
         InputError: as `DataSize.of`.
@@ -81,25 +81,25 @@ class DataLoader:
 
     @property
     def num_records(self) -> int:
-        """The records of an epoch: all that have an answer and fit into a row."""
+        """The number of records in an epoch: those that have an answer and fit into a row."""
         return self.size.num_records
 
     def is_writable(self, numbers: Sequence[int]) -> np.ndarray:
-        """Whether generation can write the answers of some records, bool [len(numbers)]."""
+        """Returns whether generation can write each record's answer, bool [len(numbers)]."""
         return (self._index.answers[numbers] & AnswerState.WRITABLE) > 0
 
     def unwritable_answers(self, most: int = 3) -> list[str]:
-        """Some records whose answer cannot be generated, each with the parts that cannot."""
+        """Describes the first `most` records whose answers cannot be generated, and why."""
         states = self._index.answers & (AnswerState.KNOWN | AnswerState.WRITABLE)
         numbers = np.flatnonzero(states == AnswerState.KNOWN)[:most].tolist()
         return [self._index.unwritable_answer(number) for number in numbers]
 
     def batches(self, epoch: int, done: int = 0) -> Iterator[tuple[PlannedStep, Batches]]:
-        """The steps of an epoch (from 0) after the first `done`, and this rank's batches of each.
+        """Yields the steps of an epoch (from 0) after the first `done`, with this rank's batches.
 
-        Collective. Every rank gets the same steps and as many batches of each. Those past its
-        shares stand for records that it does not have: None or, where all ranks make as many
-        passes (`Engine.lockstep`), a batch that must not count.
+        Collective. Every rank gets the same steps, with the same number of batches. Beyond its own
+        shares a rank gets None or, if all ranks must run the same number of passes
+        (`Engine.lockstep`), a filler batch, whose loss must not count.
         """
         return prefetch(self._steps(epoch, done), self._make, self._engine.device)
 
@@ -109,13 +109,13 @@ class DataLoader:
         planned = islice(self._plan.steps(epoch, streams), done, None)
         nothing: list[PackedRow] = [[] for _ in streams]
         while True:
-            step = self._exchange(epoch, next(planned, nothing))  # others may have rows for longer
+            step = self._exchange(epoch, next(planned, nothing))  # others may have more rows
             if step.rows < (self._rows if self._drop_last else 1):
                 return
             yield step
 
     def _exchange(self, epoch: int, rows: list[PackedRow]) -> PlannedStep:
-        """Exchange the figures of a step between the ranks, each of which knows its own rows."""
+        """Combine the figures of a step over the ranks, each of which knows only its own rows."""
         index = self._index
         shares = self._shares(rows)
         numbers = [number for share in shares for number in share]
@@ -144,7 +144,7 @@ class DataLoader:
 
     def _make(self, step: PlannedStep) -> list[Batch | None]:
         def rng_of(number: int) -> random.Random:
-            # A record's own generator: its answer is shuffled alike on any number of ranks.
+            # One generator per record: answers are shuffled the same way on any number of ranks.
             return random.Random(f"{self._seed}/{step.epoch}/{number}")
 
         shuffle = None if self._seed is None else rng_of

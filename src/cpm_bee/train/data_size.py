@@ -18,7 +18,7 @@ from cpm_bee.encoding import AnswerState, Encoder
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.tokenizer import Tokenizer
 
-SAMPLE = 1000  # records that are read where there is no token index: a fraction of a second
+SAMPLE = 1000  # records to read where there is no token index, which takes a fraction of a second
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class StepShape:
     """The settings that, with the lengths of the records, determine the plan of steps.
 
     Attributes:
-        rows: rows of `max_length` tokens of a step, over all ranks and micro-steps.
+        rows: the rows of `max_length` tokens in a step, over all ranks and micro-batches.
         drop_last: leave out the last steps, which have fewer rows.
-        shuffle_seed: of the order and of shuffled answers; None keeps both, as evaluation does.
+        shuffle_seed: the seed for shuffling records and answers; None keeps both in order.
     """
 
     rows: int
@@ -41,7 +41,7 @@ class StepShape:
         return self.rows * self.max_length
 
     def settings(self, dataset_fingerprint: str) -> dict[str, Any]:
-        """The settings that a resumed run must keep; with others, its steps would differ."""
+        """Returns the settings that a resumed run must keep, as others would change its steps."""
         return {
             "records of --dataset": dataset_fingerprint,
             "rows of a step (--batch-size, --accumulate, processes)": self.rows,
@@ -58,7 +58,7 @@ class DataSize:
 
     num_records: int  # that have an answer and fit into a row
     num_too_long: int
-    min_steps: int  # of an epoch, if all rows were full: one or two less than there are
+    min_steps: int  # in an epoch, if all rows were full: one or two less than there are
     num_unanswered: int = 0
     num_unwritable: int = 0  # of `num_records`, those whose answer generation cannot write
 
@@ -66,7 +66,7 @@ class DataSize:
     def of(
         cls, folder: Path, lengths: np.ndarray, answers: np.ndarray, shape: StepShape
     ) -> DataSize:
-        """The size from the tokens and the answers' states of all records.
+        """Computes the size from the lengths and answer states of all records.
 
         Raises:
             InputError: the data set is empty, no record has an answer or fits into a row, or
@@ -104,7 +104,7 @@ class DataSize:
 
 
 def usable_lengths(index: TokenIndex, max_length: int) -> np.ndarray:
-    """The lengths of an index's records; those without an answer are too long to be used."""
+    """Returns the lengths of records; those without an answer get one too long to be used."""
     has_answer = (index.answers & AnswerState.KNOWN) > 0
     return (
         index.lengths if has_answer.all() else np.where(has_answer, index.lengths, max_length + 1)
@@ -115,19 +115,16 @@ class DataSurvey(NamedTuple):
     """What is known about a data set without writing a token index."""
 
     size: DataSize
-    lengths: np.ndarray  # of the records that were looked at, and their targets
-    num_targets: np.ndarray
-    is_exact: bool  # all records were looked at; else the size is an estimate
+    lengths: np.ndarray  # of the records that were read
+    num_targets: np.ndarray  # of the same
+    is_exact: bool  # all records were read; otherwise the size is an estimate
 
 
 def survey(dataset: BinaryDataset, tokenizer: Tokenizer, shape: StepShape) -> DataSurvey:
-    """Look at a data set's index, or at its first `SAMPLE` records where there is none.
-
-    Writes nothing.
+    """Survey a data set from its index or, if it has none, from its first `SAMPLE` records.
 
     Raises:
-        InputError: as `DataSize.of`; or records that were looked at are damaged or cannot be
-            encoded, all of which are listed.
+        InputError: as `DataSize.of`; or records are damaged or cannot be encoded (all are listed).
     """
     index = TokenIndex.open_existing(dataset, tokenizer)
     if index is not None:
@@ -150,7 +147,7 @@ def survey(dataset: BinaryDataset, tokenizer: Tokenizer, shape: StepShape) -> Da
 
 
 def _sample(dataset: BinaryDataset, tokenizer: Tokenizer) -> Arrays:
-    """The token arrays of the first records."""
+    """Returns the token arrays of the first records."""
     problems = Problems()
     chunk = TokenChunk(Encoder(tokenizer))
     for file, offset, payload in islice(dataset, SAMPLE):

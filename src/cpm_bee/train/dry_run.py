@@ -1,7 +1,7 @@
 """The output of a dry run: what would run, after `checks` has found no mistake.
 
-It is one process without torch.distributed, which writes nothing. It plans for as many processes
-as WORLD_SIZE says: scripts/finetune_cpm_bee.sh sets it as torchrun would for rank 0.
+A dry run is one process without torch.distributed, and writes nothing. It plans for WORLD_SIZE
+processes, which scripts/finetune_cpm_bee.sh sets as torchrun would for rank 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cpm_bee.train.summary import (
 
 
 def describe_run(options: Options, inputs: Inputs) -> list[str]:
-    """The lines that a run would begin with, its steps, and where its results would go."""
+    """Returns the lines that a run would begin with, its steps, and where its results would go."""
     distribution, is_sharded = expected_distribution(
         inputs.engine,
         options.parallel,
@@ -44,7 +44,7 @@ def describe_run(options: Options, inputs: Inputs) -> list[str]:
     lines.append(distribution)
     lines.append(_checkpointing_line(options, inputs, is_sharded))
     lines += _result_lines(options, inputs)
-    lines.append("dry run: nothing is wrong so far, and nothing was written")
+    lines.append("dry run: no problems were found, and nothing was written")
     return lines
 
 
@@ -59,7 +59,7 @@ def _step_lines(options: Options, inputs: Inputs) -> list[str]:
         f"a step: {shape.rows} rows of {shape.max_length} tokens (--batch-size "
         f"{options.batch_size} x --accumulate {options.accumulate} x {inputs.num_processes} "
         "process(es))",
-        f"steps: about {per_epoch} an epoch, {total} in all{limited}",
+        f"steps: about {per_epoch} per epoch, {total} in total{limited}",
     ]
     if inputs.saved_state is not None:
         lines.append(f"resumes after step {inputs.saved_state[1]['step']}")
@@ -87,6 +87,6 @@ def _checkpointing_line(options: Options, inputs: Inputs, is_sharded: bool) -> s
 def _result_lines(options: Options, inputs: Inputs) -> list[str]:
     files = inputs.files
     lines = [f"results: {files.best}, {files.last}; log: {files.log}"]
-    if not options.resume and files.files_of_previous():
-        lines.append(f"the files of the run before would be moved to {files.previous}")
+    if not options.resume and files.places.present():
+        lines.append(f"the files of the previous run would be moved to {files.places.previous}")
     return lines

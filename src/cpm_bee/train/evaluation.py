@@ -25,7 +25,7 @@ class Evaluation:
 
 
 def sums_of(scores: Scores, batch: Batch, is_writable: torch.Tensor) -> list[float]:
-    """Sums over a batch: loss, targets, correct tokens, correct records, records.
+    """Returns sums over a batch: loss, targets, correct tokens, correct records, records.
 
     Args:
         is_writable: whether generation can write the answer of each record, bool [R].
@@ -46,8 +46,8 @@ def sums_of(scores: Scores, batch: Batch, is_writable: torch.Tensor) -> list[flo
 def evaluate(model: CPMBee, engine: Engine, loader: DataLoader) -> Evaluation:
     """Evaluate in eval mode; collective, with the same exact figures on every rank.
 
-    Exact match is the share of records whose answer generation with beam 1 would write: at every
-    target the most probable of the tokens that generation can write there is the right one.
+    Exact match is the share of records whose answer generation with beam size 1 would write: at
+    every target, the right token is the most probable of those that generation can write there.
     """
     model.eval()
     sums = [0.0] * 5
@@ -64,7 +64,7 @@ def evaluate(model: CPMBee, engine: Engine, loader: DataLoader) -> Evaluation:
                     continue
                 with engine.autocast():
                     scores = model.score(batch)
-                if number < len(step.shares):  # the others only keep other ranks going
+                if number < len(step.shares):  # the others are fillers
                     is_writable = torch.from_numpy(loader.is_writable(step.shares[number]))
                     own = sums_of(scores, batch, is_writable)
                     sums = [a + b for a, b in zip(sums, own, strict=True)]

@@ -14,13 +14,13 @@ MAX_SEED = 2**48
 
 
 def check_flags(options: Options, num_processes: int, problems: Problems) -> None:
-    """Find combinations of flags that cannot work."""
+    """Find flags, and combinations of them, that cannot work."""
     if options.load is None and options.use_delta:
         problems.add("--use-delta", "needs a base model (--load CHECKPOINT)")
     if options.quantize != quantize.NONE and not options.use_delta:
         problems.add(
             f"--quantize {options.quantize}",
-            "needs --use-delta: a quantised base cannot be trained in full",
+            "needs --use-delta: a quantized base cannot be trained in full",
         )
     if options.offload and options.parallel != FSDP:
         problems.add("--offload", "needs --parallel fsdp: it keeps the parts in host memory")
@@ -36,11 +36,11 @@ def check_flags(options: Options, num_processes: int, problems: Problems) -> Non
         if folder is not None and (reason := _unwritable_reason(Path(folder))):
             problems.add(f"{flag} {folder}", reason)
     if options.save_name != Path(options.save_name).name or not options.save_name:
-        problems.add(f"--save-name {options.save_name}", "is a name, the folder is --save")
+        problems.add(f"--save-name {options.save_name}", "must be a name; the folder is --save")
 
 
 def _unwritable_reason(folder: Path) -> str | None:
-    """Why a folder cannot be made or written to; None if it seems that it can be."""
+    """Returns why a folder cannot be made or written to; None if it seems that it can be."""
     if folder.exists() and not folder.is_dir():
         return "is a file; a folder is needed"
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -52,7 +52,7 @@ def _unwritable_reason(folder: Path) -> str | None:
 
 
 def check_paths(options: Options, problems: Problems) -> set[str]:
-    """Find the paths that are not there; returns the flags that name them."""
+    """Find the paths that do not exist; returns the flags that name them."""
     missing = set()
 
     def require(flag: str, path: str | None, exists: bool, reason: str) -> None:
@@ -77,7 +77,7 @@ def check_paths(options: Options, problems: Problems) -> set[str]:
 
 
 def data_folders(options: Options) -> dict[str, str]:
-    """The given data sets by flag: to train on and, if there is one, to evaluate on."""
+    """Returns the folders of the training set and, if given, the evaluation set, by flag."""
     folders = {"--dataset": options.dataset}
     if options.eval_dataset is not None:
         folders["--eval-dataset"] = options.eval_dataset
@@ -85,7 +85,7 @@ def data_folders(options: Options) -> dict[str, str]:
 
 
 def torch_only_flags(options: Options) -> list[str]:
-    """The given flags that only the torch engine has."""
+    """Returns the given flags that only the torch engine supports."""
     given = {
         "--parallel": options.parallel != AUTO,
         "--offload": options.offload,

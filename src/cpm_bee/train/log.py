@@ -14,13 +14,13 @@ from cpm_bee.train.evaluation import Evaluation
 
 
 class Reporter:
-    """Writes `SAVE/SAVE_NAME-log.jsonl` and what people read. Does nothing on ranks above 0.
+    """Writes `SAVE/SAVE_NAME-log.jsonl` and lines for people. Does nothing on ranks above 0.
 
     Args:
         path: the log; None on ranks above 0.
-        resumed_step: the step that a resumed run goes on after; what the log says of later ones,
-            which are done again, is dropped. None begins a new log.
-        tensorboard: folder of TensorBoard events, or None.
+        resumed_step: the step after which a resumed run continues; log lines of later steps are
+            dropped, since these run again. None starts a new log.
+        tensorboard: the folder for TensorBoard events, or None.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Reporter:
     def train_step(
         self, values: dict[str, Any], *, seconds: float, row_fill: float, skipped: bool
     ) -> None:
-        """One optimizer step. `row_fill` is the share of the step's rows that holds tokens."""
+        """Log an optimizer step. `row_fill` is the share of the step's rows that holds tokens."""
         self._log("train", values)
         if self._events is not None:
             names = ("loss", "lr", "grad_norm", "loss_scale", "tokens_per_second")
@@ -98,8 +98,8 @@ class Reporter:
         ]
         self.line("\n".join(rows))
 
-    def end(self, reason: str, step: int) -> None:
-        self._log("end", {"reason": reason, "step": step})
+    def end(self, reason: str, step: int, *, finished: bool = False) -> None:
+        self._log("end", {"reason": reason, "step": step, "finished": finished})
         self.line(f"training ended after {step} steps: {reason}")
 
     def close(self) -> None:
@@ -110,12 +110,12 @@ class Reporter:
 
 
 def _is_json(value: Any) -> bool:
-    # JSON has no NaN and no infinity, the gradient norm of a skipped step is one.
+    # JSON has no NaN or infinity; the gradient norm of a skipped step is one of them.
     return not isinstance(value, float) or math.isfinite(value)
 
 
 def _lines_until(path: Path, step: int) -> list[str]:
-    """The lines of a log up to a step, without one cut short by a kill."""
+    """Returns the lines of a log up to a step, without one cut short by a kill."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -130,6 +130,6 @@ def _lines_until(path: Path, step: int) -> list[str]:
 def _tensorboard_writer(folder: str | None) -> Any:
     if folder is None:
         return None
-    from torch.utils.tensorboard import SummaryWriter  # an extra, see run.py
+    from torch.utils.tensorboard import SummaryWriter  # an extra that flag_checks.py has looked for
 
     return SummaryWriter(folder)

@@ -2,7 +2,7 @@
 
 The step is the real one: `CPMBee.loss`, its backward pass, the torch engine's clipping and AdamW.
 The weights are PyTorch's fake tensors. The batch is real, so that what depends on its values (which
-records are grouped) is as it will be.
+records are grouped) is the same as in training.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from cpm_bee.model.network import CPMBee
 from cpm_bee.quantize.formats import FORMATS, Format
 from cpm_bee.quantize.linear import insert_quantized_linears
 
-_SEGMENTS = 8  # of a record of `typical_batch`; no matter for memory
-# What is predicted may take so much more, by fragmentation and inside of kernels.
+_SEGMENTS = 8  # per record of `typical_batch`; does not affect memory
+# Allows for fragmentation and for memory inside kernels.
 _MARGIN = 1.2
 _GIB = 2**30
 
@@ -51,7 +51,7 @@ class TrainingSetup:
 
 
 class MemoryEstimate(NamedTuple):
-    """Bytes. `rest` is what a step holds at its worst moment beside the other three."""
+    """Numbers of bytes. `rest` is what a step holds at its peak besides the other three."""
 
     weights: int
     gradients: int
@@ -63,9 +63,9 @@ class MemoryEstimate(NamedTuple):
         return sum(self)
 
     def peak_of(self, shards: int, num_layers: int) -> int:
-        """The peak of one of `shards` processes that share all but the rest (FSDP2).
+        """Returns the peak of one of `shards` processes that shard all but the rest (FSDP2).
 
-        Two layers are gathered at a time: one computes, the next one comes.
+        Two layers are gathered at a time: the one that computes, and the next one.
         """
         if shards == 1:
             return self.peak
@@ -74,10 +74,10 @@ class MemoryEstimate(NamedTuple):
 
 
 def estimate(config: ModelConfig, training: TrainingSetup, batch: Batch) -> MemoryEstimate:
-    """The peak of a training step on one process without sharding.
+    """Estimates the peak of a training step on one process without sharding.
 
-    Imports PyTorch's fake tensors, which takes seconds and 75 MiB. Not seen are memory inside of
-    kernels, fragmentation, and what a process needs anyway (on a GPU about 0.5 GiB).
+    Imports PyTorch's fake tensors, which takes seconds and 75 MiB. The estimate excludes memory
+    inside kernels, fragmentation, and what a process always needs (on a GPU about 0.5 GiB).
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -95,7 +95,7 @@ def estimate(config: ModelConfig, training: TrainingSetup, batch: Batch) -> Memo
         optimizer = AdamW(trained, weight_decay=0.01)
         moments = live.live - weights
         for p in trained.values():
-            p.grad = torch.zeros_like(p)  # of the step before: the engine keeps them so long
+            p.grad = torch.zeros_like(p)  # of the last step: the engine keeps them until now
         gradients = live.live - weights - moments
         with torch.autocast("cpu", training.dtype, enabled=training.dtype != torch.float32):
             loss = model.loss(batch)
@@ -110,7 +110,7 @@ def estimate(config: ModelConfig, training: TrainingSetup, batch: Batch) -> Memo
 
 
 def meta_model(config: ModelConfig, training: TrainingSetup) -> CPMBee:
-    """The model without values, as it is trained; `set_parameters` gives it some."""
+    """Returns the model to train, without values; `set_parameters` gives it some."""
     with torch.device("meta"):
         model = CPMBee(config)
     if training.quantize != quantization.NONE:
@@ -126,22 +126,22 @@ def set_parameters(
     training: TrainingSetup,
     make: Callable[[torch.Size, torch.dtype], torch.Tensor],
 ) -> None:
-    """Put what `make` makes in the place of a model's parameters, in the types of training."""
+    """Replace a model's parameters with tensors from `make`, of the types used in training."""
     held = training.held or (torch.float32 if training.delta is None else training.dtype)
     for name, p in list(model.named_parameters()):
         keeps_type = name.endswith((".codes", ".absmax", ".lora_A", ".lora_B"))
         set_parameter(model, name, make(p.shape, p.dtype if keeps_type else held))
 
 
-def _opaque(format: Format) -> Format:
-    """The format with a `dense` that has no temporaries, like a GPU kernel."""
+def _opaque(base: Format) -> Format:
+    """Returns a format whose `dense` has no temporaries, like a GPU kernel."""
 
     def dense(
         self: Format, codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
         return codes.new_empty(len(codes), self.dim_in(codes), dtype=dtype)
 
-    opaque: Format = type("Opaque", (type(format),), {"dense": dense})()
+    opaque: Format = type("Opaque", (type(base),), {"dense": dense})()
     return opaque
 
 
@@ -149,10 +149,10 @@ class LiveStorages(TorchDispatchMode):
     """Sums the live storages that operations inside this mode have made.
 
     Args:
-        fake: a FakeTensorMode that what is empty is made in; None where tensors are real.
+        fake: the FakeTensorMode in which `torch.empty` makes tensors; None for real tensors.
 
     Attributes:
-        live, peak: bytes now, and at most so far.
+        live, peak: the number of bytes now, and the largest number so far.
     """
 
     def __init__(self, fake: Any = None) -> None:
@@ -165,7 +165,7 @@ class LiveStorages(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
             return 1.0  # a norm or a loss: no size depends on it
         if self._fake is not None and func is torch.ops.aten.empty.memory_format:
-            # Room for something large, to be filled from fake tensors.
+            # A large buffer, which fake tensors will fill.
             with self._fake:
                 found = func(*args, **(kwargs or {}))
         else:
@@ -199,7 +199,7 @@ def _is_fake(tensor: torch.Tensor) -> bool:
 
 
 def typical_batch(lengths: Sequence[int], num_targets: int, vocab_size: int) -> Batch:
-    """A batch of records of given lengths, the last `num_targets` tokens of each predicted."""
+    """Returns a batch of records of given lengths, the last `num_targets` tokens as targets."""
     counts = [min(num_targets, length) for length in lengths]
     record = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     ends = torch.tensor(lengths).cumsum(0)
@@ -227,7 +227,7 @@ def typical_batch(lengths: Sequence[int], num_targets: int, vocab_size: int) -> 
 def batch_of_data(
     lengths: np.ndarray, num_targets: np.ndarray, max_length: int, tokens: int, vocab_size: int
 ) -> Batch:
-    """A batch of so many tokens: the data's longest record, and others of mean length.
+    """Returns a batch of about `tokens` tokens: the longest record, and others of mean length.
 
     Args:
         lengths, num_targets: of all records, [R].
@@ -242,7 +242,7 @@ def batch_of_data(
 
 
 def upper_bound(config: ModelConfig, training: TrainingSetup, batch: Batch) -> int:
-    """An upper bound on the bytes of a training step, which takes no time to compute."""
+    """Returns an upper bound on the bytes of a training step, which takes no time to compute."""
     model = meta_model(config, training)
     static = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters())
     if training.delta is None:
@@ -272,7 +272,7 @@ def choose_checkpointing(
     """Choose activation checkpointing unless the predicted peak fits `available` with a margin.
 
     Args:
-        shards: the processes that weights, gradients and moments are divided between.
+        shards: the number of processes that weights, gradients and moments are divided between.
     """
     most = upper_bound(config, training, batch)
     if most * _MARGIN <= available:

@@ -19,7 +19,7 @@ above_zero = real_number(0, exclusive=True)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Base model, data and delta."""
+    """The flags for base model, data and delta."""
 
     load: str | None = MODEL.option(
         None,
@@ -44,8 +44,8 @@ class ModelOptions:
     )
     quantize: str = MODEL.option(
         NONE,
-        "hold the frozen base model in 4 bit (`nf4`) or 8 bit (`int8`), quantized once and cached "
-        "beside the checkpoint; needs `--use-delta`",
+        "hold the frozen base model in 4 bits (`nf4`) or 8 bits (`int8`) per weight; it is "
+        "quantized once and cached beside the checkpoint; needs `--use-delta`",
         "以 4 bit（`nf4`）或 8 bit（`int8`）加载冻结的基座模型，只量化一次，结果缓存在检查点旁；"
         "需要 `--use-delta`",
         choices=CHOICES,
@@ -59,13 +59,13 @@ class ModelOptions:
     )
     eval_dataset: str | None = DATA.option(
         None,
-        "evaluation set; without it there is no evaluation, and the best weights are the last",
+        "evaluation set; without it there is no evaluation, and the best weights are the last ones",
         "验证集；不指定则不评测，最优权重即最终权重",
         metavar="FOLDER",
     )
     max_length: int = DATA.option(
         512,
-        "tokens in a row; records are packed into rows, longer ones are left out and counted",
+        "tokens in a row; records are packed into rows, and longer ones are left out and counted",
         "每行的 token 数；记录打包成行，更长的记录会被排除并计数",
         type=positive,
     )
@@ -75,7 +75,7 @@ class ModelOptions:
 
     use_delta: bool = DELTA.option(
         False,
-        "delta tuning: train only a LoRA and leave the base model as it is",
+        "delta tuning: train only a LoRA; the base model stays frozen",
         "增量微调：只训练 LoRA，基座模型不变",
     )
     delta_rank: int = DELTA.option(8, "rank r of the LoRA", "LoRA 的秩 r", type=positive)

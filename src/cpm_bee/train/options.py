@@ -1,6 +1,6 @@
 """The flags of finetune_cpm_bee.py. Imports nothing heavy: `--help` must be quick.
 
-What is trained on what is in `ModelOptions`; `Options` has those flags too.
+The flags for model, data and delta are in `ModelOptions`, which `Options` extends.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Options(ModelOptions, CommandOptions):
     script = "finetune_cpm_bee.py"
     description = (
         "Fine-tune a CPM-Bee model, by delta tuning (LoRA) or in full. Runs as one process, or as "
-        "many under torchrun."
+        "several under torchrun."
     )
     chinese = (
         "微调 CPM-Bee 模型，可做增量微调（LoRA）或全参数微调。"
@@ -49,14 +49,14 @@ class Options(ModelOptions, CommandOptions):
     )
     accumulate: int = TRAINING.option(
         1,
-        "gradient accumulation: micro-batches in a step",
+        "gradient accumulation: micro-batches per step",
         "梯度累积：每步包含的微批数",
         type=positive,
     )
     max_tokens: int | None = TRAINING.option(
         None,
-        "most tokens to compute at once: larger micro-batches are split, with the same result in "
-        "less memory; a longer record is computed by itself",
+        "maximum number of tokens to compute at once: larger micro-batches are split, which gives "
+        "the same result in less memory; a longer record is computed by itself",
         "一次计算的最大 token 数：更大的微批会被拆分，结果相同、内存更少；超长的单条记录单独计算",
         type=positive,
     )
@@ -65,7 +65,7 @@ class Options(ModelOptions, CommandOptions):
     )
     clip_grad: float = TRAINING.option(
         1.0,
-        "the gradient is clipped to this global norm",
+        "maximum global norm, to which the gradient is clipped",
         "梯度裁剪：全局范数的上限",
         type=above_zero,
     )
@@ -89,7 +89,7 @@ class Options(ModelOptions, CommandOptions):
     )
     seed: int = TRAINING.option(
         1234,
-        "random seed of data order, initial values and dropout",
+        "random seed for data order, initial values and dropout",
         "数据顺序、初始值和 dropout 的随机种子",
         type=whole_number,
     )
@@ -103,7 +103,7 @@ class Options(ModelOptions, CommandOptions):
     lr_decay_style: str = SCHEDULE.option("noam", "schedule", "学习率调度", choices=STYLES)
     warmup_iters: int = SCHEDULE.option(
         100,
-        "steps of warm-up; the first step has rate 0",
+        "number of warm-up steps; the first step has rate 0",
         "预热步数；第一步的学习率为 0",
         type=not_negative,
     )
@@ -138,16 +138,22 @@ class Options(ModelOptions, CommandOptions):
         "打印被训练张量统计量的间隔（步）",
         type=positive,
     )
-    save: str = EVALUATION.option(
-        "results", "folder that the run writes to", "输出文件夹", metavar="FOLDER"
-    )
+    save: str = EVALUATION.option("results", "output folder", "输出文件夹", metavar="FOLDER")
     save_name: str = EVALUATION.option(
-        "cpm_bee_finetune", "prefix of the names of its files", "输出文件名的前缀", metavar="NAME"
+        "cpm_bee_finetune", "prefix of the output files", "输出文件名的前缀", metavar="NAME"
     )
     save_interval: int | None = EVALUATION.option(
         None,
         "steps between saved training states; `--eval-interval` when not given",
         "保存训练状态的间隔（步）；不指定时等于 `--eval-interval`",
+        type=positive,
+    )
+    keep_runs: int = EVALUATION.option(
+        1,
+        "finished earlier runs of the same name to keep, in `SAVE_NAME-previous`, "
+        "`SAVE_NAME-previous-2`, ...; the latest earlier run is always kept",
+        "保留多少次同名的、已完成的旧运行（`SAVE_NAME-previous`、`SAVE_NAME-previous-2` 等）；"
+        "最近一次旧运行总会保留",
         type=positive,
     )
     resume: bool = EVALUATION.option(
@@ -193,7 +199,7 @@ class Options(ModelOptions, CommandOptions):
     )
     device: str = MACHINE.option(
         AUTO,
-        "`cpu` or `cuda`; `auto` is the GPU where there is one",
+        "`cpu` or `cuda`; `auto` is the GPU if there is one",
         "`cpu` 或 `cuda`；`auto` 在有 GPU 时用 GPU",
         metavar="DEVICE",
     )
@@ -207,7 +213,7 @@ class Options(ModelOptions, CommandOptions):
     checkpointing: str = MACHINE.option(
         AUTO,
         "`full` recomputes activations in the backward pass, which saves memory and costs time; "
-        "`none` keeps them; `auto` is `full` where a step without it is predicted not to fit into "
+        "`none` keeps them; `auto` is `full` if a step without it is predicted not to fit into "
         "the free memory",
         "激活重计算：`full` 在反向传播时重新计算激活，以时间换内存；`none` 保留激活；"
         "`auto` 预测不重算就放不下空闲内存时才用 `full`",
@@ -225,7 +231,7 @@ class Options(ModelOptions, CommandOptions):
     )
     dry_run: bool = GENERAL.option(
         False,
-        "check flags, files and data and print what would run, then stop",
+        "check flags, files and data, print what would run, and stop",
         "检查参数、文件和数据并打印将要运行的内容，然后停止",
     )
 

@@ -22,14 +22,14 @@ def prefetch(
     *,
     background: bool | None = None,
 ) -> Iterator[tuple[StepT, Batches]]:
-    """Steps, each with its batches on the device.
+    """Yields steps, each with its batches on the device.
 
-    In the background, one thread makes the batches of the next step and copies them. `steps` may
-    exchange with other ranks: it is advanced in the caller's thread alone, one step ahead.
+    A background thread makes and copies the batches of the next step. `steps` may communicate with
+    other ranks, so only the caller's thread advances it, one step ahead.
 
     Args:
-        make: makes the batches of a step, on the CPU and without exchanges.
-        background: None: where `device` is a GPU; a CPU is busy with the step itself.
+        make: makes the batches of a step, on the CPU and without communication.
+        background: use the thread. None: only for a GPU, as a CPU is busy with the step itself.
     """
     if background is None:
         background = device.type == "cuda"
@@ -39,7 +39,7 @@ def prefetch(
         return
     copier = _Copier(device)
     waiting: deque[tuple[StepT, Future[_Copy]]] = deque()
-    # Left early, by an error or by the caller, the pool waits for the one step in the making.
+    # On an early exit, by an error or by the caller, the pool waits for the step being made.
     with ThreadPoolExecutor(1, "prefetch") as pool:
         for step in steps:
             waiting.append((step, pool.submit(lambda s: copier.send(make(s)), step)))
@@ -54,14 +54,14 @@ _Copy = tuple[Batches, torch.cuda.Event | None]
 
 
 class _Copier:
-    """Copies batches to a device, on a GPU from page-locked memory and on a stream of its own."""
+    """Copies batches to a device; for a GPU, from page-locked memory and on a separate stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def send(self, batches: Sequence[Batch | None]) -> _Copy:
-        """Begin to copy. The thread's current device is set with the stream."""
+        """Start copying. Setting the stream also sets the thread's current device."""
         if self._stream is None:
             return [None if b is None else b.to(self._device) for b in batches], None
         with torch.cuda.stream(self._stream):
@@ -69,14 +69,14 @@ class _Copier:
             return moved, self._stream.record_event()
 
     def receive(self, copy: _Copy) -> Batches:
-        """The batches, for use on the current stream, which waits until they have come."""
+        """Returns the batches for use on the current stream, which waits for the copy."""
         batches, copied = copy
         if copied is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(copied)
             for batch in batches:
                 for tensor in batch.tensors().values() if batch is not None else ():
-                    # Or its memory, which belongs to the other stream, would be given away again
-                    # while kernels of this one still read it.
+                    # Otherwise its memory, which belongs to the other stream, could be reused while
+                    # kernels of this one still read it.
                     tensor.record_stream(current)
         return batches

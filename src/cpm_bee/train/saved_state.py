@@ -1,4 +1,4 @@
-"""Checks that a training state has all its parts, each of its kind, before any of it is used."""
+"""Checks that a training state is complete and well formed before any of it is used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from cpm_bee.errors import Problems, shown
 
-# The fields of `trainer.TrainingState` with their least values.
+# The fields of `trainer.TrainingState` with their minimum values.
 _PROGRESS = {
     "step": 0, "epoch": 0, "step_in_epoch": 0, "records_in_epoch": 0,
     "evaluations_without_gain": 0, "evaluated_step": -1, "saved_step": -1, "best_loss": None,
@@ -22,20 +22,23 @@ _MAX_DEPTH = 8
 
 
 def check_state(path: Path, state: dict[Any, Any]) -> None:
-    """Raise `InputError` with all that keeps a dictionary from being a training state.
+    """Raise `InputError` with everything that is wrong with a training state.
 
-    Whether it is that of this run and this model is not checked here.
+    This does not check whether it belongs to this run and this model.
     """
     problems = Problems()
     for part in _PARTS:
         if not isinstance(state.get(part), dict):
-            problems.add(part, "is missing, or no dictionary")
+            problems.add(part, "is missing or not a dictionary")
     if not isinstance(state.get("base_fingerprint"), str):
-        problems.add("base_fingerprint", "is missing, or no text")
+        problems.add("base_fingerprint", "is missing or not a text")
+    for part in ("vocabulary_fingerprint", "evaluation_fingerprint"):  # not in older states
+        if not isinstance(state.get(part, ""), str):
+            problems.add(part, "is not a text")
     if not problems.count:
         for part in ("settings", "delta"):
             if not _is_plain(state[part]):
-                problems.add(part, "holds other values than texts and numbers")
+                problems.add(part, "holds values that are neither texts nor numbers")
         problems.extend("progress", _progress_problems(state["progress"]))
         problems.extend("engine", _engine_problems(state["engine"]))
     problems.raise_if_any(
@@ -74,16 +77,16 @@ def _engine_problems(engine: dict[Any, Any]) -> Iterator[str]:
         yield "tensors or optimizer is missing"
         return
     if tensors.keys() != moments.keys():
-        yield "the optimizer has other tensors than those that were trained"
+        yield "the optimizer's tensors are not the trained ones"
         return
     for name, tensor in tensors.items():
         own = moments[name]
         if not _has_values(tensor):
-            yield f"{shown(name)} is no tensor with values"
+            yield f"{shown(name)} is not a tensor with values"
         elif not isinstance(own, dict) or not all(_has_values(own.get(m)) for m in _MOMENTS):
             yield f"the optimizer's values of {shown(name)} are missing"
         elif any(own[moment].shape != tensor.shape for moment in _MOMENTS):
-            yield f"the optimizer's values of {shown(name)} have another shape than it has"
+            yield f"the optimizer's values of {shown(name)} have a different shape"
         elif not _has_values(own.get("step")) or own["step"].dim() != 0:
             yield f"the optimizer's step of {shown(name)} is missing"
     scale, steps = engine.get("loss_scale"), engine.get("good_steps")

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 
 STYLES = ("constant", "linear", "cosine", "exponential", "noam")
-EXPONENTIAL_DECAY = 0.95  # a step
+EXPONENTIAL_DECAY = 0.95  # per step
 
 
 def learning_rate(style: str, lr: float, step: int, warmup: int, end: int) -> float:
-    """The rate of the step that follows `step` finished ones.
+    """Returns the learning rate of the step that follows `step` finished ones.
 
     Args:
         style: one of `STYLES`.
-        lr: start rate.
-        warmup: warm-up steps.
+        lr: the base learning rate.
+        warmup: the number of warm-up steps.
         end: the step at which linear and cosine reach 0; they stay there.
     """
     if style == "noam":

@@ -1,4 +1,4 @@
-"""Fine-tuning from the options to the end of the run, and the set-up of its parts."""
+"""Runs a fine-tuning from its options to its end, and sets up its parts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from cpm_bee.engine.select import make_engine
 from cpm_bee.errors import CpmBeeError, InputError, RunError
 from cpm_bee.model.frozen.buffers import return_freed_memory
 from cpm_bee.model.network import CPMBee
-from cpm_bee.progress import print_above_bar
 from cpm_bee.tokenizer import Tokenizer
 from cpm_bee.train.activation_checkpointing import choose_for_run
 from cpm_bee.train.checkpoints import RunFiles
@@ -45,7 +44,7 @@ def finetune(options: Options) -> None:
     """Run a fine-tuning or, with `--dry-run`, only check it and print what would run.
 
     Raises:
-        InputError: flags or files are wrong; found before any process waits for another.
+        InputError: flags, files or data are wrong.
         RunError: the run failed; its last good state is saved.
     """
     inputs = check(options)
@@ -82,8 +81,8 @@ class Run:
     Attributes:
         evaluation: the evaluation set's loader, or None to train without.
         files: where to write; used on rank 0.
-        state: where it begins: at step 0 or, resumed, after a later one.
-        summary: what the run is, in lines for people.
+        state: where it begins: at step 0 or, if resumed, after a later one.
+        summary: lines that describe the run to people.
     """
 
     model: CPMBee
@@ -115,7 +114,7 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
         if engine.device.type == "cpu":
             return_freed_memory()
         if options.compile:
-            # Here, for it loads the compiler.
+            # Imported only here, as it loads the compiler.
             from cpm_bee.model.compiled import compile_blocks
 
             compile_blocks(model.encoder)
@@ -125,12 +124,13 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
             engine_state, trainer_state = saved
             engine.load_training_state(engine_state)
             state = TrainingState(**trainer_state)
-            # Its file is mapped: while a name holds it, the disk keeps it beside its successors.
+            # Its file is mapped: while a name refers to it, it takes disk space beside newer ones.
             del saved, engine_state
-        elif engine.rank == 0 and (previous := files.archive_previous()):
-            print_above_bar(f"the files of the run before are in {previous}")
+        if engine.rank == 0:
+            # Only after all ranks have opened the state to resume from, which this may move.
+            files.places.finish() if options.resume else files.places.begin()
         reporter = Reporter(
-            files.log if engine.rank == 0 else None,
+            files.places.to_write(files.log) if engine.rank == 0 else None,
             resumed_step=state.step if options.resume else None,
             task=options.task_name,
             tensorboard=options.tensorboard,
@@ -152,16 +152,16 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
 
 
 def open_index(engine: Engine, dataset: BinaryDataset, tokenizer: Tokenizer) -> TokenIndex:
-    """Rank 0 makes the index if necessary; all ranks learn whether it succeeded.
+    """Open the token index, which rank 0 makes if necessary; collective.
 
     Raises:
-        InputError: on all ranks, if it could not, or if the ranks have other data or another
-            vocabulary: each plans for itself, and they would wait for each other forever.
+        InputError: on all ranks, if it cannot be made, or if ranks have different data or
+            vocabularies: each plans for itself, and they would wait for each other forever.
     """
     failure: Exception | None = None
     if engine.rank == 0:
         try:
-            TokenIndex.of(dataset, tokenizer)
+            TokenIndex.of(dataset, tokenizer, refuse_busy=True)
         except (CpmBeeError, OSError) as error:
             failure = error
     if engine.reduce([float(failure is not None)])[0]:

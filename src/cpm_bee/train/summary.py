@@ -29,17 +29,17 @@ def engine_line(
 
 
 def model_line(model: nn.Module) -> str:
-    """The sizes of a model, before an engine divides it between processes."""
+    """Describes the size of a model, before an engine divides it between processes."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return f"model with {num_weights(model):,} parameters, {trained:,} of them trained"
 
 
 def data_lines(kind: str, size: DataSize, max_length: int, *, about: str = "") -> list[str]:
-    """How many records are used, and a warning of those that are not.
+    """Returns how many records are used, and warnings about those that are not.
 
     Args:
         kind: "training" or "evaluation".
-        about: "about " where the size is an estimate.
+        about: "about " if the size is an estimate.
     """
     lines = [f"{kind}: {about}{size.num_records} records"]
     if size.num_unanswered:
@@ -63,44 +63,44 @@ def data_lines(kind: str, size: DataSize, max_length: int, *, about: str = "") -
 
 
 def schedule_warnings(options: Options, min_steps: int) -> list[str]:
-    """Warn of a run that cannot learn, or that stops learning before its end.
+    """Returns a warning about a run that cannot learn, or stops learning before its end.
 
     Args:
-        min_steps: of an epoch; there may be one or two more.
+        min_steps: the steps of an epoch; there may be one or two more.
     """
     planned = options.epoch * min_steps
     steps = min(planned, options.max_steps or planned)
-    first, last = options.start_step, options.start_step + steps  # the last step has last - 1
+    first, last = options.start_step, options.start_step + steps  # the last step is last - 1
     warmup, end, style = options.warmup_iters, options.schedule_end, options.lr_decay_style
-    change = "give more --epoch, a smaller --batch-size or a smaller --warmup-iters"
+    change = "use a larger --epoch, a smaller --batch-size or a smaller --warmup-iters"
     if last <= warmup:
         peak = learning_rate(style, options.lr, last - 1, warmup, end)
         return [
-            f"warning: the whole run of about {steps} step(s) lies within the warm-up "
-            f"(--warmup-iters {warmup}): the learning rate does not get beyond {peak:.1e} of "
+            f"warning: the whole run of about {steps} step(s) is within the warm-up "
+            f"(--warmup-iters {warmup}): the learning rate reaches only {peak:.1e}, for "
             f"--lr {options.lr:g}; {change}"
         ]
     rates = (learning_rate(style, options.lr, step, warmup, end) for step in range(first, last))
     if not any(rates):
         return [
             f"warning: the learning rate is 0 in all of the about {steps} step(s) of this run, so "
-            f"that nothing is learnt; {change}, or another --start-step or --train-iters"
+            f"it learns nothing; {change}, or another --start-step or --train-iters"
         ]
     if style in ("linear", "cosine") and last > end:
         return [
-            f"warning: the {style} schedule reaches rate 0 at step {end} (--train-iters), the run "
-            f"goes on to step {last} or more"
+            f"warning: the {style} schedule reaches rate 0 at step {end} (--train-iters), but the "
+            f"run continues to step {last} or more"
         ]
     if style == "exponential" and (reached := _negligible_after(warmup)) < last:
         return [
             f"warning: the exponential schedule is below a thousandth of --lr from step {reached} "
-            f"on, the run goes on to step {last} or more"
+            f"on, but the run continues to step {last} or more"
         ]
     return []
 
 
 def _negligible_after(warmup: int) -> int:
-    """The first step at which the exponential schedule is below a thousandth of its start."""
+    """Returns the first step at which the exponential schedule is below --lr / 1000."""
     return warmup + math.ceil(math.log(1e-3) / math.log(EXPONENTIAL_DECAY))
 
 

@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from cpm_bee.distributed import rank
 from cpm_bee.engine import Engine, StepResult
@@ -33,7 +34,7 @@ def _require_finite(loss: float, name: str) -> None:
 
 @dataclass
 class TrainingState:
-    """The progress of a run; with the engine's state, all that resuming needs."""
+    """The progress of a run. Resuming needs only this and the engine's state."""
 
     step: int = 0  # finished steps of this run
     epoch: int = 0
@@ -51,7 +52,7 @@ class Trainer:
     Args:
         evaluation: the evaluation set's loader, or None to train without.
         files: where to write; used on rank 0.
-        state: where to begin; the engine is there already.
+        state: where to begin; the engine must have loaded the same state.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Trainer:
             try:
                 if state.step == 0:
                     self._evaluate()
-                    self._save()  # what a run that breaks at once falls back to
+                    self._save()  # for a run that fails at once
                 reason = self._train()
                 if state.evaluated_step != state.step:
                     self._evaluate()
@@ -97,14 +98,31 @@ class Trainer:
                 self._reporter.end(str(error), state.step)
                 raise
             except RunError as error:
-                reason = str(error)
+                reason = self._fault_of_base() or str(error)
                 if state.saved_step >= 0:
                     reason += f"; the state saved after {state.saved_step} steps is kept"
                 self._reporter.end(reason, state.step)
                 raise RunError(reason) from error
             self._save()
-        self._reporter.end(reason, state.step)
+        self._reporter.end(reason, state.step, finished=True)
         return reason
+
+    def _fault_of_base(self) -> str:
+        """What is wrong with the values of the base model, which training does not change."""
+        names = []
+        for name, tensor in (*self._model.named_parameters(), *self._model.named_buffers()):
+            if self.state.step == 0 or not tensor.requires_grad:
+                values = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                if not torch.isfinite(values).all():
+                    names.append(name)
+        if not names:
+            return ""
+        more = f" and in {len(names) - 3} more tensors" if len(names) > 3 else ""
+        return (
+            f"{self._options.load}: there are values that are not finite in {', '.join(names[:3])}"
+            f"{more}: the checkpoint is damaged, or its values are too large for --dtype "
+            f"{self._options.dtype}"
+        )
 
     def _train(self) -> str:
         """Run the remaining epochs; returns the reason for the end."""
@@ -137,22 +155,22 @@ class Trainer:
                 bar.update(step.records)
 
     def _step(self, step: PlannedStep, batches: Batches, started: float) -> str | None:
-        """One optimizer step and what is due after it; returns a reason to stop, if any."""
+        """Run an optimizer step and what is due after it; returns a reason to stop, if any."""
         options, engine, state = self._options, self._engine, self.state
-        # Dropout: other masks on every rank and step, and the same ones after a resume.
+        # Dropout masks differ between ranks and between steps, and are the same after a resume.
         torch.manual_seed((options.seed + state.step) * engine.world_size + engine.rank)
         own_loss = 0.0  # this rank's share of the mean over all targets of the step on all ranks
         for number, batch in enumerate(batches):
             if batch is None:
                 continue
-            weight = 1 if number < len(step.shares) else 0  # 0: it only keeps other ranks going
+            weight = 1 if number < len(step.shares) else 0  # 0: a filler
             with engine.autocast():
                 share = self._model.loss(batch) * weight / step.targets
             engine.backward(share)
             own_loss += share.item()
             del share  # and what its graph holds, before the next forward pass
-        # In the same exchange all ranks learn of a signal that any of them got, so that they leave
-        # at the same step.
+        # The same reduction tells all ranks of a signal to any of them, so that all end after the
+        # same step.
         loss, signals = engine.reduce([own_loss, float(self._signals > 0)])
         _require_finite(loss, f"loss of step {state.step + 1}")
         lr = learning_rate(
@@ -229,17 +247,20 @@ class Trainer:
         self._reporter.evaluation(state.step, result, best)
 
     def _save(self) -> None:
-        """Save last weights and state, once a step."""
+        """Save the last weights and the state, at most once per step."""
         state = self.state
         if state.saved_step == state.step:
             return
         state.saved_step = state.step
         self._save_weights("last")
         if self._evaluation is None:
-            self._save_weights("best")  # nothing to choose by
+            self._save_weights("best")  # without evaluations, the last are the best
         engine_state = self._engine.training_state()
         if self._engine.rank == 0:
-            self._files.save_state(engine_state, asdict(state), self._training.settings)
+            settings = self._training.settings
+            previous = self._files.save_state(engine_state, asdict(state), settings)
+            if previous is not None:
+                self._reporter.line(f"the files of the previous run are in {previous}")
         self._engine.barrier()
 
     def _save_weights(self, which: str) -> None:
@@ -256,7 +277,7 @@ class Trainer:
             rank.is_terminating |= number == signal.SIGTERM
             if number == signal.SIGHUP:
                 silence_terminal()
-            # torchrun passes Ctrl-C on as SIGTERM, so there only a second Ctrl-C means "at once".
+            # torchrun forwards Ctrl-C as SIGTERM, so there only a second Ctrl-C means "at once".
             again = number == signal.SIGINT or "TORCHELASTIC_RUN_ID" not in os.environ
             self._signals += again or not self._signals
             if self._signals > 1:

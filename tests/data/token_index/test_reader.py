@@ -22,9 +22,10 @@ from cpm_bee.data.batch import Stream, collate, extension_pairs, make_batch
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.token_index import reader as index_module
 from cpm_bee.data.token_index.reader import TokenIndex
+from cpm_bee.data.token_index.writer import folder_name
 from cpm_bee.encoding import EncodedRecord, Encoder
 from cpm_bee.errors import InputError
-from cpm_bee.files import atomic_folder
+from cpm_bee.files import BusyError, atomic_folder, exclusive
 from cpm_bee.records import Record
 from cpm_bee.tokenizer import Tokenizer
 
@@ -371,6 +372,21 @@ def test_another_run_is_making_it(folder: Path, builds: list[Path]) -> None:
 
 
 # ------------------------------------------------------------------ records that cannot be read
+
+
+def test_another_run_is_making_it_and_this_one_is_refused(folder: Path, builds: list[Path]) -> None:
+    """On rank 0; the lock of a killed process is none, and an index made meanwhile is used."""
+    dataset = BinaryDataset(folder)
+    lock = folder / f".{folder_name(tiny.TOKENIZER)}.lock"
+    with exclusive(lock, "holds it"):
+        with pytest.raises(BusyError) as caught:
+            TokenIndex.of(dataset, tiny.TOKENIZER, refuse_busy=True)
+        told = str(caught.value)
+        assert f"process {os.getpid()} on " in told and "making the token index" in told
+        assert "start this run again when that is done" in told and not builds
+    lock.write_text("process 1 on a machine, killed")
+    TokenIndex.of(dataset, tiny.TOKENIZER, refuse_busy=True)
+    assert len(builds) == 1 and not lock.exists()
 
 
 def test_all_records_with_unknown_special_tokens_are_listed(tmp_path: Path) -> None:

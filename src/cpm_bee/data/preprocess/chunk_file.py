@@ -3,7 +3,7 @@
 A chunk's records are stored in one file, bucket by bucket. The file begins with a table of the
 offset of each bucket's part and of the end (uint64). A part has the number of its records (uint32),
 the size of each record's frame (uint32), the frames (see `bin_dataset.frame`) and, if there is a
-tokenizer, the token arrays of the records (see `token_arrays.to_bytes`). The part of a bucket
+tokenizer, the token arrays of the records (see `token_index.arrays.to_bytes`). The part of a bucket
 without records is empty, and a chunk without records has no file: use `Buckets.chunks_of`.
 """
 
@@ -36,7 +36,7 @@ def write_chunk(
         frames: the frames of all records, bucket by bucket.
         sizes: the number of records of each bucket.
         arrays: the token arrays of all records, bucket by bucket; None without tokens.
-        ends: where each bucket's part of the arrays ends (see `token_arrays.ends_of`).
+        ends: where each bucket's part of the arrays ends (see `token_index.arrays.ends_of`).
     """
     parts: Iterator[Iterable[bytes]] | None = None
     if arrays is not None and ends is not None:

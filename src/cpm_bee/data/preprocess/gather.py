@@ -58,7 +58,7 @@ class _Bucket(NamedTuple):
         chunks: the chunks that have records in the bucket; no others are opened.
         order: the records' numbers within the bucket.
         offsets: where they begin in the data file.
-        index_at: where the bucket begins in the index, counted as in `token_arrays.COUNTED`.
+        index_at: where the bucket begins in the index, counted as in `token_index.arrays.COUNTED`.
     """
 
     number: int

@@ -22,8 +22,8 @@ class PreprocessOptions(CommandOptions):
     script = "preprocess_dataset.py"
     description = (
         "Make binary datasets from records: INPUT/NAME.jsonl becomes OUTPUT_PATH/NAME/. Every "
-        "record is checked before anything is written, and the records are shuffled. Their token "
-        "index is made in the same pass, so that training can begin at once."
+        "record is checked before anything is written, and the records are shuffled. The same "
+        "pass tokenizes them (the token index), so that training can start at once."
     )
     chinese = (
         "由记录生成二进制数据集：`INPUT/NAME.jsonl` 对应 `OUTPUT_PATH/NAME/`。先检查全部记录，"
@@ -52,24 +52,24 @@ class PreprocessOptions(CommandOptions):
     )
     escape: bool = FILES.option(
         False,
-        "treat all texts as plain: each literal `<` (HTML, C++) becomes `<<`, except in "
-        "`<mask_N>`, `<option_N>` and special tokens that are keys of the record",
+        "treat all texts as plain text: each literal `<` (HTML, C++) becomes `<<`, except in "
+        "`<mask_N>`, `<option_N>` and tokens that are keys of the record",
         "把所有文本当作普通文本：每个字面的 `<`（HTML、C++）变为 `<<`，但 `<mask_N>`、`<option_N>` "
         "以及作为记录键名的 token 保持不变",
     )
     overwrite: bool = FILES.option(False, "replace existing datasets", "覆盖已有的数据集")
     vocab: str | None = PROCESSING.option(
         None,
-        "vocabulary of the model, for the token index; `none` makes no index, so that the first "
-        "training run makes it; default: the vocabulary of the base model in `src/ckpts`",
+        "vocabulary of the model, for the token index; `none` leaves the index to the first "
+        "training run; that of the base model in `src/ckpts` when not given",
         "模型的词表，用于生成 token 索引；`none` 表示不生成，留待首次微调时生成；"
         "不指定时用 `src/ckpts` 中基座模型的词表",
         metavar="FILE",
     )
     workers: int | None = PROCESSING.option(
         None,
-        "number of processes, which does not affect the result; default: the number of cores that "
-        "this process may use",
+        "number of processes, which does not change the result; the number of available cores "
+        "when not given",
         "进程数，不影响结果；不指定时为本进程可用的核数",
         type=positive,
     )
@@ -81,7 +81,7 @@ class PreprocessOptions(CommandOptions):
     )
     block_size: int = PROCESSING.option(
         BLOCK_SIZE,
-        "block size of the data file in bytes, which also limits the size of a record",
+        "size of a block of the data file in bytes, which also limits the size of a record",
         "数据文件每块的字节数，也是单条记录的大小上限",
         type=positive,
     )

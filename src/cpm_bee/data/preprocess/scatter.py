@@ -93,7 +93,7 @@ class ScatterResult:
         unencodable: records that the vocabulary cannot encode, with the reason; if there are any,
             the chunk has no tokens.
         filled: a bit for each bucket, set if the chunk has records in it.
-        counts: the size of each bucket (see `token_arrays.COUNTED`), int64 [buckets, 3]; None
+        counts: the size of each bucket (see `token_index.arrays.COUNTED`), int64 [buckets, 3]; None
             without tokens.
         trees: the segment trees, by number within the chunk.
         extension_vocabulary: the ids that have a sub > 0.

@@ -32,12 +32,19 @@ from cpm_bee.data.token_index.soundness import UNREADABLE, check_arrays, is_with
 from cpm_bee.data.token_index.writer import INFO, build, folder_name
 from cpm_bee.encoding import AnswerState, EncodedRecord, Encoder
 from cpm_bee.errors import InputError
-from cpm_bee.files import BusyError, atomic_folder
+from cpm_bee.files import BusyError, atomic_folder, exclusive
 from cpm_bee.records import Record
 from cpm_bee.tokenizer import Tokenizer
 
 # The errors for a folder that cannot be written; EROFS is not a PermissionError.
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+_MAKING = "is making the token index"
+_WAIT = (
+    "start this run again when that is done, or make the index beforehand "
+    "(preprocess_dataset.py --vocab)"
+)
 
 
 class TokenIndex:
@@ -78,8 +85,16 @@ class TokenIndex:
         self._keep: Any = None  # a temporary folder lives as long as its index
 
     @classmethod
-    def of(cls, dataset: BinaryDataset, tokenizer: Tokenizer) -> TokenIndex:
+    def of(
+        cls, dataset: BinaryDataset, tokenizer: Tokenizer, *, refuse_busy: bool = False
+    ) -> TokenIndex:
         """Open the index of a dataset for a vocabulary; make it first if necessary.
+
+        Where another process is making it at this moment, a temporary one is made, as by the
+        processes of a machine that has its own copy of the data.
+
+        Args:
+            refuse_busy: raise `BusyError` in that case.
 
         Raises:
             InputError: some records cannot be encoded; all are listed.
@@ -88,10 +103,17 @@ class TokenIndex:
             return existing
         folder = dataset.folder / folder_name(tokenizer)
         try:
-            with atomic_folder(folder, replace=True) as new:
-                build(new, dataset, tokenizer)
+            with exclusive(
+                folder.with_name(f".{folder.name}.lock"), f"{_MAKING} {folder}; {_WAIT}"
+            ):
+                if (existing := cls.open_existing(dataset, tokenizer)) is not None:
+                    return existing  # made while we came for the lock
+                with atomic_folder(folder, replace=True) as new:
+                    build(new, dataset, tokenizer)
             return cls(folder, dataset, tokenizer)
         except (OSError, BusyError) as error:
+            if isinstance(error, BusyError) and refuse_busy:
+                raise
             if isinstance(error, OSError) and error.errno not in _READ_ONLY:
                 raise
             # Read-only data, or another run is making the same index: make a temporary one.
