@@ -11,9 +11,9 @@ flag, with the help text in both languages:
         ...
         batch_size: int = TRAINING.option(32, "rows per step", "每步的行数", type=positive)
 
-`Options.parse()` reads the command line. `scripts/make_docs.py` makes docs/training.md and its
-Chinese page from the same fields. A `bool` field is a switch; a field without `type` is text; the
-default `REQUIRED` makes the flag mandatory. Help texts are Markdown: `--help` drops the backticks.
+`Options.parse()` reads the command line. `scripts/make_docs.py` makes the flag tables of docs/ and
+docs/zh/ from the same fields. A `bool` field is a switch; a field without `type` is text; a flag
+with the default `REQUIRED` must be given. Help texts are Markdown: `--help` drops the backticks.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class Group:
         choices: Sequence[str] | None = None,
         metavar: str | None = None,
     ) -> Any:
-        """Returns a dataclass field that is a flag of this group.
+        """Returns a dataclass field that declares a flag of this group.
 
         Args:
-            default: the value when the flag is not given; `REQUIRED` if it must be given.
+            default: the value if the flag is not given; `REQUIRED` if it must be given.
             help: the help text in English.
             chinese: the help text in Chinese.
-            type: converts the text to the value, or raises `argparse.ArgumentTypeError`.
+            type: converts the text to the value; raises `argparse.ArgumentTypeError`.
         """
         declared = {
             "group": self, "help": help, "chinese": chinese,
@@ -75,7 +75,7 @@ GENERAL = Group("general", "通用")
 
 @dataclass(frozen=True)
 class Flag:
-    """A declared flag."""
+    """The declaration of a flag."""
 
     name: str  # of the field
     default: Any
@@ -114,12 +114,12 @@ class Flag:
         )
 
 
-# Every script has this flag. It is not a field, since `cli.run_command` handles it.
+# Every script has this flag; it is not a field because `cli.run_command` looks for it.
 DEBUG = Flag("debug", False, True, GENERAL, DEBUG_HELP, DEBUG_HELP_CHINESE)
 
 
 def flags_of(options: Any) -> list[Flag]:
-    """Returns the flags of a dataclass or of its instance, in the order of its fields."""
+    """The flags of a dataclass or of an instance, in the order of the fields."""
     return [
         Flag(field.name, field.default, field.type in (bool, "bool"), **field.metadata)
         for field in dataclasses.fields(options)
