@@ -148,7 +148,9 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--format", choices=("bin", "safetensors"), default="bin")
     parser.add_argument("--warm", action="store_true", help="leave the file in the page cache")
-    parser.add_argument("--repeat", type=int, default=5, help="the best of so many (5)")
+    parser.add_argument(
+        "--repeat", type=int, default=5, help="number of repeats; the best one counts (5)"
+    )
     parser.add_argument("--fresh", action="store_true", help="memory as the host provides it")
     parser.add_argument("--size", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)

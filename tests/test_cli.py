@@ -103,7 +103,7 @@ def test_comma_list() -> None:
 
 
 def test_problems_counts_all_and_shows_the_first() -> None:
-    problems = Problems(shown=2)
+    problems = Problems(max_shown=2)
     problems.raise_if_any("nothing is wrong")
     problems.add("f:1", "bad")
     problems.extend("f:2", ["worse", "worst"])

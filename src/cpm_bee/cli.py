@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
-from cpm_bee.distributed.rank import is_reporting_rank, record, report_error
+from cpm_bee.distributed.rank import is_reporting_rank, report_error
+from cpm_bee.distributed.rank import record as record_failure
 from cpm_bee.errors import CpmBeeError, InputError, describe
 
 # Waiting threads sleep instead of spinning, so that another busy process does not stall them.
@@ -196,7 +197,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
     status: int | None
     try:
-        status = record(reporting_main, lambda error: message_of(error) is not None)()
+        status = record_failure(reporting_main, lambda error: message_of(error) is not None)()
         sys.stdout.flush()
     except KeyboardInterrupt:
         if debug:

@@ -128,14 +128,14 @@ def load(
     *,
     alpha: float | None = None,
 ) -> DeltaConfig:
-    """Insert a delta file of this or another CPM-Bee tool into a model.
+    """Load a delta file made by this or another CPM-Bee tool into a model.
 
-    Rank and targets are read from the tensors. Where neither the file nor a `.json` beside it
-    records alpha, it is `alpha` or, with a warning, 16.
+    Rank and targets are read from the tensors. If neither the file nor its sidecar records alpha,
+    it is `alpha` or, with a warning, 16.
 
     Raises:
         InputError: the delta was trained on another base or vocabulary or with another alpha, its
-            sidecar says something else, or its tensors do not fit; all that do not are listed.
+            sidecar contradicts it, or tensors do not fit (all are listed).
     """
     path = Path(path)
     if not path.is_file():
@@ -221,7 +221,7 @@ def _config_of(
         )
     ranks = {value.shape[0] for value in lora_a.values()}
     if len(ranks) > 1:
-        raise InputError(f"{path}: contains LoRA of several ranks {sorted(ranks)}, expected one")
+        raise InputError(f"{path}: holds LoRA of several ranks {sorted(ranks)}, expected one")
     (rank,) = ranks
     if recorded.get("rank", rank) != rank:
         raise InputError(

@@ -36,18 +36,18 @@ class InputError(CpmBeeError):
 class Problems:
     """Collects all problems of one input, to report them together.
 
-    Counts all problems, but keeps the text of at most `shown` (a broken file can have millions of
-    bad lines).
+    Counts all problems, but keeps the text of at most `max_shown` (a broken file can have millions
+    of bad lines).
     """
 
-    def __init__(self, shown: int = 1000) -> None:
-        self._shown = shown
+    def __init__(self, max_shown: int = 1000) -> None:
+        self._max_shown = max_shown
         self._lines: list[str] = []
         self.count = 0
 
     def add(self, where: str, reason: str) -> None:
         self.count += 1
-        if len(self._lines) < self._shown:
+        if len(self._lines) < self._max_shown:
             self._lines.append(f"  {where}: {reason}")
 
     def extend(self, where: str, reasons: Iterable[str]) -> None:
@@ -59,7 +59,7 @@ class Problems:
         text = "  " + str(error).replace("\n", "\n  ")
         if text not in self._lines:
             self.count += 1
-            if len(self._lines) < self._shown:
+            if len(self._lines) < self._max_shown:
                 self._lines.append(text)
 
     @contextlib.contextmanager

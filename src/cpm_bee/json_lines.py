@@ -83,7 +83,7 @@ def decode_line(raw: bytes, path: str | Path | None, *, is_first: bool) -> tuple
             f"not UTF-8 text ({error.reason} at byte {error.start}{_other_encoding(raw, path)})",
         )
     if "\0" in line:
-        return "", f"holds NUL characters{_other_encoding(raw, path) or ', which no text has'}"
+        return "", f"holds NUL characters{_other_encoding(raw, path) or ', so it is not text'}"
     return ("" if line.isspace() else line), None
 
 

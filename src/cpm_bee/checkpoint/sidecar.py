@@ -3,8 +3,8 @@
 `run-best.json` is the sidecar of `run-best.pt`. A full model's sidecar has `config`, `vocab` and
 `base_fingerprint`; a delta's has `rank`, `alpha`, `targets` and `base_fingerprint`.
 
-A sidecar gets lost when a file is copied alone. A delta therefore holds the same values in itself
-too: as a JSON text in a tensor of bytes, so that its file stays a flat dictionary of tensors.
+A sidecar is lost if a file is copied without it. A delta file therefore contains the same values,
+as JSON text in a tensor of bytes, so that it stays a flat dictionary of tensors.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ def write_sidecar(weights: Path, values: dict[str, Any]) -> None:
 
 
 def metadata_tensor(values: dict[str, Any]) -> torch.Tensor:
-    """The values, with what wrote them, as a JSON text in a tensor of bytes, uint8 [n]."""
+    """`values` and the version of this package, as JSON text in a tensor of bytes, uint8 [n]."""
     text = json.dumps({**values, "written_by": f"cpm_bee {__version__}"})
     return torch.from_numpy(np.frombuffer(text.encode(), dtype=np.uint8).copy())
 
 
 def read_metadata(path: Path, tensor: Any) -> dict[str, Any]:
-    """The values of a `metadata_tensor` that is in the file `path`.
+    """The values of a `metadata_tensor` in the file `path`.
 
     Raises:
-        InputError: it is something else.
+        InputError: the tensor is damaged.
     """
     try:
         if not torch.is_tensor(tensor) or tensor.dtype != torch.uint8 or tensor.dim() != 1:
