@@ -6,7 +6,7 @@ python := .venv/bin/python
 test:
 	bash scripts/test.sh
 
-# Without the tests that take more than about five seconds.
+# Without the tests that take more than about two seconds.
 quick:
 	bash scripts/test.sh -m "not slow"
 

@@ -17,7 +17,7 @@ def main() -> None:
     from cpm_bee.generate.jsonl import STANDARD, check_output, generate_file, read_records
 
     check_output(options.output, (options.input, options.load, options.delta, options.vocab))
-    records = read_records(options.input)
+    records = read_records(options.input, escape=options.escape)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     model = (options.load, options.model_config, options.vocab)
@@ -26,7 +26,9 @@ def main() -> None:
         prints = (loaded.fingerprint, loaded.tokenizer.fingerprint)
         delta.load(loaded.model, options.delta, *prints, alpha=options.delta_alpha)
     generator = Generator(loaded.model, loaded.tokenizer)
-    score = generate_file(generator, records, options, options.output, resume=options.resume)
+    score = generate_file(
+        generator, records, options, options.output, resume=options.resume, escaped=options.escape
+    )
     messages = sys.stderr if options.output == STANDARD else sys.stdout
     print(f"{len(records):,} records written", file=messages)
     if score.answered:

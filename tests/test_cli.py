@@ -191,6 +191,7 @@ def openmp_settings(code: str, **settings: str) -> dict[str, str]:
     return dict(re.findall(r"^ *(?:\[\w+\] )?(\w+) = '(.*)'$", result.stderr, re.M))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script", ["finetune_cpm_bee.py", "text_generation.py", "preprocess_dataset.py"]
 )

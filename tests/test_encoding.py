@@ -43,6 +43,7 @@ def test_without_answers(record: Record) -> None:
     assert prompt.context.all()
 
 
+@pytest.mark.slow
 @given(st.lists(tiny.records(), max_size=4))
 def test_an_encoder_keeps_nothing_of_a_record(records: list[Record]) -> None:
     encoder = Encoder(tiny.TOKENIZER)
@@ -50,6 +51,7 @@ def test_an_encoder_keeps_nothing_of_a_record(records: list[Record]) -> None:
         assert_is(encoder.encode(record), record)
 
 
+@pytest.mark.slow
 @given(st.lists(tiny.records(), max_size=4))
 def test_a_cache_that_is_always_full(records: list[Record]) -> None:
     encoder = Encoder(tiny.TOKENIZER)

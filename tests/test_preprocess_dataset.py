@@ -184,6 +184,7 @@ def test_kill_9_in_the_middle_leaves_no_dataset(root: Path, tmp_path: Path) -> N
 # ------------------------------------------------------------------ the token index
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_no_byte(bee: Path, run_script: RunScript) -> None:
     write(bee / "bee_data" / "train.jsonl", 12_000)  # several chunks and buckets
     arguments = ["--input", "bee_data", "--output-name", "data", "--vocab"]

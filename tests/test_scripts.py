@@ -99,6 +99,7 @@ def test_tutorial_word_for_word(checkout: Path) -> None:
     assert not list(checkout.rglob("tmp"))
 
 
+@pytest.mark.slow
 def test_settings_come_from_the_environment(checkout: Path) -> None:
     (checkout / "src" / "ckpts" / "pytorch_model.bin").write_bytes(
         next(TINY.glob("pytorch_model.bin")).read_bytes()
@@ -204,6 +205,7 @@ def test_without_pytorch_the_script_says_what_to_do(checkout: Path) -> None:
     assert "torchrun (PyTorch) is not installed" in done.stderr
 
 
+@pytest.mark.slow
 def test_copied_script_with_four_processes_and_no_checkpoint(checkout: Path) -> None:
     script = checkout / "src" / "copied.sh"
     flags = (

@@ -241,6 +241,7 @@ print(peak_memory() - floor)
 """
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize(("how", "kept"), [("all", 320), ("each", 4)])

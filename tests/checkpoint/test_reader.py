@@ -12,7 +12,7 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from cpm_bee.checkpoint.reader import Checkpoint, layers_present, load_tensors, save_tensors
+from cpm_bee.checkpoint.reader import Checkpoint, load_tensors, save_tensors
 from cpm_bee.errors import InputError
 
 Tensors = dict[str, torch.Tensor]
@@ -344,14 +344,6 @@ def test_a_failed_save_leaves_what_was_there(tmp_path: Path) -> None:
         save_tensors(path, {"a": torch.zeros(2), "b": Unsavable()})
     assert load_tensors(path, "a checkpoint")["a"].tolist() == [1, 1]
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
-
-
-def test_layers_present() -> None:
-    names = ["encoder.layers.0.ffn.a", "encoder.layers.3.self_att.b", "encoder.layers.0.ffn.c"]
-    names += ["encoder.output_layernorm.weight", "encoder.layers.99999999999.ffn.a"]
-    expected = [(False, True), (False, False), (False, False), (True, False)]
-    assert layers_present(names) == expected
-    assert layers_present([]) == []
 
 
 # ------------------------------------------------------------------ what a download leaves

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from cpm_bee import delta
-from cpm_bee.checkpoint.config_from_weights import derive_config
-from cpm_bee.checkpoint.reader import Checkpoint, layers_present, save_tensors
+from cpm_bee.checkpoint.config_from_weights import derive_config, layers_present
+from cpm_bee.checkpoint.reader import Checkpoint, save_tensors
 from cpm_bee.checkpoint.sidecar import METADATA
 from cpm_bee.delta import DeltaConfig
 from cpm_bee.model.config import ModelConfig

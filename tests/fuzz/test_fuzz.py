@@ -106,6 +106,7 @@ def refuse(_: list[bytes]) -> None:
     raise InputError("a")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("read", "fault"),
     [
@@ -135,6 +136,7 @@ def test_a_seed_gives_the_same_inputs(targets: dict[str, Target]) -> None:
         assert first == second, target.name
 
 
+@pytest.mark.slow
 def test_a_batch_can_be_repeated() -> None:
     done = fuzz_command("--target", "meta", "--seed", 3, "--batch", 5, timeout=SECONDS)
     assert done.returncode == 0, done.stderr

@@ -212,6 +212,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BOMBS)
 def test_pickles_that_take_all_memory_or_time(files: seeds.Seeds, name: str) -> None:
     for protocol in (b"\x80\x02", b"\x80\x04"):
@@ -423,6 +424,7 @@ def test_a_line_of_100_megabytes(files: seeds.Seeds, kind: str) -> None:
     path.unlink()
 
 
+@pytest.mark.slow
 def test_a_line_as_long_as_is_allowed(files: seeds.Seeds) -> None:
     begin, end = b'{"<ans>": "a", "input": "', b'"}'
     line = begin + b"a" * (MAX_LINE - len(begin) - len(end)) + end

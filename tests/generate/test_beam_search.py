@@ -198,6 +198,7 @@ options_of_any_kind = st.builds(
 quick = examples(60, HealthCheck.function_scoped_fixture, derandomize=True)
 
 
+@pytest.mark.slow
 @quick
 @given(st.integers(0, 2), records_of_any_kind, options_of_any_kind)
 def test_cached_search_equals_search_from_scratch(
@@ -208,6 +209,7 @@ def test_cached_search_equals_search_from_scratch(
     assert result == SlowSearch(model, tiny_tokenizer, record, options).run()
 
 
+@pytest.mark.slow
 @quick
 @given(st.integers(0, 2), records_of_any_kind)
 def test_one_beam_is_greedy(tiny_models, tiny_tokenizer, which, record):

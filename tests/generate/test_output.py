@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError, InterruptedRun
 from cpm_bee.files import BusyError
 from cpm_bee.generate import jsonl
@@ -35,8 +36,6 @@ class Answers:
 
 @pytest.fixture
 def encoder(tiny_tokenizer):
-    from cpm_bee.encoding import Encoder
-
     return Encoder(tiny_tokenizer)
 
 
@@ -132,3 +131,31 @@ def test_a_link_stays_a_link(tmp_path, encoder):
     link.symlink_to(target)
     generate(Answers(encoder), link)
     assert link.is_symlink() and read(target) == RESULTS
+
+
+def test_escaped_texts_are_written_as_they_were(tmp_path, tiny_tokenizer):
+    given = [{"input": "a<b && <mask_0> <<c </s>", "<ans>": {"<mask_0>": "<p>"}}]
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps(given[0]) + "\n")
+    with pytest.raises(InputError, match="--escape"):
+        jsonl.read_records(str(source))
+    inputs = jsonl.read_records(str(source), escape=True)
+    assert inputs[0].record["input"] == "a<<b && <mask_0> <<<<c <</s>"
+
+    class Repeats:
+        """Answers with the answer that it was given."""
+
+        def __init__(self):
+            self.encoder = Encoder(tiny_tokenizer)
+
+        def generate(self, record, options):
+            assert record["<ans>"] == {"<mask_0>": "<<p>"}
+            return record
+
+    output = tmp_path / "out.jsonl"
+    for resume in (False, True):
+        score = jsonl.generate_file(
+            Repeats(), inputs, OPTIONS, str(output), resume=resume, escaped=True
+        )
+        assert score == (1, 1) and read(output) == given
+        output.rename(tmp_path / "out.jsonl.partial")

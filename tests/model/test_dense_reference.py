@@ -76,6 +76,7 @@ def compare(
         assert_near(parameter.grad, gradient, name, gradient_tolerance * scale)
 
 
+@pytest.mark.slow
 @examples(25)
 @given(st.lists(tiny.records(), min_size=1, max_size=3), st.integers(0, 5))
 def test_random_records(records: list[Record], seed: int) -> None:

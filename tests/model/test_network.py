@@ -69,6 +69,7 @@ def test_the_table_of_the_step_matters() -> None:
     assert abs(whole["loss"] - alone["loss"]) > 0.1
 
 
+@pytest.mark.slow
 @examples(15)
 @given(st.lists(tiny.records(), min_size=2, max_size=5), st.randoms(use_true_random=False))
 def test_the_order_of_records_does_not_matter(records: list[Record], rng: random.Random) -> None:

@@ -274,6 +274,7 @@ def test_answers_are_shuffled_in_training_alone(index: TokenIndex) -> None:
     assert first != second
 
 
+@pytest.mark.slow
 @given(st.integers(1, 200), st.integers(1, 3))
 def test_max_tokens(index: TokenIndex, max_tokens: int, accumulate: int) -> None:
     options = {"shuffle_seed": 3, "rows": 6, "accumulate": accumulate}

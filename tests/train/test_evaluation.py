@@ -197,6 +197,7 @@ def fits(record: Record) -> bool:
     return sum(len(LETTERS.encode(leaf)) + 1 for leaf in leaves) <= LONGEST
 
 
+@pytest.mark.slow
 @examples(40)
 @given(st.lists(tiny.records(), min_size=1, max_size=6), st.integers(0, 3))
 def test_exact_match_is_what_generation_writes(records: list[Record], seed: int) -> None:

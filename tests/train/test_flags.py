@@ -84,7 +84,9 @@ CASES: dict[str, Callable[[Lab], None]] = {}
 
 
 def case(function: Callable[[Lab], None]) -> Callable[[Lab], None]:
-    CASES[function.__name__.lstrip("_")] = function
+    name = function.__name__.lstrip("_")
+    assert name not in CASES, f"two cases for --{name}"
+    CASES[name] = function
     return function
 
 
@@ -120,15 +122,6 @@ def _debug(lab: Lab) -> None:
     lab.patch.setattr(sys, "argv", ["finetune_cpm_bee.py", *arguments, "--debug"])
     with pytest.raises(InputError):  # which the interpreter shows with its traceback
         run_command(main)
-
-
-@case
-def _dry_run(lab: Lab) -> None:
-    arguments = lab.workspace.flags(lab.folder / "none", dry_run=True)
-    finetune(Options.parse(arguments))
-    assert "dry run: 1 process(es) can start" in lab._capsys.readouterr().out
-    assert not (lab.folder / "none").exists()
-    assert "missing" in lab.refusal(dry_run=True, load=lab.folder / "missing")
 
 
 @case

@@ -74,6 +74,7 @@ def test_parts() -> None:
     assert nf4.weights == 4 * (total - linears + lora) + linears // 2 + linears // 64 * 4
 
 
+@pytest.mark.slow
 def test_what_saves_memory_is_predicted_to() -> None:
     usual = estimate(CONFIG, LORA, BATCH)
     assert estimate(CONFIG, replace(LORA, checkpointing=True), BATCH).rest < usual.rest
@@ -113,6 +114,7 @@ def test_a_typical_batch_is_one_that_records_could_make() -> None:
     assert data.lengths == (30, 20) and data.num_targets == 2 * 2
 
 
+@pytest.mark.slow
 def test_choice() -> None:
     none, full = (
         estimate(CONFIG, LORA, BATCH),

@@ -158,12 +158,15 @@ def test_a_broken_base_model_ends_the_run_before_training(
     weights = dict(load_tensors(path, "a checkpoint"))
     name = "encoder.output_layernorm.weight"
     save_tensors(path, {**weights, name: torch.full_like(weights[name], math.nan)})
-    with pytest.raises(RunError, match="evaluation loss after 0 steps is nan"):
-        train(
-            workspace, tmp_path, load=tmp_path / "model", use_delta=True,
-            eval_dataset=workspace.eval,
-        )  # fmt: skip
-    assert kinds(Run(tmp_path)) == ["start", "end"]
+    blamed = rf"model: there are values that are not finite in {name}: the checkpoint is damaged"
+    for number, use_delta in enumerate((True, None)):
+        values = {"load": tmp_path / "model", "use_delta": use_delta}
+        with pytest.raises(RunError, match=blamed) as error:
+            train(workspace, tmp_path / f"{number}", **values, eval_dataset=workspace.eval)
+        assert "--lr" not in str(error.value)
+        assert kinds(Run(tmp_path / f"{number}")) == ["start", "end"]
+        with pytest.raises(RunError, match=blamed):  # without an evaluation, in the first step
+            train(workspace, tmp_path / f"{number} without", **values)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -330,7 +333,7 @@ def test_a_start_that_fails_moves_nothing(workspace: Workspace, tmp_path: Path) 
     name = "encoder.output_layernorm.weight"
     save_tensors(path, {**weights, name: torch.full_like(weights[name], math.nan)})
     for values in (flags, {**flags, "use_delta": None}):
-        with pytest.raises(RunError, match="evaluation loss after 0 steps is nan"):
+        with pytest.raises(RunError, match="the checkpoint is damaged"):
             train(workspace, folder, **{**values, "load": tmp_path / "model"})
         assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     for _ in range(3):  # without an evaluation it fails in its first step, with a state saved

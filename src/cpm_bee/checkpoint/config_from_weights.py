@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cpm_bee.checkpoint.reader import Checkpoint, layers_present
+from cpm_bee.checkpoint.reader import Checkpoint
 from cpm_bee.checkpoint.sidecar import sidecar_path
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.model.config import ModelConfig
@@ -16,6 +18,8 @@ from cpm_bee.model.config import ModelConfig
 logger = logging.getLogger(__name__)
 
 _BUCKETS = ("buckets", "segment_buckets")
+# Three digits: the number of layers that a file claims must not fill the memory.
+_LAYER = re.compile(r"encoder\.layers\.(\d{1,3})\.(self_att|ffn)\.")
 
 
 def derive_config(checkpoint: Checkpoint, sidecar: dict[str, Any] | None = None) -> ModelConfig:
@@ -137,3 +141,14 @@ def _blocks(config: ModelConfig) -> list[str]:
     while blocks and blocks[-1] == "neither":
         blocks.pop()
     return blocks
+
+
+def layers_present(names: Iterable[str]) -> list[tuple[bool, bool]]:
+    """Whether any weight of the attention and of the FFN is there, for each layer."""
+    present: dict[int, list[bool]] = {}
+    for name in names:
+        if match := _LAYER.match(name):
+            blocks = present.setdefault(int(match[1]), [False, False])
+            blocks[match[2] == "ffn"] = True
+    count = max(present, default=-1) + 1
+    return [tuple(present.get(i, [False, False])) for i in range(count)]  # type: ignore[misc]

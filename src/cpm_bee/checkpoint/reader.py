@@ -294,18 +294,3 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Any]) -> None:
     """`torch.save` of a flat dictionary; the file appears whole or not at all."""
     with atomic_file(Path(path), "wb") as file:
         torch.save(dict(tensors), file)
-
-
-# Three digits: the number of layers that a file claims must not fill the memory.
-_LAYER = re.compile(r"encoder\.layers\.(\d{1,3})\.(self_att|ffn)\.")
-
-
-def layers_present(names: Iterable[str]) -> list[tuple[bool, bool]]:
-    """Whether any weight of the attention and of the FFN is there, for each layer."""
-    present: dict[int, list[bool]] = {}
-    for name in names:
-        if match := _LAYER.match(name):
-            blocks = present.setdefault(int(match[1]), [False, False])
-            blocks[match[2] == "ffn"] = True
-    count = max(present, default=-1) + 1
-    return [tuple(present.get(i, [False, False])) for i in range(count)]  # type: ignore[misc]

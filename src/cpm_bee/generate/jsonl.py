@@ -42,10 +42,14 @@ class Score(NamedTuple):
         return f"exact match: {self.correct:,} of {self.answered:,} answers ({share:.1%})"
 
 
-def read_records(path: str) -> list[InputRecord]:
+def read_records(path: str, *, escape: bool = False) -> list[InputRecord]:
     """Read the records of a file, or of standard input if `path` is "-".
 
-    Raises `InputError` with the problems of all lines.
+    Args:
+        escape: treat all texts as plain (see `records.escape_texts`).
+
+    Raises:
+        InputError: with the problems of all lines.
     """
     if path != STANDARD and Path(path).is_file():
         json_lines.check_is_lines(Path(path))
@@ -54,6 +58,7 @@ def read_records(path: str) -> list[InputRecord]:
     name = "standard input" if path == STANDARD else path
     for number, line in _lines(path):
         value, reason = json_lines.parse_line(line)
+        value = records.escape_texts(value) if escape else value
         found = [reason] if reason else records.validate(value)
         problems.extend(f"{name}:{number}", found)
         if not found:
@@ -114,31 +119,35 @@ def generate_file(
     output: str,
     *,
     resume: bool = False,
+    escaped: bool = False,
 ) -> Score:
     """Write each record with the model's answer in place of its own, one per line.
 
     Args:
         output: a file, named `output`.partial until it is complete; "-" is standard output.
         resume: continue after the records that an interrupted call left in `output`.partial.
+        escaped: `read_records` has escaped the texts, and they are written as plain texts again.
 
     Raises:
         InputError: records cannot be encoded (all are listed); or as `resumable_file`.
         InterruptedRun: a signal ended it; the records written so far are kept.
     """
     check_vocabulary(inputs, generator.encoder)
-    given = [record for _, record in inputs]
+    written = records.unescape_texts if escaped else (lambda record: record)
+    given = [written(record) for _, record in inputs]
     with _output(output, given, resume) as (file, done):
         correct = answered = 0
-        for i, record in enumerate(progress_bar(given, description="generating", unit="records")):
+        bar = progress_bar(inputs, description="generating", unit="records")
+        for i, (_, record) in enumerate(bar):
             if i < len(done):
                 result = done[i]
             else:
-                result = generator.generate(record, options)
+                result = written(generator.generate(record, options))
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
                 file.flush()  # a kill loses no record
-            if records.has_answer(record[ANSWER]):
+            if records.has_answer(given[i][ANSWER]):
                 answered += 1
-                correct += result[ANSWER] == record[ANSWER]
+                correct += result[ANSWER] == given[i][ANSWER]
     return Score(correct, answered)
 
 

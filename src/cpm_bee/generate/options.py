@@ -89,6 +89,12 @@ class TextGenerationOptions(GenerationOptions, CommandOptions):
         "`OUTPUT.partial`",
         "接着上次中断时留在 `OUTPUT.partial` 中的记录继续生成（命令须与上次相同）",
     )
+    escape: bool = FILES.option(
+        False,
+        "take all texts as plain, as in preprocess_dataset.py: a literal `<` needs no escaping, "
+        "and the output has none",
+        "把所有文本当作普通文本，与 preprocess_dataset.py 相同：字面的 `<` 无需转义，输出也不转义",
+    )
     load: str = MODEL.option(
         "ckpts/pytorch_model.bin",
         "checkpoint of the base model, or of a fully fine-tuned one",

@@ -130,6 +130,6 @@ def _lines_until(path: Path, step: int) -> list[str]:
 def _tensorboard_writer(folder: str | None) -> Any:
     if folder is None:
         return None
-    from torch.utils.tensorboard import SummaryWriter  # an extra, see run.py
+    from torch.utils.tensorboard import SummaryWriter  # an extra that flag_checks.py has looked for
 
     return SummaryWriter(folder)

@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from cpm_bee.distributed import rank
 from cpm_bee.engine import Engine, StepResult
@@ -97,7 +98,7 @@ class Trainer:
                 self._reporter.end(str(error), state.step)
                 raise
             except RunError as error:
-                reason = str(error)
+                reason = self._fault_of_base() or str(error)
                 if state.saved_step >= 0:
                     reason += f"; the state saved after {state.saved_step} steps is kept"
                 self._reporter.end(reason, state.step)
@@ -105,6 +106,23 @@ class Trainer:
             self._save()
         self._reporter.end(reason, state.step, finished=True)
         return reason
+
+    def _fault_of_base(self) -> str:
+        """Returns what is wrong with the values of the base model; "" if they are finite."""
+        names = []
+        for name, tensor in (*self._model.named_parameters(), *self._model.named_buffers()):
+            if self.state.step == 0 or not tensor.requires_grad:
+                values = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                if not torch.isfinite(values).all():
+                    names.append(name)
+        if not names:
+            return ""
+        more = f" and in {len(names) - 3} more tensors" if len(names) > 3 else ""
+        return (
+            f"{self._options.load}: there are values that are not finite in {', '.join(names[:3])}"
+            f"{more}: the checkpoint is damaged, or its values are too large for --dtype "
+            f"{self._options.dtype}"
+        )
 
     def _train(self) -> str:
         """Run the remaining epochs; returns the reason for the end."""

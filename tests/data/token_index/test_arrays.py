@@ -81,6 +81,7 @@ def test_what_cannot_be_encoded_is_left_out() -> None:
     check(chunk, good)
 
 
+@pytest.mark.slow
 @given(st.lists(tiny.records(), min_size=1, max_size=6), st.randoms(use_true_random=False))
 def test_another_order(records: list[Record], rng: random.Random) -> None:
     order = list(range(len(records)))
@@ -94,6 +95,7 @@ def test_another_order(records: list[Record], rng: random.Random) -> None:
     assert_equal(moved, expected)
 
 
+@pytest.mark.slow
 @given(st.lists(tiny.records(), min_size=1, max_size=6), st.data())
 def test_parts_and_bytes_and_back(records: list[Record], data: st.DataObject) -> None:
     arrays = chunk_of(records).arrays()

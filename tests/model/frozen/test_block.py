@@ -87,6 +87,7 @@ def test_all_targets_at_once() -> None:
     compare(model_with_delta(delta.TARGETS), collate(tiny.encode(RECORDS), tiny.TOKENIZER))
 
 
+@pytest.mark.slow
 @examples(20)
 @given(st.lists(tiny.records(), min_size=1, max_size=4))
 def test_any_records(records: list[Record]) -> None:

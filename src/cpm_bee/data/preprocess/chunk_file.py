@@ -3,8 +3,8 @@
 A chunk's records go into one file, bucket by bucket. The file begins with a table of where each
 bucket's part begins (uint64, one more than buckets). A part has the number of its records (uint32),
 the bytes of each record's frame (uint32), the frames (see `bin_dataset.frame`), and, where there is
-a tokenizer, the token arrays of the records (see `token_arrays.to_bytes`). A bucket without records
-has no part, and a chunk without records no file: `Buckets.chunks_of` says what to read.
+a tokenizer, the token arrays of the records (see `token_index.arrays.to_bytes`). A bucket without
+records has no part, and a chunk without records no file: `Buckets.chunks_of` says what to read.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def write_chunk(
     Args:
         sizes: the number of records of each bucket.
         arrays: the token arrays of all records; None without tokens.
-        ends: where each bucket's part of the arrays ends (see `token_arrays.ends_of`).
+        ends: where each bucket's part of the arrays ends (see `token_index.arrays.ends_of`).
     """
     parts: Iterator[Iterable[bytes]] | None = None
     if arrays is not None and ends is not None:

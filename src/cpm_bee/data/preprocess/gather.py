@@ -57,7 +57,7 @@ class _Bucket(NamedTuple):
         chunks: the chunks that have any of them; no other is opened.
         order: their numbers within the bucket.
         offsets: where they begin in the data file.
-        index_at: what of the index lies before them, counted as in `token_arrays.COUNTED`.
+        index_at: what of the index lies before them, counted as in `token_index.arrays.COUNTED`.
     """
 
     number: int

@@ -81,7 +81,7 @@ def preprocess(
     _check_destinations(output_path, folders, overwrite)
     problems = Problems()
     with contextlib.ExitStack() as datasets:
-        spreads = [
+        scatters = [
             _Scatter(
                 file,
                 datasets.enter_context(atomic_folder(folder, replace=overwrite)),
@@ -91,19 +91,19 @@ def preprocess(
             for file, folder in zip(files, folders, strict=True)
         ]
         limit = payload_limit(block_size)
-        num_chunks = sum(len(s.chunks) for s in spreads)
+        num_chunks = sum(len(s.chunks) for s in scatters)
         with Workers(_encoder(tokenizer), min(workers, num_chunks)) as processes:
-            for spreading in spreads:
-                spreading.run(processes, seed, limit, problems, tokens_needed, escape)
+            for s in scatters:
+                s.run(processes, seed, limit, problems, tokens_needed, escape)
         problems.raise_if_any(
             f"{inputs}: {problems.count} problems, nothing was written", _record_help()
         )
-        for s in spreads:
+        for s in scatters:
             s.warn_of_answers()
-        if any(s.unencodable.count for s in spreads) and tokenizer is not None:
-            _warn_of_vocabulary(tokenizer, spreads)
+        if any(s.unencodable.count for s in scatters) and tokenizer is not None:
+            _warn_of_vocabulary(tokenizer, scatters)
             tokenizer = None
-        for s in spreads:
+        for s in scatters:
             gather(s.buckets, s.folder, output_name, seed, block_size, tokenizer, workers)
     return [BinaryDataset(folder) for folder in folders]
 

@@ -95,7 +95,7 @@ class ScatterResult:
         unwritable: records whose answer generation cannot write, and what it cannot write.
         unencodable: records that the vocabulary cannot express, and why; then there are no tokens.
         filled: a bit for each bucket, set where the chunk has records of it.
-        counts: of each bucket's tokens (see `token_arrays.COUNTED`), int64 [buckets, 3].
+        counts: of each bucket's tokens (see `token_index.arrays.COUNTED`), int64 [buckets, 3].
         trees: the tokens' trees, by number within the chunk.
         extension_vocabulary: ids that have a sub > 0.
     """
