@@ -1,13 +1,13 @@
-"""What OMP_WAIT_POLICY=PASSIVE costs on an idle machine, and what it gains beside a busy process.
+"""Measure the cost of OMP_WAIT_POLICY=PASSIVE when idle, and its gain beside a busy process.
 
     python benchmarks/busy_neighbour.py [--data BEE.jsonl --vocab bee.txt] [--rounds 2]
 
-A step's threads wait for each other many times. By default a waiting thread of GNU OpenMP spins; a
-neighbour that needs the core then stops the thread that is waited for, and the spinning uses up
-what is left. With PASSIVE a waiting thread sleeps. Runs benchmarks/train_step.py (LoRA, 256x4)
-with the default and with PASSIVE in turn (A B A B), alone and beside a process that only counts,
-and prints tokens/s. Without --data it takes the sample of this repository, whose vocabulary is
-small. Nothing else should run on the machine.
+The threads of a step wait for each other many times. By default, a waiting thread of GNU OpenMP
+spins: if another process needs a core, the thread that the others wait for is preempted while they
+use up the remaining time by spinning. With PASSIVE, waiting threads sleep. Runs
+benchmarks/train_step.py (LoRA, 256x4) with the default and with PASSIVE in turn (A B A B), alone
+and beside a process that only counts, and prints tokens/s. Without --data it uses the sample of
+this repository, whose vocabulary is small. Run nothing else on the machine.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", help="bee records, one a line")
+    parser.add_argument("--data", help="bee records, one per line")
     parser.add_argument("--vocab", help="their vocabulary")
     parser.add_argument("--steps", type=int, default=6, help="of one run; the first is not counted")
     parser.add_argument("--rounds", type=int, default=2)

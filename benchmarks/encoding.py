@@ -1,8 +1,8 @@
-"""Measure records to tokens on one core: a line of JSON in, the arrays of an encoded record out.
+"""Measure encoding on one core: from a line of JSON to the arrays of an encoded record.
 
-Times are those of the process (CPU), so that others on the machine disturb less.
+    python benchmarks/encoding.py --data BEE.jsonl --vocab VOCAB
 
-python benchmarks/encoding.py --data BEE.jsonl --vocab VOCAB
+Measures CPU time of the process, so that other processes disturb it less.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="bee records, one a line")
+    parser.add_argument("--data", type=Path, required=True, help="bee records, one per line")
     parser.add_argument("--vocab", type=Path, required=True, help="vocabulary file")
     parser.add_argument("--repeats", type=int, default=3, help="the best one counts")
     arguments = parser.parse_args()

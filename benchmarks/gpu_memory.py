@@ -1,12 +1,12 @@
 """Predict the memory of a training step for the released sizes, without a GPU.
 
-    python benchmarks/gpu_memory.py              # the table
-    python benchmarks/gpu_memory.py --check      # the prediction against measured peaks on the CPU
-    python benchmarks/gpu_memory.py --gpu 10B    # against a GPU's
+    python benchmarks/gpu_memory.py              # print the table
+    python benchmarks/gpu_memory.py --check      # compare with measured peaks on the CPU
+    python benchmarks/gpu_memory.py --gpu 10B    # compare with measured peaks on a GPU
 
-The step of `cpm_bee.train.memory_estimate` is the real one on tensors without values. What it
-cannot see: memory inside of kernels, fragmentation, the CUDA context (about 0.5 GiB). The table has
-not been compared with a GPU yet (docs/gpu-checklist.md).
+`cpm_bee.train.memory_estimate` runs a real step on tensors without values. It does not include
+memory inside kernels, fragmentation, or the CUDA context (about 0.5 GiB). The table has not been
+compared with a GPU yet (docs/gpu-checklist.md).
 """
 
 from __future__ import annotations
@@ -108,11 +108,11 @@ def print_table(batch: Batch) -> None:
 
 
 def sharded_row(config: ModelConfig, batch: Batch, checkpointing: bool, ranks: int) -> str:
-    """Full fine-tuning on several ranks (FSDP2, bf16), by arithmetic around the predicted rest.
+    """A row for full fine-tuning on several ranks (FSDP2, bf16), partly by arithmetic.
 
-    A rank holds its share of weights, gradients and moments in fp32. Gathered in bf16 are the root
-    group (the embedding), with its gradient, and two blocks (one computes, the next one comes)
-    with the gradient of one. The rest is that of a step in bf16 throughout.
+    A rank has its share of weights, gradients and moments in fp32. In bf16 it gathers the root
+    group (the embedding) with its gradient, and two layers (the current one and the prefetched one)
+    with the gradient of one. The rest is predicted for a step entirely in bf16.
     """
     training = TrainingSetup(torch.bfloat16, None, "none", checkpointing, held=torch.bfloat16)
     step = estimate(config, training, batch)
@@ -130,7 +130,7 @@ def sharded_row(config: ModelConfig, batch: Batch, checkpointing: bool, ranks: i
 
 
 def check(tolerance: float) -> bool:
-    """Compare with the peaks of child processes; whether all are within `tolerance`."""
+    """Compare with the peaks of child processes; returns whether all are within `tolerance`."""
     print("| model | training | predicted, MiB | measured, MiB | predicted / measured |")
     print("|---|---|---|---|---|")
     good = True
@@ -147,10 +147,10 @@ def check(tolerance: float) -> bool:
 
 
 def measured_environment() -> dict[str, str]:
-    """Freed memory goes back to the system, so that the kernel's peak is what was alive.
+    """An environment in which freed memory returns to the system, so that peaks are live memory.
 
-    As processes run by default, malloc keeps holes between blocks: 10 % more with a delta, 40 to
-    60 % more when training in full.
+    By default, malloc keeps holes between blocks: 10 % more with a delta, 40 to 60 % more in full
+    fine-tuning.
     """
     return {**os.environ, "MALLOC_TRIM_THRESHOLD_": "1000000"}
 
@@ -164,8 +164,8 @@ def checked_batch() -> Batch:
 
 
 def measure(size: str, way: str) -> float:
-    """The peak of some steps in MiB, above what a process has after steps of a tiny model."""
-    buffers._use_count = None  # what a CPU keeps for the next step is not predicted
+    """The peak of some steps in MiB, above the memory of a process after steps of a tiny model."""
+    buffers._use_count = None  # turns off the buffer pool, which is not part of the prediction
     tiny = dict(CHECKED["256x4"], dim_model=64, num_layers=2)
     train(checked_config(tiny), WAYS[way], checked_batch())
     floor = forget_peak()
@@ -190,7 +190,7 @@ def train(config: ModelConfig, training: TrainingSetup, batch: Batch, steps: int
 
 
 def forget_peak() -> float:
-    """Give free memory back to the system, and begin a new peak; the present size in MiB."""
+    """Return free memory to the system and reset the peak; returns the current size in MiB."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -198,7 +198,7 @@ def forget_peak() -> float:
 
 
 def print_gpu(size: str) -> None:
-    """Compare with real steps of one of the sizes on a GPU, with random weights."""
+    """Compare with real steps of a released size on a GPU, with random weights."""
     config = released_sizes()[size]
     batch = typical_batch(*BATCHES["1 record of 2,048"], vocab_size=config.vocab_size)
     print("| model | training | predicted, GiB | max_memory_allocated | reserved | s a step |")

@@ -1,15 +1,15 @@
-"""Measure loading: a generated native checkpoint (fp16) made ready for training in fp32 on the CPU.
+"""Measure loading of a generated native checkpoint (fp16) for training in fp32 on the CPU.
 
     python benchmarks/loading.py [--gigabytes 2] [--format bin|safetensors] [--repeat 5] [--warm]
 
-Compares the time with that of reading the file, and the peak memory with the model's own size.
-Loading runs in a process of its own. Before each phase the file is dropped from the page cache, so
-that both read the disk; --warm leaves it there. What no loading can do without is shown beside it:
-filling new memory of the model's size.
+Compares the time with that of reading the file, and the peak memory with the size of the model.
+Loading runs in a separate process. Before each phase the file is dropped from the page cache, so
+that both read the disk; --warm leaves it there. As a lower bound, it also measures filling new
+memory of the model's size.
 
-A virtual machine's memory may have to be fetched from its host when it is used for the first time
-(here at 0.1 to 2 GB/s, where the machine itself makes 10). So another process uses as much memory
-before each phase and gives it back; --fresh does without.
+A virtual machine may have to get memory from its host when it is first used (here at 0.1 to 2 GB/s,
+while the machine itself fills 10 GB/s). So before each phase another process uses as much memory
+and frees it; --fresh skips this.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SIZES: dict[str, Any] = {
 
 
 def make(path: Path, gigabytes: float) -> int:
-    """Write a checkpoint of about so many GB (1e9 bytes); returns the number of its values."""
+    """Write a checkpoint of about that many GB (1e9 bytes); returns the number of its values."""
     import torch
 
     from cpm_bee.checkpoint.reader import save_tensors
@@ -66,7 +66,7 @@ def make(path: Path, gigabytes: float) -> int:
 
 
 def fetch_memory(size: int) -> None:
-    """Have the host of a virtual machine provide memory, without this process growing."""
+    """Make the host of a virtual machine provide memory, without growing this process."""
     if size == 0:
         return
     child = os.fork()
@@ -81,8 +81,8 @@ def fetch_memory(size: int) -> None:
 
 
 def load(path: Path, size: int) -> None:
-    """Runs in a process of its own; prints seconds and MiB above the import floor."""
-    import safetensors  # noqa: F401 - importing is no part of loading
+    """Runs in a separate process; prints seconds, and MiB above the memory after imports."""
+    import safetensors  # noqa: F401 - importing is not part of loading
     import torch
 
     from cpm_bee.checkpoint.config_from_weights import derive_config
@@ -94,7 +94,7 @@ def load(path: Path, size: int) -> None:
     fetch_memory(size)
     started, begin = time.perf_counter(), os.times()
     checkpoint = Checkpoint(path)
-    checkpoint.fingerprint()  # as a run does, to know its base
+    checkpoint.fingerprint()  # a run computes it to identify its base
     with torch.device("meta"):
         model = CPMBee(derive_config(checkpoint))
     load_into(model, checkpoint.entries.items(), torch.device("cpu"))
@@ -105,7 +105,7 @@ def load(path: Path, size: int) -> None:
 
 
 def fill(values: int, size: int) -> None:
-    """Runs in a process of its own; prints the seconds to fill new memory of fp32 values."""
+    """Runs in a separate process; prints the seconds to fill new memory with fp32 values."""
     import torch
 
     from cpm_bee.checkpoint.loading import use_huge_pages
@@ -136,7 +136,7 @@ def read(path: Path) -> float:
 
 
 def run_apart(*arguments: object) -> Any:
-    """What this script prints, as JSON, with other arguments."""
+    """Run this script with other arguments; returns the JSON that it prints."""
     command = [sys.executable, __file__, *map(str, arguments)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 

@@ -1,14 +1,14 @@
-"""Measure tokens to batches at training time, on one core and without a model.
+"""Measure packing and batch making during training, on one core and without a model.
 
     python benchmarks/planning.py --dataset bin_data/train --vocab VOCAB
 
 Prints, for rows of 2,048 tokens:
-- tokens/s of a rank from the memory-mapped token index to its batches, and how full the rows are;
-- start-up on a generated index of 10 million records: opening it and making the plan;
-- the cost of one rank of 1, 64 and 4,096 on as many records, those of the data set repeated.
+- tokens/s of a rank from the memory-mapped token index to its batches, and the fill of the rows;
+- the start-up time on a generated index of 10 million records: opening it and making the plan;
+- the cost on one rank of 1, 64 and 4,096, with that many records (the dataset's, repeated).
 
-A simulated rank exchanges with nobody; its sums are its own. Speeds are by the time that the
-process computed, so that other work on the machine disturbs them little.
+A simulated rank does not communicate: its sums are its own. Speeds use the CPU time of the process,
+so that other processes disturb them less.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def simulated_rank(world_size: int) -> Any:
 
 
 class Repeated:
-    """The records of an index again and again, as if there were `count` of them."""
+    """The records of an index, repeated up to `count` records."""
 
     def __init__(self, index: TokenIndex, count: int) -> None:
         self._index = index
@@ -66,7 +66,7 @@ class Repeated:
 
 
 def speed_and_fill(index: TokenIndex, tokenizer: Tokenizer, rows: int) -> tuple[float, float]:
-    """Tokens/s of whole epochs on one rank, the best of three, and the fill of their rows."""
+    """Tokens/s of an epoch on one rank, the best of three, and the fill of its rows."""
     loader = DataLoader(
         index, tokenizer, simulated_rank(1), rows=rows, max_length=MAX_LENGTH, shuffle_seed=1
     )
@@ -82,7 +82,7 @@ def speed_and_fill(index: TokenIndex, tokenizer: Tokenizer, rows: int) -> tuple[
 
 
 def write_generated(folder: Path, lengths: np.ndarray, dataset: Any, tokenizer: Tokenizer) -> None:
-    """An index of records with these lengths; all else is zeros, which take no room on disk."""
+    """Write an index of records with these lengths; the rest is zeros, sparse on disk."""
     counts = {"tokens": int(lengths.sum(dtype=np.int64)), "records": len(lengths), "extensions": 0}
     for name, (dtype, counted) in ARRAYS.items():
         with open(folder / name, "wb") as file:
@@ -129,9 +129,9 @@ def cost_of_a_rank(index: Repeated, tokenizer: Tokenizer, world_size: int, rows:
         shuffle_seed=1,
     )
     tokens = steps = 0
-    first = 0.0  # the order of the records is drawn in it, once an epoch
+    first = 0.0  # the first step also draws the order of the records, once per epoch
     started = time.process_time()
-    for rank in range(world_size):  # few steps an epoch: several ranks one after the other
+    for rank in range(world_size):  # an epoch has few steps, so several ranks are measured
         engine.rank = rank
         for step, _ in loader.batches(0):
             if not first:

@@ -1,11 +1,11 @@
-"""Measure preprocessing: MB/s, records/s, the gain of more processes, peak memory and its slope.
+"""Measure preprocessing: MB/s, records/s, the speed-up with more processes, peak memory and slope.
 
-python benchmarks/preprocessing.py [--data BEE.jsonl] [--vocab VOCAB] [--sizes 0.25,1]
+    python benchmarks/preprocessing.py [--data BEE.jsonl] [--vocab VOCAB] [--sizes 0.25,1]
 
-Makes input files of the given sizes (GB) from the records of --data, which are varied, or from the
-vocabulary's entries; runs preprocess_dataset.py on each with each number of workers, and sums the
-memory of its processes (PSS: shared pages count once) as the kernel has it. The pieces that a
-process takes at a time grow with the input up to 0.27 GB: the slope is that of larger files.
+Makes input files of the given sizes (GB) from variations of the records of --data, or from entries
+of the vocabulary; runs preprocess_dataset.py on each with each number of workers, and sums the
+memory of its processes as the kernel reports it (PSS: shared pages count once). The pieces that a
+process takes at a time grow with the input up to 0.27 GB; the slope is that of larger files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "src" / "preprocess_dataset.py"
-INTERVAL = 0.1  # seconds between two looks at the memory
+INTERVAL = 0.1  # seconds between two measurements of memory
 GB = 10**9
 
 
@@ -42,7 +42,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     tiny = ROOT / "src" / "ckpts" / "cpm-bee-tiny" / "vocab.txt"
-    parser.add_argument("--data", type=Path, help="bee records, one a line")
+    parser.add_argument("--data", type=Path, help="bee records, one per line")
     parser.add_argument("--vocab", type=Path, default=tiny, help="(default: the tiny model's)")
     parser.add_argument("--sizes", default="0.1", help="GB of input, comma-separated")
     parser.add_argument("--workers", default="1,2", help="numbers of processes, comma-separated")
@@ -87,7 +87,7 @@ def seed_lines(data: Path | None, vocab: Path) -> list[str]:
 
 
 def generate(path: Path, size: int, seeds: list[str]) -> int:
-    """Write about `size` bytes of records, none like another; their number."""
+    """Write about `size` bytes of distinct records; returns their number."""
     with open(path, "wb") as file:
         for number, line in enumerate(varied(seeds)):
             if file.tell() >= size:
@@ -120,7 +120,7 @@ def measure(source: Path, records: int, workers: int, vocab: Path) -> Run:
 
 
 def family(pid: int) -> list[int]:
-    """A process and those that it and they started."""
+    """A process and all its descendants."""
     found = [pid]
     for parent in found:
         for children in Path(f"/proc/{parent}/task").glob("*/children"):
@@ -132,7 +132,7 @@ def family(pid: int) -> list[int]:
 
 
 def pss(pid: int) -> int:
-    """Bytes of memory of a process; shared pages in proportion."""
+    """The memory of a process in bytes; shared pages count in proportion."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:

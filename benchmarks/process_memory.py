@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def peak_memory() -> float:
-    """The largest resident size so far in MiB; of this program alone.
+    """The largest resident size of this program so far, in MiB.
 
-    Not getrusage: its figure outlives exec, so that a child begins with its parent's.
+    Does not use getrusage, whose value survives exec: a child begins with that of its parent.
     """
     status = Path("/proc/self/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith("VmHWM"))

@@ -1,10 +1,10 @@
-"""Compare LoRA on a quantised base with LoRA on the same base in fp32: loss by loss.
+"""Compare the losses of LoRA on a quantised base with those on the same base in fp32.
 
     python benchmarks/qlora_quality.py --data BEE.jsonl --vocab bee.txt [--model 512x8]
 
-Both start from the same random weights (model/initialization.py) and see the same batches. Printed
-is the largest relative difference of a step's loss, and of the mean over --window steps; the exit
-status is 1 where that of a step is above --limit.
+Both start from the same random weights (model/initialization.py) and see the same batches. Prints
+the largest relative difference of a step's loss, and of the mean over --window steps; the exit
+status is 1 if that of a step is above --limit.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from cpm_bee.tokenizer import Tokenizer
 
 
 def loss_curve(config: ModelConfig, batches: list[Batch], kind: str, lr: float) -> list[float]:
-    """The loss of each step of a LoRA training, one batch a step."""
+    """The loss of each step of a LoRA training run with one batch per step."""
     model = CPMBee(config)
     model.load_state_dict(dict(initial_values(model, seed=0)))
     if kind != NONE:
@@ -65,7 +65,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="bee records, one a line")
+    add("--data", type=Path, required=True, help="bee records, one per line")
     add("--vocab", type=Path, required=True, help="vocabulary file")
     add("--model", choices=SIZES, default="512x8")
     add("--quantize", choices=tuple(FORMATS), default="nf4")

@@ -1,9 +1,9 @@
-"""Write a native checkpoint (fp16) of random weights, of any size, in little memory.
+"""Write a native checkpoint (fp16) with random weights, of any size, using little memory.
 
     python benchmarks/random_checkpoint.py --config config/cpm-bee-10b.json --output FOLDER
 
-Weights are N(0, 1), norms 1 (docs/format.md §5; the embedding too, so that logits have a spread).
-The folder gets pytorch_model.bin and config.json.
+Weights are drawn from N(0, 1), the embedding too, and norms are 1 (docs/format.md §5). Writes
+pytorch_model.bin and config.json to the folder.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from cpm_bee.progress import progress_bar
 
 
 def write_checkpoint(config_path: Path, folder: Path, seed: int = 0) -> Path:
-    """The file's path; it takes its name when it is whole."""
+    """Write the checkpoint, atomically; returns its path."""
     config = ModelConfig.load(config_path)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in CPMBee(config).named_parameters()}
     folder.mkdir(parents=True, exist_ok=True)
     path, partial = folder / "pytorch_model.bin", folder / ".pytorch_model.bin.partial"
-    # torch.save leaves room for the values alone; these tensors never get any pages.
+    # torch.save only reserves space for the values; no pages of these tensors are allocated.
     with torch.serialization.skip_data():
         torch.save({n: torch.empty(s, dtype=torch.float16) for n, s in shapes.items()}, partial)
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
@@ -46,7 +46,7 @@ def write_checkpoint(config_path: Path, folder: Path, seed: int = 0) -> Path:
             else:
                 tensor.normal_(generator=generator)
             bar.update(tensor.numel())
-            drop_pages(tensor)  # to the file: the mapping is a shared one
+            drop_pages(tensor)  # values are kept in the file, because the mapping is shared
     del tensors, tensor
     with open(partial, "rb") as file:
         os.fsync(file.fileno())

@@ -1,15 +1,15 @@
-"""A model of 9.6 billion parameters, for real, on a machine with 24 GB and no GPU.
+"""Train and run a model of 9.6 billion parameters on a machine with 24 GB and no GPU.
 
     python benchmarks/tenb.py --work FOLDER --vocab bee.txt [--data BEE.jsonl]
 
-Four phases, each a process of its own:
-  checkpoint   write random weights in the native fp16 format (19 GB)
-  quantize     into 4 bit, beside the checkpoint (5 GB)
-  train        some LoRA steps on one fixed batch of real records; the loss must fall each time
-  generate     one answer, with the delta of the training
-It goes on where it was cut off: a finished phase stands in FOLDER/results.json. In the end the
-weights are removed, unless --keep. Prints time and peak resident memory of each phase; the exit
-status is 1 where the loss did not fall or a phase needed more than --limit.
+There are four phases, each in a separate process:
+  checkpoint   writes random weights in the native fp16 format (19 GB)
+  quantize     quantises them to 4 bit, beside the checkpoint (5 GB)
+  train        trains LoRA on one fixed batch of real records; the loss must fall at each step
+  generate     generates one answer with the trained delta
+An interrupted run continues with the first unfinished phase; results are in FOLDER/results.json. At
+the end the weights are removed, unless --keep. Prints time and peak resident memory of each phase;
+the exit status is 1 if the loss did not fall or a phase needed more than --limit.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from cpm_bee.files import atomic_file
 
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("checkpoint", "quantize", "train", "generate")
-# What the results depend on; a work folder holds those of one setting.
+# The options that the results depend on; a work folder has the results of one setting.
 SETTINGS = ("config", "vocab", "data", "tokens", "steps", "lr", "quantize", "answer_tokens")
 RAW_SAMPLE = ROOT / "raw_data" / "eval.jsonl"
 
@@ -71,7 +71,7 @@ def prepare(work: Work, vocab: Path | None, data: Path | None, size: int) -> Non
     tokens = list(Tokenizer.load(source).tokens)
     if len(tokens) > size:
         raise InputError(f"{source}: has {len(tokens)} tokens, the model {size}")
-    # Without the model's own: entries that occur nowhere, up to the size of its embedding.
+    # Without the model's vocabulary: filled up with unused entries to the size of its embedding.
     tokens += [f"\ue000{i}" for i in range(size - len(tokens))]
     with atomic_file(work.vocab) as file:
         file.write("\n".join(tokens))
@@ -123,7 +123,7 @@ def quantize_phase(work: Work, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def fixed_batch(work: Work, tokenizer: Any, num_tokens: int) -> Any:
-    """The first records that make up about so many tokens."""
+    """The first records with about that many tokens in total."""
     from cpm_bee.data.batch import collate
     from cpm_bee.encoding import Encoder
 
@@ -157,7 +157,7 @@ def train_phase(work: Work, arguments: argparse.Namespace) -> dict[str, Any]:
     engine.prepare(base.model, OptimizerSettings(0.01, 1.0, 1.0, 2.0, 512))
     batch = fixed_batch(work, base.tokenizer, arguments.tokens)
     losses, seconds = [], []
-    # One step more than updates, to see what the last of them did.
+    # One step more than updates, to see the effect of the last update.
     for step in range(arguments.steps + 1):
         started = time.perf_counter()
         loss = base.model.loss(batch) / batch.num_targets
@@ -204,7 +204,7 @@ RUN = {
 
 
 def run_phase(work: Work, arguments: argparse.Namespace) -> None:
-    """Runs one phase in a separate process, whose peak memory is the phase's."""
+    """Run a phase in this process, which runs nothing else, and record its time and peak memory."""
     started = time.perf_counter()
     outcome = RUN[arguments.phase](work, arguments)
     outcome = {
@@ -225,24 +225,24 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--work", type=Path, required=True, metavar="FOLDER", help="25 GB of room are needed")
+    add("--work", type=Path, required=True, metavar="FOLDER", help="needs 25 GB of disk space")
     add("--config", type=Path, default=ROOT / "config" / "cpm-bee-10b.json")
     add("--vocab", type=Path, help="default: the tiny base's, filled up to the model's size")
-    add("--data", type=Path, help="bee records, one a line; default: the sample's")
+    add("--data", type=Path, help="bee records, one per line; default: the sample's")
     add("--tokens", type=int, default=256, help="of the fixed batch")
     add("--steps", type=int, default=3)
     add("--lr", type=float, default=5e-4)
     add("--quantize", choices=("nf4", "int8"), default="nf4")
-    add("--answer-tokens", type=int, default=4, help="about the most that are generated")
+    add("--answer-tokens", type=int, default=4, help="approximate upper limit")
     add("--limit", type=float, default=9.0, help="GB of resident memory that a phase may need")
-    add("--until", choices=PHASES, default=PHASES[-1], help="the last phase to be run")
+    add("--until", choices=PHASES, default=PHASES[-1], help="the last phase to run")
     add("--keep", action="store_true", help="leave the weights where they are")
     add("--phase", choices=PHASES, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def report(phases: dict[str, Any], limit: float) -> bool:
-    """Print a line a phase; whether all targets are met."""
+    """Print one line per phase; returns whether all targets are met."""
     fine = True
     for name, outcome in phases.items():
         fits = outcome["peak_gigabytes"] <= limit

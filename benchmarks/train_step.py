@@ -2,10 +2,10 @@
 
     python benchmarks/train_step.py --data BEE.jsonl [--model 256x4] [--vocab bee.txt]
 
-The roofline is the multiply-adds that the mathematics needs, at the speed that plain matmuls of
-the same shapes reach in the same run. Needed are: forward and input gradient of every Linear above
-the lowest delta, no weight gradient of frozen weights, logits at targets alone, and in the last
-block queries, attention output and feed-forward at targets alone.
+The roofline is the time for the necessary multiply-adds, at the speed that plain matmuls of the
+same shapes reach in the same run. Necessary are the forward pass, the input gradient of every
+Linear above the lowest delta, no weight gradients of frozen weights, logits at targets only, and in
+the last layer queries, attention output and feed-forward at targets only.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def read_batches(data: Path, tokenizer: Tokenizer, count: int, max_length: int) -> list[Batch]:
-    """The first full rows of a file of bee records, each a batch."""
+    """The first packed rows of a file of bee records, each as a batch."""
     encoder = Encoder(tokenizer)
     with open(data, encoding="utf-8") as file:
         records = [
@@ -57,7 +57,7 @@ def read_batches(data: Path, tokenizer: Tokenizer, count: int, max_length: int) 
 
 
 def matmul_seconds(rows: int, inner: int, columns: int) -> float:
-    """The time of one plain [rows, inner] x [inner, columns] product, the best of several."""
+    """The time of a plain [rows, inner] x [inner, columns] product, the best of several."""
     a, b = torch.randn(rows, inner), torch.randn(columns, inner)
     out = torch.empty(rows, columns)
     times = []
@@ -69,7 +69,7 @@ def matmul_seconds(rows: int, inner: int, columns: int) -> float:
 
 
 def roofline_seconds(config: ModelConfig, batch: Batch) -> float:
-    """The least time of a LoRA step on q and v by its matmuls alone."""
+    """The minimum time of a LoRA step on q and v: that of its matmuls."""
     tokens, targets = batch.num_tokens, batch.num_targets
     d, inner, ff = config.dim_model, config.num_heads * config.dim_head, config.dim_ff
 
@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="bee records, one a line")
+    parser.add_argument("--data", type=Path, required=True, help="bee records, one per line")
     parser.add_argument("--vocab", type=Path, required=True, help="vocabulary file")
     parser.add_argument("--model", choices=SIZES, default="256x4")
     parser.add_argument("--max-length", type=int, default=2048)

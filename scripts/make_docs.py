@@ -1,11 +1,10 @@
 """Make the pages of docs/ that list flags, in English and Chinese, from the options classes.
 
     python scripts/make_docs.py            write the pages
-    python scripts/make_docs.py --check    exit with 1 where a page is not what would be written
+    python scripts/make_docs.py --check    exit with status 1 if a page is not up to date
 
-scripts/templates/docs/NAME.md.in becomes docs/NAME.md. In it, a line
-`<!-- flags of SCRIPT -->` stands for the heading, description and tables of that script.
-Needs nothing but this repository: neither torch nor numpy.
+docs/NAME.md is made from scripts/templates/docs/NAME.md.in. A line `<!-- flags of SCRIPT -->` is
+replaced by the heading, description and tables of that script. Needs neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-# Also where the project is not installed.
+# Works even if the project is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from cpm_bee.cli import ArgumentParser, run_command, shown_default
@@ -36,7 +35,7 @@ SCRIPTS: dict[str, type[CommandOptions]] = {
 
 @dataclass(frozen=True)
 class Language:
-    """The words of a table."""
+    """The words of the tables in one language."""
 
     header: tuple[str, ...]
     required: str
@@ -50,7 +49,7 @@ CHINESE = Language(("参数", "默认值", "含义", "可选值"), "必填", "�
 
 
 def shown(flag: Flag, language: Language) -> list[str]:
-    """The cells of a flag's row."""
+    """The cells of a flag's table row."""
     if flag.required:
         default = language.required
     elif flag.is_switch:
@@ -62,7 +61,7 @@ def shown(flag: Flag, language: Language) -> list[str]:
 
 
 def section(options: type[CommandOptions], language: Language) -> str:
-    """Heading, description and a table for each group."""
+    """The heading, the description, and a table for each group of flags."""
     text = options.chinese if language.chinese else options.description
     parts = [f"## {options.script}", text]
     flags = [*options.flags(), DEBUG]
@@ -75,7 +74,7 @@ def section(options: type[CommandOptions], language: Language) -> str:
 
 
 def pages(root: Path) -> dict[Path, str]:
-    """Each page, relative to `root`, with the text that it should have."""
+    """The path of each page, relative to `root`, and the text that it should have."""
     made = {}
     for template in sorted((root / TEMPLATES).rglob("*.md.in")):
         source = template.relative_to(root)
@@ -91,7 +90,7 @@ def pages(root: Path) -> dict[Path, str]:
 
 
 def stale_pages(root: Path) -> dict[Path, str]:
-    """The pages that are missing or have another text, with the text that they should have."""
+    """The pages that are missing or out of date, and the text that they should have."""
     return {
         path: text
         for path, text in pages(root).items()
@@ -100,10 +99,10 @@ def stale_pages(root: Path) -> dict[Path, str]:
 
 
 def make(root: Path, *, check: bool) -> None:
-    """Write the stale pages, or say which they are.
+    """Write the stale pages.
 
     Raises:
-        RunError: with `check`, if a page is stale.
+        RunError: `check` is true and pages are stale; nothing is written.
     """
     stale = stale_pages(root)
     if check and stale:
@@ -119,7 +118,7 @@ def main() -> None:
     parser = ArgumentParser(
         prog="scripts/make_docs.py", description="Make the pages of docs/ that list flags."
     )
-    parser.add_argument("--check", action="store_true", help="only say which pages are stale")
+    parser.add_argument("--check", action="store_true", help="only list the stale pages")
     make(ROOT, check=parser.parse_args().check)
 
 

@@ -1,4 +1,4 @@
-"""The end of quickstart.sh: accuracy before and after, three answers, where everything lies."""
+"""The last step of quickstart.sh: three answers, accuracy before and after, and file paths."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def main() -> None:
     print(f"\naccuracy on {best['records']} evaluation records (exact match):")
     print(f"  before tuning  {evaluations[0]['exact_match']:.1%}")
     print(f"  after tuning   {best['exact_match']:.1%}  (best loss, after {best['step']} steps)")
-    print("\nwhere everything lies:")
+    print("\nfiles:")
     for name, path in (("tuned delta", delta), ("log", f"{start}-log.jsonl"), ("answers", answers)):
         print(f"  {name:12} {path}")
 

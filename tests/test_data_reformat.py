@@ -110,12 +110,12 @@ def test_brackets_in_texts() -> None:
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        ("T[0]A[0]B[1]C", "[0] stands where [1] or [答案] should come"),
-        ("T[0]A[2]B", "[2] stands where [1] or"),
-        ("T[0]A[2]B[1]C", "[2] stands where [1] or"),
-        ("T[0]A[1]B[1]C", "[1] stands where [2] or"),
-        ("T[0]A[1]B[0]C", "[0] stands where [2] or"),
-        ("T[0]A[1]B[3]C", "[3] stands where [2] or"),
+        ("T[0]A[0]B[1]C", "found [0] where [1] or [答案] is expected"),
+        ("T[0]A[2]B", "found [2] where [1] or"),
+        ("T[0]A[2]B[1]C", "found [2] where [1] or"),
+        ("T[0]A[1]B[1]C", "found [1] where [2] or"),
+        ("T[0]A[1]B[0]C", "found [0] where [2] or"),
+        ("T[0]A[1]B[3]C", "found [3] where [2] or"),
         ("T[1]A[2]B", "there is no [0]"),
         ("T", "there is no [0]"),
         ("T[0]A", "has 1 options, expected 2 to 26"),
@@ -124,9 +124,9 @@ def test_brackets_in_texts() -> None:
         (" [0]A[1]B", "the text is empty"),
         ("T[0][1]B", "option [0] is empty"),
         ("T[0]A[1]\n", "option [1] is empty"),
-        ("T[翻译]U[0]A[1]B", "holds [翻译] more than once"),
-        ("T[0]A[答案]x[1]B", "holds [答案] more than once"),
-        ("T\ud800[0]A[1]B", "the text holds half of a surrogate pair"),
+        ("T[翻译]U[0]A[1]B", "contains [翻译] more than once"),
+        ("T[0]A[答案]x[1]B", "contains [答案] more than once"),
+        ("T\ud800[0]A[1]B", "the text contains half of a surrogate pair"),
     ],
 )
 def test_ambiguous_or_malformed_markers(body: str, expected: str) -> None:
@@ -368,7 +368,7 @@ def test_lost_labels_are_counted_and_the_unused_keys_named(tmp_path: Path) -> No
     done = reformatted(path)
     assert done.returncode == 0
     assert "train.jsonl: 3 records" in done.stdout
-    assert "2 of 3 records are without an answer" in done.stderr
+    assert "2 of 3 records have no answer" in done.stderr
     assert 'keys that were not used: "label", "类"' in done.stderr
 
 
@@ -396,7 +396,7 @@ def test_a_json_array_is_one_problem_and_the_printed_command_works(tmp_path: Pat
     path.write_text(json.dumps(values, ensure_ascii=False, indent=1), encoding="utf-8")
     done = reformatted(path)
     assert done.returncode == 2
-    assert "is a JSON array; one record a line" in done.stderr
+    assert "is a JSON array; one record per line" in done.stderr
     command = done.stderr.partition("\n")[2].strip().replace("python", sys.executable, 1)
     subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
     again = reformatted(tmp_path / "train.lines.jsonl")

@@ -173,7 +173,7 @@ def test_on_a_base_in_16_bits(batch: Batch, dtype: torch.dtype) -> None:
     ("targets", "named"), [(("project_q", "query", "wo"), "query, wo"), ((), "nothing")]
 )
 def test_targets_are_validated(targets: tuple[str, ...], named: str) -> None:
-    with pytest.raises(InputError, match=f"--delta-targets: {named} is no layer") as caught:
+    with pytest.raises(InputError, match=f"--delta-targets: {named} is not a layer") as caught:
         DeltaConfig(targets=targets)
     assert all(target in str(caught.value) for target in TARGETS)
 

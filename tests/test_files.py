@@ -89,7 +89,7 @@ def test_an_existing_folder_is_refused_or_replaced_at_the_end(tmp_path: Path) ->
     path = tmp_path / "set"
     path.mkdir()
     (path / "old").write_text("")
-    with pytest.raises(InputError, match="exists already"), atomic_folder(path):
+    with pytest.raises(InputError, match="already exists"), atomic_folder(path):
         pass
     with pytest.raises(ValueError, match="x"), atomic_folder(path, replace=True) as temporary:
         (temporary / "new").write_text("")

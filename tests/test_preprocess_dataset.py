@@ -95,7 +95,7 @@ def test_every_problem_of_every_file_is_listed_and_nothing_written(
         "bee_data/train.jsonl:4: a record is a JSON object, this is a list",
         "bee_data/train.jsonl:5: value of /<ans>: the special token that begins with '<'",
         "bee_data/train.jsonl:5: value of /n: expected text or an object, this is a number",
-        "bee_data/train.jsonl:6: value of /<ans>: holds half of a surrogate pair",
+        "bee_data/train.jsonl:6: value of /<ans>: contains half of a surrogate pair",
         "bee_data/eval.jsonl:2: not UTF-8",
         "bee_data/none.jsonl: holds no records",
         "8 problems, nothing was written",

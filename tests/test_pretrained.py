@@ -261,7 +261,7 @@ def test_a_config_beside_that_contradicts_the_tensors_is_named(
         header, *lines = "\n".join(caplog.messages).splitlines() or [""]
         caplog.clear()
         expected = f"{path} does not describe {folder / 'pytorch_model.bin'}, whose "
-        assert not header or header == expected + "tensors decide:"
+        assert not header or header == expected + "tensors are used instead:"
         return [line.strip() for line in lines]
 
     buckets = {"position_bias_num_buckets": 16, "position_bias_num_segment_buckets": 64}

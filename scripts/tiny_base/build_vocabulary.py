@@ -1,8 +1,8 @@
-"""Build the vocabulary of the tiny base model, one token a line (docs/format.md §2).
+"""Build the vocabulary of the tiny base model, one token per line (docs/format.md §2).
 
-It holds, in this order: the special tokens that the released vocabulary begins with and `<eod>`;
+It has, in this order: the special tokens at the beginning of the released vocabulary and `<eod>`;
 printable ASCII; punctuation; the usual field names of a record; the 6,763 characters of GB2312;
-the most frequent words of jieba's dictionary that are made of those characters only.
+the most frequent words of jieba's dictionary that consist of those characters only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ RESERVED_TOKENS = [
     *("<ans>", "<option>", "<eod>"),
 ]
 PUNCTUATION = "，。、；：？！“”‘’（）《》〈〉【】「」『』—…·～￥"
-# Keys of records: letter by letter they would be a tenth of a short record's tokens.
+# Keys of records: as single letters they would be a tenth of a short record's tokens.
 FIELD_NAMES = ["input", "options", "question", "document", "doc", "prompt"]
 
 

@@ -1,8 +1,8 @@
-"""The things of the small poetic world: for each slot, concepts with plain and verse wordings.
+"""The concepts of the generated scenes: for each slot, concepts with plain and verse wordings.
 
-One concept a line: plain wordings | verse wordings. Verse wordings of a slot have one length
-(WIDTH), so that a line of verse has 5 or 7 characters. As in real renderings, a verse wording has
-a character in common with the plain ones; it may have others in common with other concepts.
+Each line is a concept: plain wordings | verse wordings. The verse wordings of a slot have the same
+length (WIDTH), so that a line of verse has 5 or 7 characters. As in real poems, a verse wording
+shares a character with the plain wordings; it may share others with other concepts.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ TABLE = {
 
 
 class Concept(NamedTuple):
-    """One thing of the world and the ways to say it."""
+    """A concept and its wordings."""
 
     slot: str
     number: int

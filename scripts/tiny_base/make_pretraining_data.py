@@ -1,6 +1,6 @@
-"""Make the records that the tiny base model is trained on from a random start.
+"""Make the records that the tiny base model is trained on from random weights.
 
-Writes train.jsonl and eval.jsonl, in the form of bee_data, to a folder. No record shows a scene
+Writes train.jsonl and eval.jsonl, in the form of bee_data, to a folder. No record contains a scene
 of the tutorial's evaluation set (`world.is_held_out`), its question or its task.
 """
 
@@ -12,8 +12,8 @@ from pathlib import Path
 from output import ArgumentParser, positive, run_command, whole_number, write_json_lines
 from tasks import TASKS, Record
 
-# The tasks of each stage, in equal shares. A model of this size learns to compare words sooner
-# where there is nothing else to learn.
+# The tasks of each stage, in equal shares. A model of this size learns to compare words faster if
+# there is nothing else to learn.
 STAGES = {
     "words": ("name_option", "same_word", "same_words"),
     "lines": ("name_option", "same_word", "same_words", "numbered"),

@@ -1,8 +1,7 @@
-"""Make the sample of the tutorial's task: a plain sentence and four lines of verse, one renders it.
+"""Make the sample data of the tutorial: choose the line of verse that renders a plain sentence.
 
 Writes raw_data/train.jsonl and raw_data/eval.jsonl in the tutorial's raw format (docs/format.md
-§1). The same seed gives the same bytes. The two sets share no scene, not even among the wrong
-options.
+§1). The same seed gives the same bytes. The two sets share no scene, not even in wrong options.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ NUM_OPTIONS = 4
 
 
 def record_maker(rng: random.Random, held_out: bool) -> Callable[[], dict[str, str]]:
-    """A function that makes another raw record at every call, with a sentence not used before."""
+    """Returns a function that makes a new raw record at each call; sentences do not repeat."""
     used: set[str] = set()
 
     def make() -> dict[str, str]:
@@ -43,7 +42,7 @@ def main() -> None:
     parser.add_argument("--seed", type=whole_number, default=2024)
     arguments = parser.parse_args()
     for name, held_out in (("train", False), ("eval", True)):
-        # A seed of its own for each file: the number of records of one does not change the other.
+        # Each file has its own seed, so that the size of one does not change the other.
         make = record_maker(random.Random(f"{arguments.seed} {name}"), held_out)
         write_json_lines(arguments.output / f"{name}.jsonl", make, getattr(arguments, name))
 

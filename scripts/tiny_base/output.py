@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: arguments, whole files, errors without a traceback."""
+"""Shared by the scripts of this folder: arguments, atomic output, errors without a traceback."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-# Also where the project is not installed.
+# Works even if the project is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 from cpm_bee.cli import ArgumentParser, positive, run_command, whole_number
@@ -27,13 +27,13 @@ __all__ = [
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write a UTF-8 text file, whole or not at all."""
+    """Write a UTF-8 text file, atomically."""
     with atomic_file(path) as file:
         file.writelines(f"{line}\n" for line in lines)
 
 
 def write_json_lines(path: Path, make: Callable[[], Any], count: int) -> None:
-    """Write `count` made records, one a line."""
+    """Write `count` generated records, one per line."""
     from tqdm import tqdm
 
     numbers = tqdm(range(count), desc=path.name, unit=" records", disable=None)

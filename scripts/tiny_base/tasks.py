@@ -1,8 +1,8 @@
-"""The tasks that the tiny base model is trained on, each a maker of records (docs/format.md §1).
+"""The tasks of the tiny base model's training; each function makes a record (docs/format.md §1).
 
-They teach how records are read: which option holds a given word, and which words a given option
-holds. The tutorial's own task, choosing the verse that renders a sentence, is not among them, and
-neither is its question: that is left to tuning.
+They teach how to read records: which option contains a given word, and which words a given option
+contains. The tutorial's own task and question, choosing the verse that renders a sentence, are left
+to fine-tuning.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def verse_word(concept: Concept, rng: random.Random) -> str:
 
 
 def some_concepts(rng: random.Random, count: int) -> list[Concept]:
-    """Different concepts of one slot."""
+    """Distinct concepts of one slot."""
     return rng.sample(CONCEPTS[rng.choice(tuple(CONCEPTS))], count)
 
 
 def choice(text: str, choices: Sequence[str], right: int, question: str) -> Record:
-    """A multiple-choice record, in the form of the tutorial's."""
+    """A multiple-choice record in the tutorial's form."""
     return {
         "input": text,
         "options": {f"<option_{i}>": option for i, option in enumerate(choices)},
@@ -41,21 +41,21 @@ def choice(text: str, choices: Sequence[str], right: int, question: str) -> Reco
 
 
 def name_option(rng: random.Random) -> Record:
-    """Write down the option that the input points to."""
+    """Write the option that the input names."""
     words = [verse_word(concept, rng) for concept in some_concepts(rng, rng.randint(2, 4))]
     right = rng.randrange(len(words))
     return {**choice(f"<option_{right}>", words, right, WRITE_OPTION), "<ans>": words[right]}
 
 
 def same_word(rng: random.Random) -> Record:
-    """Which option is the input, word for word."""
+    """Choose the option that equals the input."""
     words = [verse_word(concept, rng) for concept in some_concepts(rng, rng.randint(2, 4))]
     right = rng.randrange(len(words))
     return choice(words[right], words, right, EQUAL)
 
 
 def same_words(rng: random.Random) -> Record:
-    """The options of several words at once, each word a key of the answer."""
+    """Choose the options of several words at once; each word is a key of the answer."""
     words = [verse_word(concept, rng) for concept in some_concepts(rng, rng.randint(3, 8))]
     asked_for = rng.sample(range(len(words)), len(words) // 2)
     return {
@@ -65,7 +65,7 @@ def same_words(rng: random.Random) -> Record:
 
 
 def numbered(rng: random.Random) -> Record:
-    """Which option is the first, second, ..., whatever it holds."""
+    """Choose the first, second, ... option, regardless of its text."""
     scene = random_scene(rng)
     scenes = options(scene, rng.randint(2, 4), rng)
     right = rng.randrange(len(scenes))

@@ -1,8 +1,7 @@
-"""A small poetic world: scenes, told in a plain sentence or rendered in a line of verse.
+"""Generated scenes, described in a plain sentence or rendered in a line of verse.
 
-A scene fills the slots of a shape with concepts (`lexicon.py`). The scenes are divided once and
-for all into those that the evaluation set uses and all others, so that no text or record of the
-other sets can show an evaluation scene.
+A scene fills the slots of a shape with concepts (`lexicon.py`). Scenes are divided once into those
+of the evaluation set and all others, so that no record of another set contains an evaluation scene.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ SHAPES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("place", "who", "act"): ("{who}在{place}{act}。", "{place}，{who}正在{act}。"),
     ("time", "place", "see"): ("{time}，{place}{see}。", "{place}，{time}只见{see}。"),
 }
-HELD_OUT_SHARE = 4  # one scene in so many belongs to the evaluation set
+HELD_OUT_SHARE = 4  # one in this number of scenes belongs to the evaluation set
 
 
 def is_held_out(scene: Scene) -> bool:
@@ -36,7 +35,7 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def random_scene(rng: random.Random, held_out: bool = False) -> Scene:
-    """A scene of a random shape from one side of the division."""
+    """A random scene of a random shape, held out or not."""
     shape = rng.choice(tuple(SHAPES))
     while True:
         scene = tuple(rng.choice(CONCEPTS[slot]) for slot in shape)
@@ -45,22 +44,21 @@ def random_scene(rng: random.Random, held_out: bool = False) -> Scene:
 
 
 def plain_sentence(scene: Scene, rng: random.Random) -> str:
-    """A scene in everyday words, one of its wordings at random."""
+    """A scene as a plain sentence, with random wordings."""
     template = rng.choice(SHAPES[tuple(concept.slot for concept in scene)])
     return template.format(**{concept.slot: rng.choice(concept.plain) for concept in scene})
 
 
 def verse(scene: Scene, rng: random.Random) -> str:
-    """A scene as a line of 5 or 7 characters, one of its wordings at random."""
+    """A scene as a line of verse of 5 or 7 characters, with random wordings."""
     return "".join(rng.choice(concept.verse) for concept in scene)
 
 
 def options(right: Scene, count: int, rng: random.Random) -> list[Scene]:
-    """The right scene among `count` distinct ones of its shape, in random order.
+    """The right scene and others, `count` distinct scenes of its shape in random order.
 
-    All are of one side of the division. The others share concepts with the right one, in a
-    pattern that looks the same from each of them: from the options alone none can be told to be
-    the right one.
+    All are held out or none. The others share concepts with the right one, in a pattern that is
+    the same seen from each option, so that the options alone do not reveal the right one.
     """
     held_out = is_held_out(right)
     while True:
@@ -71,23 +69,23 @@ def options(right: Scene, count: int, rng: random.Random) -> list[Scene]:
 
 
 def _related(right: Scene, count: int, rng: random.Random) -> list[Scene]:
-    if count % 2 or rng.random() < 0.25:  # no pattern: strangers
-        strangers = [
+    if count % 2 or rng.random() < 0.25:  # no pattern: unrelated scenes
+        unrelated = [
             tuple(rng.choice(CONCEPTS[concept.slot]) for concept in right) for _ in range(count - 1)
         ]
-        return [right, *strangers]
+        return [right, *unrelated]
     other = tuple(rng.choice(CONCEPTS[concept.slot]) for concept in right)
     return [_mix(right, other, pattern) for pattern in _patterns(len(right), count, rng)]
 
 
 def _patterns(slots: int, count: int, rng: random.Random) -> list[tuple[int, ...]]:
-    """Which slots take the other scene's concept in each option; none do in the first."""
+    """For each option, which slots take the other scene's concept; none do in the first."""
     if count == 2:
         changed = rng.randrange(slots)
         return [(0,) * slots, tuple(int(slot == changed) for slot in range(slots))]
     if slots == 3 and rng.random() < 0.5:  # any two options have one concept in common
         return [(0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0)]
-    # Two slots vary, through every combination of their two concepts.
+    # Two slots vary, over all combinations of their two concepts.
     first, second = rng.sample(range(slots), 2)
     rows = []
     for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):

@@ -1,4 +1,4 @@
-"""Shared by all entry scripts: the argument parser, its number types, and `run_command`."""
+"""Command-line support for all entry scripts: the parser, its number types, `run_command`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import NoReturn
 from cpm_bee.distributed.rank import is_reporting_rank, record, report_error
 from cpm_bee.errors import CpmBeeError, InputError, describe
 
-# Threads that wait for each other sleep, so that a busy neighbour does not stop them. OpenMP reads
-# this when torch is loaded; every entry script imports this module before that.
+# Waiting threads sleep instead of spinning, so that another busy process does not stall them.
+# OpenMP reads this when torch is loaded; every entry script imports this module before torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 DEBUG_HELP, DEBUG_HELP_CHINESE = "show the traceback of an error", "出错时显示 traceback"
 
 
 def shown_default(value: object) -> str:
-    """A default as a person would type it."""
+    """A default value as a user would type it."""
     if isinstance(value, tuple):
         return ",".join(value)
     return str(value).removesuffix(".0")
@@ -33,7 +33,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        # By identity: 0 equals False and is a default to show.
+        # Compared by identity: 0 equals False but is a default worth showing.
         no_default = any(action.default is value for value in (None, False, argparse.SUPPRESS))
         if no_default or "default" in text:
             return text
@@ -44,11 +44,12 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse with this project's conventions.
 
     Flags are declared with hyphens and accepted with underscores too (`--eval_dataset`,
-    `--eval-dataset`); abbreviations are refused; `--debug` is always there (see `run_command`).
-    An unknown flag gets a hint: what other tools call so, or a flag that is spelled nearly so.
+    `--eval-dataset`); abbreviations are refused; `--debug` is always defined (see `run_command`).
+    The error for an unknown flag suggests the equivalent of another tool's flag, or a flag with a
+    similar spelling.
 
     Args:
-        hints: flags of other tools, and what to write here for them.
+        hints: flags of other tools and their equivalents here.
     """
 
     def __init__(self, *, hints: Mapping[str, str] | None = None, **kwargs: object) -> None:
@@ -60,7 +61,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         arguments = sys.argv[1:] if args is None else list(args)
         if not {"-h", "--help"} & set(arguments):
-            # First: of `--train_file x` argparse would only say that --dataset is missing.
+            # Before argparse: given `--train_file x`, it would only say that --dataset is missing.
             self._check_flags(arguments)
         return super().parse_args(arguments, namespace)
 
@@ -77,7 +78,7 @@ class ArgumentParser(argparse.ArgumentParser):
             if argument == "--":
                 break
             given = argument.partition("=")[0]
-            # Text with a space is a value to argparse, also where it begins with a hyphen.
+            # argparse takes text with a space as a value, even if it begins with a hyphen.
             if given.startswith("--") and " " not in argument and not self._knows(given):
                 hint = self.hint(given)
                 unknown.append(f"{given} (did you mean {hint}?)" if hint else given)
@@ -88,7 +89,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return _hyphenate(flag) in self._option_string_actions
 
     def hint(self, unknown: str) -> str | None:
-        """The flag that an unknown one probably means, as it should be written; None if unclear."""
+        """The flag that was probably meant, as it should be written; None if unclear."""
         flag = _hyphenate(unknown).lower()
         if flag in self._hints:
             return self._hints[flag]
@@ -106,7 +107,7 @@ def _hyphenate(argument: str) -> str:
 
 
 def whole_number(text: str) -> int:
-    """An integer; `1.` and `1.0` are accepted, as copied tutorial scripts contain them."""
+    """An integer; `1.` and `1.0` are accepted because copied tutorial scripts contain them."""
     try:
         value = float(text)
         if value != int(value):
@@ -131,7 +132,7 @@ def not_negative(text: str) -> int:
 
 
 def real_number(minimum: float, *, exclusive: bool = False) -> Callable[[str], float]:
-    """A type for argparse: a finite float, at least (or, if exclusive, above) `minimum`."""
+    """An argparse type: a finite float of at least (or, if exclusive, above) `minimum`."""
 
     def parse(text: str) -> float:
         try:
@@ -151,7 +152,7 @@ def comma_list(text: str) -> tuple[str, ...]:
 
 
 class _MessageHandler(logging.Handler):
-    """Prints messages of the library above a progress bar; on one rank of each machine."""
+    """Prints the library's messages above a progress bar, on one rank of each machine."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from cpm_bee.progress import print_above_bar  # tqdm may not be installed
@@ -173,11 +174,11 @@ def _prepare_output() -> None:
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run an entry script's `main` and exit; a user's mistake is a message, not a traceback.
+    """Run an entry script's `main` and exit; user errors print a message, not a traceback.
 
-    Exit status: what `main` returns (None is 0), 2 for wrong usage or bad input, 1 for a failed
-    run, 130 after Ctrl-C. `--debug` on the command line shows the traceback of any of them. Under
-    torchrun an error is printed once (see `distributed.rank`).
+    The exit status is what `main` returns (None is 0), 2 for wrong usage or bad input, 1 for a
+    failed run, and 130 after Ctrl-C. With `--debug` the traceback is shown. Under torchrun an
+    error is printed once (see `distributed.rank`).
     """
     _prepare_output()
     debug = "--debug" in sys.argv
@@ -204,8 +205,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
             print("interrupted", file=sys.stderr)
         status = 130
     except BrokenPipeError:
-        # The reader of our output went away (`... | head`): end quietly. Without this the
-        # interpreter would complain once more while flushing stdout.
+        # The reader of our output has gone (`... | head`): exit quietly. Without this the
+        # interpreter would report the error again while flushing stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except Exception as error:
@@ -216,7 +217,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
 
 def _message_of(error: BaseException) -> str | None:
-    """The message of an error that a user can cause; None for any other error."""
+    """The message for an error that a user can cause; None for any other error."""
     if isinstance(error, ModuleNotFoundError):
         return (
             f"the package {error.name!r} is not installed for {sys.executable}; "

@@ -1,4 +1,4 @@
-"""Delta tuning: insert a LoRA into a model, save it, load it (docs/format.md §7)."""
+"""Delta tuning: insert LoRA into a model, save it and load it (docs/format.md §7)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _RECORDED = ("rank", "alpha", "targets", "base_fingerprint", "vocabulary_fingerp
 
 @dataclass(frozen=True)
 class DeltaConfig:
-    """Rank r and alpha of (alpha/r) (x Aᵀ) Bᵀ, the layers it is added to, dropout of x."""
+    """Settings of the delta (alpha/r) (x Aᵀ) Bᵀ: rank r, alpha, target layers, dropout of x."""
 
     rank: int = 8
     alpha: float = 16
@@ -49,21 +49,21 @@ class DeltaConfig:
         unknown = [t for t in self.targets if t not in TARGETS]
         if unknown or not self.targets:
             raise InputError(
-                f"--delta-targets: {', '.join(unknown) or 'nothing'} is no layer of the model; "
+                f"--delta-targets: {', '.join(unknown) or 'nothing'} is not a layer of the model; "
                 f"choose from {', '.join(TARGETS)}"
             )
 
 
 class LoRA(nn.Module):
-    """The low-rank path beside a Linear. Unlike the base path it is not divided by sqrt(dim_in)."""
+    """The low-rank path beside a Linear; unlike the base path, not divided by sqrt(dim_in)."""
 
     def __init__(self, linear: Linear, config: DeltaConfig) -> None:
         super().__init__()
         dim_in, dim_out = linear.dim_in, linear.dim_out
-        # fp32 for every base: a 16-bit weight would lose most steps of a small learning rate.
+        # Always fp32: in 16 bit, most updates at a small learning rate would round to nothing.
         device = linear.operands()[0].device  # a quantised layer has no weight
         if device.type == "meta":
-            device = torch.device("cpu")  # the base's values come later, its own must not be lost
+            device = torch.device("cpu")  # the base is loaded later, but these values are set now
         self.lora_A = nn.Parameter(torch.empty(config.rank, dim_in, device=device))
         self.lora_B = nn.Parameter(torch.empty(dim_out, config.rank, device=device))
         self.scale = config.alpha / config.rank
@@ -71,7 +71,7 @@ class LoRA(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """A Kaiming-uniform with a = sqrt(5), which is U(±1/sqrt(dim_in)); B zero."""
+        """Set A to Kaiming-uniform with a = sqrt(5), i.e. U(±1/sqrt(dim_in)), and B to zero."""
         bound = 1 / math.sqrt(self.lora_A.shape[1])
         values = torch.rand(self.lora_A.shape, generator=generator) * 2 - 1
         self.lora_A.copy_(values * bound)
@@ -84,12 +84,12 @@ class LoRA(nn.Module):
 
 
 def insert(model: CPMBee, config: DeltaConfig, seed: int) -> None:
-    """Freeze the model and add a LoRA, the only part to be trained, to each target layer."""
+    """Freeze the model and add a trainable LoRA to each target layer."""
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, Linear)]
     for name, linear in linears:
-        linear.lora = None  # of a delta before this one
+        linear.lora = None  # removes an earlier delta
         if name.rpartition(".")[2] in config.targets:
             lora = LoRA(linear, config)
             lora.initialize(generator)
@@ -97,7 +97,7 @@ def insert(model: CPMBee, config: DeltaConfig, seed: int) -> None:
 
 
 def tensors(model: CPMBee) -> dict[str, torch.Tensor]:
-    """The delta's tensors by their names in a delta file (docs/format.md §7)."""
+    """The delta's tensors by the names they have in a delta file (docs/format.md §7)."""
     return {name: p.detach().cpu() for name, p in model.named_parameters() if _INFIX in name}
 
 
@@ -210,7 +210,7 @@ def _config_of(
     path: Path, loaded: dict[str, Any], recorded: dict[str, Any], alpha: float | None
 ) -> DeltaConfig:
     if not all(_is_matrix(name, value) for name, value in loaded.items()):
-        raise InputError(f"{path}: not a delta file, which holds only matrices by name")
+        raise InputError(f"{path}: not a delta file, which contains only named matrices")
     ending = f"{_INFIX}lora_A"
     lora_a = {name.removesuffix(ending): v for name, v in loaded.items() if name.endswith(ending)}
     targets = {name.rpartition(".")[2] for name in lora_a} & set(TARGETS)
@@ -221,7 +221,7 @@ def _config_of(
         )
     ranks = {value.shape[0] for value in lora_a.values()}
     if len(ranks) > 1:
-        raise InputError(f"{path}: holds LoRA of several ranks {sorted(ranks)}, expected one")
+        raise InputError(f"{path}: contains LoRA of several ranks {sorted(ranks)}, expected one")
     (rank,) = ranks
     if recorded.get("rank", rank) != rank:
         raise InputError(

@@ -28,7 +28,8 @@ class EncodedRecord:
 
     Attributes:
         ids: vocabulary ids, int32 [n].
-        subs: which extension entry of its id a token is (0 for ordinary tokens), uint16 [n].
+        subs: the number of a token's extension entry among those that share its id (0 for
+            ordinary tokens), uint16 [n].
         segments: the segment of each token, uint16 [n].
         tree: the segments' depths and roles.
     """
@@ -50,23 +51,24 @@ class EncodedRecord:
 class AnswerState(enum.IntFlag):
     """Whether generation can write a record's answer; 0 if the answer is not known.
 
-    A record is encoded in the order of its fields, an answer included; generation encodes the
-    context alone. Both number the extension entries as they come, so an answer before its context
-    may shift the numbers (`RENUMBERED`). An answer that adds entries, such as characters that the
-    vocabulary lacks, can be trained on but never generated (not `WRITABLE`).
+    A record is encoded in the order of its fields, including the answer; generation encodes only
+    the context. Both number the extension entries in order of appearance, so an answer that
+    precedes context may shift the numbers (`RENUMBERED`). An answer that adds entries, such as
+    characters that are not in the vocabulary, can be trained on but never generated (not
+    `WRITABLE`).
     """
 
     KNOWN = 1  # there is an answer
     WRITABLE = 2  # generation has candidates for all of its tokens
-    RENUMBERED = 4  # generation numbers the record's extension entries in another way
+    RENUMBERED = 4  # generation numbers the record's extension entries differently
 
 
 class Extension(ExtensionTable):
-    """A record's extension table with the (id, sub) pair of each of its entries.
+    """A record's extension table with the (id, sub) pair of each entry.
 
     Attributes:
-        pairs: of each entry.
-        answers_added: whether an answer brought an entry that was not there before it.
+        pairs: the (id, sub) pair of each entry.
+        answers_added: whether an answer added an entry.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -82,7 +84,7 @@ class Extension(ExtensionTable):
         return super().id_of(piece)
 
     def pair_of(self, piece: Piece, category: int) -> tuple[int, int]:
-        """The pair of a piece of known `Tokenizer.category`."""
+        """The pair of a piece whose `Tokenizer.category` is known; adds the piece if it is new."""
         token_id = self._ids.get(piece)
         if token_id is not None:
             return self.pair(token_id)
@@ -98,12 +100,12 @@ class Extension(ExtensionTable):
 
 @dataclass(slots=True)
 class TokenLists:
-    """The tokens of records, one record after the other, while they are made.
+    """The tokens of consecutive records, while they are being encoded.
 
     Attributes:
         ids: the vocabulary id of each token.
-        segment_lengths: tokens of each segment.
-        subs: (place in `ids`, sub) of the tokens whose sub is not 0.
+        segment_lengths: the number of tokens of each segment.
+        subs: (position in `ids`, sub) of the tokens whose sub is not 0.
     """
 
     ids: list[int] | array[int] = field(default_factory=list)
@@ -112,12 +114,12 @@ class TokenLists:
 
 
 class Encoder:
-    """Encodes records with one vocabulary; not for use by several threads at once."""
+    """Encodes records with one vocabulary; not thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._ordinary: dict[str, list[int]] = {}  # texts without extension entries
-        self._markup: dict[str, tuple[Piece, int]] = {}  # that are one unlisted special token
+        self._markup: dict[str, tuple[Piece, int]] = {}  # texts that are one unlisted special token
 
     def encode(
         self, record: Record, *, rng: random.Random | None = None, answers: bool = True
@@ -125,49 +127,49 @@ class Encoder:
         """Encode a valid record (see `records.validate`).
 
         Args:
-            rng: shuffles the dictionaries under `<ans>`, as training does.
-            answers: without them, predicted segments keep their number but have no tokens, which
-                is the prompt of generation.
+            rng: shuffles the dictionaries under `<ans>`, as in training.
+            answers: if false, predicted segments keep their number but have no tokens, as in the
+                prompt for generation.
 
         Raises:
-            InputError: a special token whose name the vocabulary lacks; more than 4,096 segments
-                or 65,535 extension entries.
+            InputError: a special token has a name that is not in the vocabulary, or the record has
+                more than 4,096 segments or 65,535 extension entries.
         """
         return self.encode_outline(outline(record, rng), answers=answers)[0]
 
     def encode_outline(
-        self, outline: Outline, *, answers: bool = True, extension: Extension | None = None
+        self, segments: Outline, *, answers: bool = True, extension: Extension | None = None
     ) -> tuple[EncodedRecord, Extension]:
         """Like `encode`, from segments; also returns the record's extension, for decoding."""
         tokens = TokenLists()
-        extension = self.append(outline, tokens, answers=answers, extension=extension)
+        extension = self.append(segments, tokens, answers=answers, extension=extension)
         subs = np.zeros(len(tokens.ids), dtype=np.uint16)
-        for place, sub in tokens.subs:
-            subs[place] = sub
+        for position, sub in tokens.subs:
+            subs[position] = sub
         encoded = EncodedRecord(
             ids=np.array(tokens.ids, dtype=np.int32),
             subs=subs,
-            segments=_numbers(len(outline.texts)).repeat(tokens.segment_lengths),
-            tree=outline.tree,
+            segments=_numbers(len(segments.texts)).repeat(tokens.segment_lengths),
+            tree=segments.tree,
         )
         return encoded, extension
 
     def encode_as_generated(self, record: Record) -> EncodedRecord:
-        """Encode a record with its extension entries numbered as generation numbers them.
+        """Encode a record with its extension entries numbered as in generation.
 
-        The entries of the context come first, then those that the answers add.
+        The context's entries come first, then those that the answers add.
         """
         segments = outline(record)
         extension = self.append(segments, TokenLists(), answers=False)
         return self.encode_outline(segments, extension=extension)[0]
 
-    def answer_state(self, outline: Outline, extension: Extension) -> AnswerState:
+    def answer_state(self, segments: Outline, extension: Extension) -> AnswerState:
         """Whether generation can write a record's answer.
 
         Args:
-            extension: what `append` returned for the whole record.
+            extension: the result of `append` for the whole record.
         """
-        pairs = zip(outline.texts, outline.tree.predicted, strict=True)
+        pairs = zip(segments.texts, segments.tree.predicted, strict=True)
         answers = [text for text, is_predicted in pairs if is_predicted]
         if not any(answers):
             return AnswerState(0)
@@ -176,11 +178,11 @@ class Encoder:
         if plain and not extension.answers_added:
             return AnswerState.KNOWN | AnswerState.WRITABLE
         vocab_size = len(self.tokenizer)
-        prompt = self.append(outline, TokenLists(), answers=False)
+        prompt = self.append(segments, TokenLists(), answers=False)
         state = AnswerState.KNOWN
         if any(extension.pair_of(p, 0) != prompt.pair_of(p, 0) for p in list(prompt.pieces)):
             state |= AnswerState.RENUMBERED
-        # Generated pairs are read back as `generate.prompt.Prompt.text` does.
+        # Generated pairs are converted back as in `generate.prompt.Prompt.text`.
         numbers = {pair: vocab_size + i for i, pair in enumerate(prompt.pairs)}
         size = len(prompt)
         written = [self.tokenizer.encode(text, prompt) for text in answers]
@@ -206,15 +208,15 @@ class Encoder:
 
     def append(
         self,
-        outline: Outline,
+        segments: Outline,
         tokens: TokenLists,
         *,
         answers: bool = True,
         extension: Extension | None = None,
     ) -> Extension:
-        """Append the tokens of a record; nothing is appended where it raises (see `encode`).
+        """Append a record's tokens to `tokens`; on an error (see `encode`), `tokens` is unchanged.
 
-        Returns the record's extension: `extension`, if given, with what the record adds to it.
+        Returns the record's extension: `extension`, if given, plus the record's own entries.
         """
         ids, lengths, subs = tokens.ids, tokens.segment_lengths, tokens.subs
         before = len(ids), len(lengths), len(subs)
@@ -222,7 +224,7 @@ class Encoder:
         bos, eos = self.tokenizer.bos, self.tokenizer.eos
         ordinary_get, markup_get = self._ordinary.get, self._markup.get
         try:
-            for text, is_predicted in zip(outline.texts, outline.tree.predicted, strict=True):
+            for text, is_predicted in zip(segments.texts, segments.tree.predicted, strict=True):
                 if is_predicted and not answers:
                     lengths.append(0)
                     continue
@@ -241,7 +243,7 @@ class Encoder:
                         extension.answers_added = True
                 ids.extend(segment)
                 lengths.append(len(segment))
-            if len(outline.texts) > MAX_SEGMENTS:
+            if len(segments.texts) > MAX_SEGMENTS:
                 raise InputError(f"the record has more than {MAX_SEGMENTS} fields")
             if len(extension) > MAX_PARTS:
                 raise InputError(f"the record has more than {MAX_PARTS} unknown words")
@@ -254,7 +256,7 @@ class Encoder:
     def _segment(
         self, text: str, extension: Extension, begin: int, subs: list[tuple[int, int]]
     ) -> list[int]:
-        """The ids of a segment that begins at token `begin`, `<s>` and `</s>` included."""
+        """The ids of a segment that begins at token `begin`, including `<s>` and `</s>`."""
         tokenizer = self.tokenizer
         if "<" not in text:
             ids, unknown = tokenizer.match(text)
@@ -265,8 +267,8 @@ class Encoder:
         vocab_size = len(tokenizer)
         if max(segment) < vocab_size:
             return self._remember(text, segment)
-        # Ids of the extension mean something within one record only; that a text is one special
-        # token can be kept.
+        # Extension ids are valid within one record only, so just the fact that the text is one
+        # special token can be cached.
         if len(ids) == 1 and (piece := extension[ids[0]]).is_special:
             if len(self._markup) >= _CACHE_SIZE:
                 self._markup.clear()

@@ -22,7 +22,7 @@ class RunError(CpmBeeError):
 
 
 class InterruptedRun(RunError):
-    """A signal ended a run; its state is good and is saved (exit status 75, EX_TEMPFAIL)."""
+    """A signal ended a run after its state was saved (exit status 75, EX_TEMPFAIL)."""
 
     exit_status = 75
 
@@ -34,10 +34,10 @@ class InputError(CpmBeeError):
 
 
 class Problems:
-    """Collects everything wrong with one input, to report it in one go.
+    """Collects all problems of one input, to report them together.
 
-    Keeps at most `shown` lines of text (a broken file can have millions of bad lines), but
-    counts all of them.
+    Counts all problems, but keeps the text of at most `shown` (a broken file can have millions of
+    bad lines).
     """
 
     def __init__(self, shown: int = 1000) -> None:
@@ -55,7 +55,7 @@ class Problems:
             self.add(where, reason)
 
     def include(self, error: InputError) -> None:
-        """Add an error's own text, which may have several lines, as one problem; once."""
+        """Add an error's text, which may have several lines, as one problem; ignores repeats."""
         text = "  " + str(error).replace("\n", "\n  ")
         if text not in self._lines:
             self.count += 1
@@ -64,7 +64,7 @@ class Problems:
 
     @contextlib.contextmanager
     def collecting(self) -> Iterator[None]:
-        """Turn an `InputError` or `OSError` that ends the block into a problem."""
+        """Add an `InputError` or `OSError` that the block raises as a problem."""
         try:
             yield
         except InputError as error:
@@ -77,21 +77,21 @@ class Problems:
         return "\n".join(self._lines + ([f"  ... and {more} more"] if more else []))
 
     def raise_if_any(self, header: str, remedy: str = "") -> None:
-        """Raise `InputError` with the header, one line a problem and the remedy, if any."""
+        """Raise `InputError` if there are problems; its text is header, problems and remedy."""
         if self.count:
             raise InputError("\n".join(filter(None, [f"{header}", self.text(), remedy])))
 
 
 def shown(value: object) -> str:
-    """A short form of any value from a file, for a message."""
+    """A short representation of any value, for messages."""
     try:
         return _REPR.repr(value)
-    except ValueError:  # a number of more digits than Python writes
+    except ValueError:  # a number with more digits than Python converts
         return f"a huge {type(value).__name__}"
 
 
 def describe(error: Exception) -> str:
-    """The text of an error for people; for one of the system, the file and the reason."""
+    """The text of an error for users; for an `OSError`, the file and the reason."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror.lower()}"

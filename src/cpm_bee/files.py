@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all.
+"""Atomic writes of files and folders, and lock files.
 
 Everything is written under a temporary name beside its destination (a rename is atomic only
-within one file system), brought to the disk, and renamed. POSIX only.
+within one file system), synced to disk, and renamed. POSIX only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class BusyError(InputError):
 
 
 def is_usable_name(name: str) -> bool:
-    """Whether the system can look up a path that a file contains."""
+    """Whether the file system can look up a path that was read from a file."""
     try:
         parts = os.fsencode(name).split(b"/")
     except UnicodeEncodeError:  # half of a surrogate pair
@@ -38,23 +38,23 @@ def is_usable_name(name: str) -> bool:
 
 
 def refuse_lfs_pointer(path: str | Path) -> None:
-    """Raise `InputError` for a Git LFS pointer, left where the file itself was not downloaded."""
+    """Raise `InputError` if `path` is a Git LFS pointer, whose file was not downloaded."""
     with open(path, "rb") as file:
         begin = file.read(len(_LFS_POINTER))
     if begin == _LFS_POINTER:
         raise InputError(
-            f"{path}: is a Git LFS pointer, the file itself was not downloaded; in its folder: "
-            "git lfs pull (or download the file again)"
+            f"{path}: is a Git LFS pointer, the file itself was not downloaded; run git lfs pull "
+            "in its folder (or download the file again)"
         )
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """A file to write to that takes the name `path` only when the block ends without exception.
+    """Open a file for writing that appears at `path` only if the block ends without exception.
 
     Args:
-        path: destination; missing parent folders are made, an existing file is replaced. A device
-            or pipe (`/dev/stdout`) is written to directly.
+        path: the destination. Missing parent folders are made and an existing file is replaced; a
+            device or pipe (`/dev/stdout`) is written to directly.
         mode: "w" (UTF-8, lines end with "\\n") or "wb".
 
     Raises:
@@ -63,12 +63,12 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     path = Path(path)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     if path.is_dir():
-        raise InputError(f"{path}: this is a folder, a file was to be written")
+        raise InputError(f"{path}: this is a folder, expected a file")
     if path.exists() and not path.is_file():
         with open(path, mode, **text) as file:  # type: ignore[call-overload]
             yield file
         return
-    path = path.resolve()  # a link stays a link, its target is replaced
+    path = path.resolve()  # replaces the target of a link, not the link
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with _parent_folders(path):
         try:
@@ -85,17 +85,18 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
-    """An empty folder to fill that takes the name `path` when the block ends without exception.
+    """Make an empty folder that is moved to `path` if the block ends without exception.
 
-    What a killed run left behind is removed first, or put back if it was the replaced folder.
+    Leftovers of a killed run are removed first; if it was replacing a folder, the old one is
+    restored.
 
     Args:
-        path: destination; missing parent folders are made.
-        replace: an existing folder is removed, once the new one is whole.
+        path: the destination; missing parent folders are made.
+        replace: replace an existing folder once the new one is complete.
 
     Raises:
-        InputError: `path` exists (and `replace` is false or it is a file), or another process is
-            writing it at this moment.
+        InputError: `path` exists and `replace` is false, or `path` is a file.
+        BusyError: another process is writing it.
     """
     path = Path(path).resolve()
     temporary = path.with_name(f".{path.name}.partial")
@@ -107,7 +108,7 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
                 os.rename(old, path)  # killed between the two renames below
             shutil.rmtree(old, ignore_errors=True)
             if path.exists() and not (replace and path.is_dir()):
-                raise InputError(f"{path}: exists already")
+                raise InputError(f"{path}: already exists")
             yield temporary
             _sync_tree(temporary)
             if path.exists():
@@ -125,10 +126,10 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def _claim(temporary: Path, path: Path) -> int:
-    """Make the temporary folder, empty and locked: a descriptor that holds the lock until closed.
+    """Make the temporary folder, empty and locked; returns the descriptor that holds the lock.
 
-    Without the lock a second run would take the folder of a first, living one for the leavings of
-    a killed one. The kernel drops it when a process is killed.
+    The lock tells the folder of a running process from the leftovers of a killed one: the kernel
+    releases it when a process is killed.
     """
     temporary.mkdir(exist_ok=True)
     lock = os.open(temporary, os.O_RDONLY)
@@ -142,7 +143,7 @@ def _claim(temporary: Path, path: Path) -> int:
         ours = True  # a file system without locks
     if not ours:
         os.close(lock)
-        raise BusyError(f"{path}: another process is writing it at this moment")
+        raise BusyError(f"{path}: another process is writing it right now")
     for entry in temporary.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -153,14 +154,14 @@ def _claim(temporary: Path, path: Path) -> int:
 
 @contextlib.contextmanager
 def exclusive(path: str | Path, busy: str) -> Iterator[None]:
-    """Hold a lock file for the block; the kernel drops the lock of a killed process.
+    """Hold a lock file for the block; the kernel releases the lock of a killed process.
 
     Args:
         path: the lock file, which is removed at the end.
-        busy: what the other process is doing and what to do about it, for the message.
+        busy: for the message, what the other process is doing and what to do about it.
 
     Raises:
-        BusyError: another process holds the lock; names its number and its machine.
+        BusyError: another process holds the lock; the message has its id and machine.
     """
     path = Path(path)
     with _parent_folders(path):
@@ -215,12 +216,12 @@ def _lock(path: Path, busy: str) -> int:
             return descriptor  # a file system without locks
         if os.fstat(descriptor).st_nlink:
             return descriptor
-        os.close(descriptor)  # its holder has removed the file since we opened it
+        os.close(descriptor)  # the holder removed the file after we opened it
 
 
 @contextlib.contextmanager
 def _parent_folders(path: Path) -> Iterator[None]:
-    """Make the folders above `path`; on an exception remove those made, where they are empty."""
+    """Make the folders above `path`; after an exception, remove those it made if empty."""
     made = [folder for folder in path.parents if not folder.exists()]  # innermost first
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

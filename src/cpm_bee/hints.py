@@ -1,8 +1,8 @@
-"""What other tools call our flags, so that a flag typed from habit gets a hint instead of a "no".
+"""Other tools' names for our flags, so that the error for an unknown flag can suggest ours.
 
-Each table has what to write here, and the names that mean the same elsewhere: in the trainers of
-Hugging Face and of the tools built on it, in Megatron-LM, DeepSpeed, Lightning and llama.cpp.
-A script's table has a name only if that script has a flag with that meaning.
+Each table maps a flag here to names with the same meaning elsewhere: in the trainers of Hugging
+Face and of the tools built on it, in Megatron-LM, DeepSpeed, Lightning and llama.cpp. A script's
+table has a name only if that script has a flag with that meaning.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Text files with one JSON value a line, as people bring them.
+"""Reads text files with one JSON value per line.
 
-A line that cannot be read gives a reason in words, never an exception. Another encoding, or JSON
-that is not one object per line, is reported with the command that converts the file.
+`parse_line` and `decode_line` return a reason for a bad line instead of raising. Another encoding,
+or JSON that is not one object per line, is reported with the command that converts the file.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 from cpm_bee.errors import InputError
 
-# Bytes of a line of JSON, far more than any model reads at once. Tokens take 24 times as much.
+# The most bytes per line, far more than any model reads at once. Tokens take 24 times as much.
 MAX_LINE = 8 << 20
 
 
 class DuplicateKeyError(ValueError):
-    """A JSON object has a key twice; all but the last value would be lost."""
+    """A JSON object contains a key twice; all but the last value would be lost."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_line(line: str) -> tuple[Any, str | None]:
-    """Parse one line of JSON: (value, None), or (None, the reason why it cannot be used)."""
+    """Parse one line of JSON; returns (value, None), or (None, reason) if it cannot be used."""
     try:
         return json.loads(line, object_pairs_hook=_unique), None
     except DuplicateKeyError as error:
@@ -42,15 +42,17 @@ def parse_line(line: str) -> tuple[Any, str | None]:
         return None, f"not valid JSON ({error.msg} at column {error.colno})"
     except RecursionError:
         return None, "not valid JSON (nested too deeply)"
-    except ValueError as error:  # e.g. a number of more digits than Python reads
+    except ValueError as error:  # e.g. a number with more digits than Python converts
         return None, f"not valid JSON ({error})"
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """The non-blank lines of a UTF-8 text file with their numbers from 1.
+    """Yields (line number from 1, text) for the non-blank lines of a UTF-8 text file.
 
-    A byte order mark at the beginning and carriage returns are dropped. Raises `InputError`, with
-    file:line, where the text is not UTF-8 or the file does not exist.
+    A byte order mark at the beginning and carriage returns are dropped.
+
+    Raises:
+        InputError: the file does not exist, or a line is not valid text (with file:line).
     """
     path = Path(path)
     if not path.is_file():
@@ -65,11 +67,11 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def decode_line(raw: bytes, path: str | Path | None, *, is_first: bool) -> tuple[str, str | None]:
-    """Decode a line: (text, None), "" for a blank line, or ("", why it is not text).
+    """Decode a line; returns (text, None), with "" for a blank line, or ("", reason).
 
     Args:
-        path: of the file, for the command that converts it; None where it is no file.
-        is_first: the first line of a file may begin with a byte order mark.
+        path: the file, for the command that converts it; None if the line is not from a file.
+        is_first: whether it is the first line, which may begin with a byte order mark.
     """
     if len(raw) > MAX_LINE:
         return "", f"has {len(raw)} bytes; a line may have up to {MAX_LINE}"
@@ -86,14 +88,14 @@ def decode_line(raw: bytes, path: str | Path | None, *, is_first: bool) -> tuple
 
 
 def _other_encoding(raw: bytes, path: str | Path | None) -> str:
-    """The probable encoding of a line that is not UTF-8, with the command to convert the file."""
+    """A hint: the probable encoding of a line that is not UTF-8, and the command to convert it."""
     encoding = ""
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in raw:
         encoding = "UTF-16"
     else:
         try:
             raw.decode("gb18030")
-            encoding = "GB18030"  # GBK and GB2312 are parts of it
+            encoding = "GB18030"  # includes GBK and GB2312
         except UnicodeDecodeError:
             return ""
     name = {"GB18030": "GBK"}.get(encoding, encoding)
@@ -105,10 +107,10 @@ def _other_encoding(raw: bytes, path: str | Path | None) -> str:
 
 
 def check_is_lines(path: Path) -> None:
-    """Refuse a file that holds one JSON array, or objects that run over several lines.
+    """Refuse a file that contains a JSON array, or objects that span several lines.
 
     Raises:
-        InputError: with the command that writes one object a line.
+        InputError: the file does; the message has the command that writes one object per line.
     """
     with open(path, "rb") as file:
         head = next((line for raw in file if (line := raw.strip(b"\xef\xbb\xbf \t\r\n"))), b"")
@@ -122,6 +124,6 @@ def check_is_lines(path: Path) -> None:
     )
     new = shlex.quote(path.with_suffix(".lines.jsonl").name)
     raise InputError(
-        f"{path}: is {form}; one record a line is expected. This command converts it:\n"
+        f"{path}: is {form}; one record per line is expected. This command converts it:\n"
         f"python -c {shlex.quote(code)} < {shlex.quote(str(path))} > {new}"
     )

@@ -1,7 +1,7 @@
-"""Flags declared once: as the fields of a dataclass.
+"""Command-line flags, declared once as the fields of a dataclass.
 
-A script's flags are the fields of one frozen dataclass. A field holds everything about its flag,
-with the help text in both languages:
+A script's flags are the fields of one frozen dataclass. Each field holds everything about its
+flag, with the help text in both languages:
 
     TRAINING = Group("training", "训练")
 
@@ -11,9 +11,9 @@ with the help text in both languages:
         ...
         batch_size: int = TRAINING.option(32, "rows per step", "每步的行数", type=positive)
 
-`Options.parse()` reads the command line. `scripts/make_docs.py` makes docs/training.md and its
-Chinese page from the same fields. A `bool` field is a switch; a field without `type` is text; the
-default `REQUIRED` makes the flag mandatory. Help texts are Markdown: `--help` drops the backticks.
+`Options.parse()` reads the command line. `scripts/make_docs.py` makes the flag tables of docs/ and
+docs/zh/ from the same fields. A `bool` field is a switch; a field without `type` is text; a flag
+with the default `REQUIRED` must be given. Help texts are Markdown: `--help` drops the backticks.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class Group:
         choices: Sequence[str] | None = None,
         metavar: str | None = None,
     ) -> Any:
-        """Returns a dataclass field that is a flag of this group.
+        """Returns a dataclass field that declares a flag of this group.
 
         Args:
-            default: the value when the flag is not given; `REQUIRED` if it must be given.
+            default: the value if the flag is not given; `REQUIRED` if it must be given.
             help: the help text in English.
             chinese: the help text in Chinese.
-            type: converts the text to the value, or raises `argparse.ArgumentTypeError`.
+            type: converts the text to the value; raises `argparse.ArgumentTypeError`.
         """
         declared = {
             "group": self, "help": help, "chinese": chinese,
@@ -75,7 +75,7 @@ GENERAL = Group("general", "通用")
 
 @dataclass(frozen=True)
 class Flag:
-    """A declared flag."""
+    """The declaration of a flag."""
 
     name: str  # of the field
     default: Any
@@ -114,12 +114,12 @@ class Flag:
         )
 
 
-# Every script has this flag. It is not a field, since `cli.run_command` handles it.
+# Every script has this flag; it is not a field because `cli.run_command` looks for it.
 DEBUG = Flag("debug", False, True, GENERAL, DEBUG_HELP, DEBUG_HELP_CHINESE)
 
 
 def flags_of(options: Any) -> list[Flag]:
-    """Returns the flags of a dataclass or of its instance, in the order of its fields."""
+    """The flags of a dataclass or of an instance, in the order of the fields."""
     return [
         Flag(field.name, field.default, field.type in (bool, "bool"), **field.metadata)
         for field in dataclasses.fields(options)
@@ -128,10 +128,10 @@ def flags_of(options: Any) -> list[Flag]:
 
 
 def check_values(options: Any) -> None:
-    """Apply each flag's `type` to a value that did not come from the command line.
+    """Check values that did not come from the command line against each flag's `type`.
 
     Raises:
-        InputError: a value is out of range; names the flag.
+        InputError: a value is out of range; the message names the flag.
     """
     for flag in flags_of(options):
         value = getattr(options, flag.name)
@@ -144,22 +144,22 @@ def check_values(options: Any) -> None:
 
 
 class CommandOptions:
-    """The flags of one script: the base of a frozen dataclass whose fields are options."""
+    """Base class of a script's options: a frozen dataclass whose fields are flags."""
 
     script: ClassVar[str]
     description: ClassVar[str]
-    chinese: ClassVar[str]  # the description
+    chinese: ClassVar[str]  # the description in Chinese
     groups: ClassVar[tuple[Group, ...]]  # in the order of `--help`; GENERAL comes last
     hints: ClassVar[Mapping[str, str]]  # see `cpm_bee.hints`
 
     @classmethod
     def parser(cls) -> ArgumentParser:
         parser = ArgumentParser(prog=cls.script, description=cls.description, hints=cls.hints)
-        places: dict[Group, argparse._ActionsContainer] = {GENERAL: parser}
+        sections: dict[Group, argparse._ActionsContainer] = {GENERAL: parser}
         for group in cls.groups:
-            places[group] = parser.add_argument_group(group.title)
+            sections[group] = parser.add_argument_group(group.title)
         for flag in cls.flags():
-            flag.add_to(places[flag.group])
+            flag.add_to(sections[flag.group])
         return parser
 
     @classmethod

@@ -32,7 +32,7 @@ AUTO = "auto"
 _FETCH = "bash scripts/fetch_vocab.sh gets the vocabulary of the released models"
 
 
-# Goes through the tensors of a model once, by name.
+# Returns an iterator over the tensors of a model, by name.
 Tensors = Callable[[], Iterator[tuple[str, LazyTensor]]]
 
 
@@ -40,8 +40,8 @@ Tensors = Callable[[], Iterator[tuple[str, LazyTensor]]]
 class PretrainedModel:
     """A model with its vocabulary; `fingerprint` identifies the weights it started from.
 
-    The model of `open_pretrained` has no values yet: all its tensors are on the meta device, in the
-    type that they will have, and `tensors` gives their values.
+    The model that `open_pretrained` returns has no values yet: its tensors are on the meta device,
+    in their final dtype, and `tensors` returns their values.
     """
 
     model: CPMBee
@@ -50,14 +50,14 @@ class PretrainedModel:
     tensors: Tensors
 
     def materialize(self, device: torch.device) -> None:
-        """Load the values onto a device; a checkpoint file is read once, in its order.
+        """Load the values onto a device; a checkpoint file is read once, from start to end.
 
-        Where type and device are the file's own, the tensors stay memory-mapped (copy on write).
+        Tensors that need no change of dtype or device stay memory-mapped (copy-on-write).
         """
         load_into(self.model, self.tensors(), device)
 
     def materialize_mapped(self) -> None:
-        """Load the values as the file has them: in its types, memory-mapped."""
+        """Load the values memory-mapped, in the dtypes of the file."""
         for name, entry in self.tensors():
             set_parameter(self.model, name, entry.read())
 
@@ -72,7 +72,7 @@ def load_pretrained(
     seed: int = 0,
     quantize: str = quantization.NONE,
 ) -> PretrainedModel:
-    """`open_pretrained`, filled with values."""
+    """Open a model (see `open_pretrained`) and load its values onto a device."""
     pretrained = open_pretrained(load, model_config, vocab, dtype, seed=seed, quantize=quantize)
     pretrained.materialize(device)
     return pretrained
@@ -87,17 +87,18 @@ def open_pretrained(
     seed: int = 0,
     quantize: str = quantization.NONE,
 ) -> PretrainedModel:
-    """Open a model without reading its values, which come from a checkpoint or are random.
+    """Open a model, from a checkpoint or with random weights, without reading its values.
 
     Args:
+        load: a checkpoint; None for random weights.
         model_config: a config file, or "auto" to derive it from the checkpoint.
         vocab: a vocabulary file; None looks beside the checkpoint.
-        dtype: the type of the weights in memory.
-        seed: of the random weights.
+        dtype: the dtype of the weights in memory.
+        seed: the seed of the random weights.
         quantize: a format of `quantize.CHOICES` for the Linears of a loaded, frozen model.
 
     Raises:
-        InputError: checkpoint, config and vocabulary do not fit each other; says all of it.
+        InputError: checkpoint, config and vocabulary do not match.
     """
     if load is None:
         return _random_pretrained(model_config, vocab, dtype, seed)
@@ -134,7 +135,7 @@ def _random_pretrained(
     _set_type(model, dtype)
 
     def tensors() -> Iterator[tuple[str, LazyTensor]]:
-        # From a separate model: this one may be sharded by then.
+        # From a separate model: `model` may be sharded by then.
         for name, tensor in initial_values(_meta_model(config), seed):
             yield name, LazyTensor.of(tensor)
 
@@ -153,7 +154,7 @@ def _refuse_larger_than_memory(model: CPMBee, source: str) -> None:
 
 
 def _set_type(model: CPMBee, dtype: torch.dtype) -> None:
-    """Give the parameters of a model on the meta device their type, but for quantised ones."""
+    """Set the dtype of all parameters of a model on the meta device, except quantised ones."""
     for module in model.modules():
         if not isinstance(module, QuantizedLinear):
             for leaf, p in list(module.named_parameters(recurse=False)):
@@ -190,7 +191,7 @@ def _checked_vocabulary(path: Path, config: ModelConfig) -> Tokenizer:
 
 
 def check_tensors(model: CPMBee, checkpoint: Checkpoint) -> None:
-    """Raise `InputError` with all missing, unexpected and misshapen tensors of a checkpoint."""
+    """Raise `InputError` if a checkpoint's tensors do not fit the model; all are listed."""
     problems = Problems()
     expected = dict(model.named_parameters())
     for name in sorted({*expected, *checkpoint.entries}):

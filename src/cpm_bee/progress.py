@@ -1,4 +1,4 @@
-"""Progress bars: tqdm's on a terminal, silent elsewhere."""
+"""Progress bars: tqdm on a terminal, silent elsewhere."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def progress_bar(
     quiet: bool = False,
     delay: float = 0,
 ) -> Any:
-    """A tqdm bar, over an iterable or advanced by `update`; bytes ("B") are scaled.
+    """Returns a tqdm bar over an iterable, or advanced by `update`; bytes ("B") are scaled.
 
-    Shows nothing if `quiet`, where stderr is no terminal, and before `delay` seconds have passed;
-    leaves nothing behind.
+    The bar is hidden if `quiet`, if stderr is not a terminal, and for the first `delay` seconds;
+    it is cleared at the end.
     """
     return tqdm(
         iterable,
@@ -41,10 +41,10 @@ def progress_bar(
 
 
 def print_above_bar(text: str, file: TextIO | None = None) -> None:
-    """Print a line, above a progress bar where one is shown; to stdout where no file is given.
+    """Print a line, above the progress bar if there is one; to stdout if no file is given.
 
-    A reader that has gone away (`| head`, a closed terminal) does not end the work that reports:
-    from then on the stream leads nowhere.
+    If the reader has gone (`| head`, a closed terminal), the stream is redirected to /dev/null, so
+    that the run goes on.
     """
     stream = file or sys.stdout
     try:
@@ -53,17 +53,17 @@ def print_above_bar(text: str, file: TextIO | None = None) -> None:
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.EIO):
             raise
-        _lead_nowhere(stream.fileno())
+        _redirect_to_null(stream.fileno())
 
 
 def silence_terminal() -> None:
-    """Redirect stdout and stderr to nowhere if they are a terminal, which has been closed."""
+    """Redirect stdout and stderr to /dev/null if they are a terminal, which has been closed."""
     for descriptor in (1, 2):
         if stat.S_ISCHR(os.fstat(descriptor).st_mode):
-            _lead_nowhere(descriptor)
+            _redirect_to_null(descriptor)
 
 
-def _lead_nowhere(descriptor: int) -> None:
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, descriptor)
-    os.close(nowhere)
+def _redirect_to_null(descriptor: int) -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)

@@ -1,8 +1,8 @@
 """A record: a nested dictionary of strings with the answer under `<ans>`.
 
-Everything that can be wrong with a record before a vocabulary is known is found here, for all
-readers alike: the shape of the tree; special tokens that are malformed, that the model uses for
-itself, or that an answer names although its record does not have them.
+`validate` makes all checks that need no vocabulary: the structure of the tree; special tokens that
+are malformed or reserved for the model; special tokens in an answer that the rest of its record
+does not contain.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ ANSWER = "<ans>"
 Tree: TypeAlias = "str | dict[str, Tree]"
 Record: TypeAlias = dict[str, Tree]
 
-# Deeper trees than any real one: walking recurses, and a bin record's unpickling does too.
+# More than any real record has. A limit is needed because reading and walking a tree recurse.
 MAX_NESTING = 64
-# Of one record: a line of a megabyte can have a hundred thousand.
+# Per record: a line of a megabyte can have a hundred thousand.
 _MAX_PROBLEMS = 100
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# Tokens that give the stream its structure, by name (what stands before the first "_"). In a text
-# they would end an answer, or be taken for what the vocabulary lacks.
+# Tokens that structure the stream, by name (the part before the first "_"). In a text they would
+# end an answer, or be mistaken for an unknown word.
 CONTROL_NAMES = frozenset({"pad", "unk", "s", "/s", "root", "sep", "ans", "/n", "/"})
-# Special tokens that texts may hold; `escape_texts` leaves them as they are.
+# Special tokens that texts may contain; `escape_texts` leaves them unchanged.
 _KEPT_BY_ESCAPE = re.compile(r"<(?:mask|option)(?:_[0-9]+)?>")
-_LESS_THAN = re.compile(r"<(?:[^<>]*>)?")  # with what would be its special token
+_LESS_THAN = re.compile(r"<(?:[^<>]*>)?")  # a `<`, or all of its special token if there is one
 _LITERAL = "write a literal '<' as '<<', or let --escape do it for all texts"
 
 
 def has_answer(answer: Tree) -> bool:
-    """Whether an answer holds any text; `""` says that it is not known."""
+    """Whether an answer contains any text; `""` means that it is not known."""
     return any(map(has_answer, answer.values())) if isinstance(answer, dict) else answer != ""
 
 
 def escape_texts(record: Any) -> Any:
-    """Take the texts of a record as plain: each literal `<` becomes `<<`.
+    """Escape the texts of a record: each literal `<` becomes `<<`.
 
-    Special tokens that are meant stay: `<mask_0>`, `<option_3>`, and those that are keys of the
-    record. Keys stay as they are. What is no record is returned unchanged, for `validate`.
+    `<mask_0>`, `<option_3>` and special tokens that are keys of the record remain special tokens.
+    Keys are not changed. A value that is not a record is returned unchanged, for `validate`.
     """
     if not isinstance(record, dict) or not _collect(record, [], 1):
         return record
@@ -77,12 +77,12 @@ def _keys(node: Any) -> Iterator[str]:
 
 
 def validate(record: Any) -> list[str]:
-    """Everything that keeps a value from being a record; empty if it is one.
+    """Returns the reasons why a value is not a valid record; empty if it is one.
 
-    Checks the shape (dictionary of dictionaries and strings), that `<ans>` is there, that special
-    tokens are well formed and none of the model's own, and that an answer names none that its
-    record lacks (docs/format.md §1, §2). Whether the vocabulary has their names is not checked
-    here.
+    Checks the structure (a dictionary of dictionaries and strings), that `<ans>` is present, that
+    special tokens are well formed and not control tokens, and that an answer contains none that
+    the rest of the record lacks (docs/format.md §1, §2). Does not check that the vocabulary has
+    their names.
     """
     if _is_valid(record):
         return []
@@ -101,9 +101,9 @@ def _problems(record: Any) -> list[str]:
 
 
 def _answer_problems(record: Record) -> list[str]:
-    """Special tokens of the answer's texts that do not appear in the rest of a record.
+    """Problems with special tokens in the answer that the rest of the record does not contain.
 
-    Generation writes only those that its record has.
+    Generation can write only those that it does contain.
     """
     answered = _specials(record[ANSWER], leaves_only=True)
     wanted = {token for token in answered if "_" in token}
@@ -112,8 +112,8 @@ def _answer_problems(record: Record) -> list[str]:
     context = {key: value for key, value in record.items() if key != ANSWER}
     known = _specials(context) | _specials(record[ANSWER], keys_only=True)
     return [
-        f"{token} in the answer does not appear in the rest of the record, so that it could never "
-        f"be generated ({_LITERAL})"
+        f"{token} in the answer does not appear in the rest of the record, so it can never be "
+        f"generated ({_LITERAL})"
         for token in sorted(wanted - known)
     ]
 
@@ -140,7 +140,7 @@ def _special_tokens(text: str) -> tuple[str, ...]:
 
 
 def _is_valid(record: Any) -> bool:
-    """A quick check: true if there are certainly no problems."""
+    """A quick check; true only if the record has no problems."""
     texts: list[str] = []
     if not isinstance(record, dict) or not _collect(record, texts, 1):
         return False
@@ -157,7 +157,7 @@ def _is_valid(record: Any) -> bool:
 
 
 def _collect(node: dict, texts: list[str], depth: int) -> bool:
-    """Collect keys and leaves of any type; false if the tree is too deep."""
+    """Collect keys and leaves of any type; returns false if the tree is too deep."""
     for key, value in node.items():
         if depth > 1 or key != ANSWER:
             texts.append(key)
@@ -212,7 +212,7 @@ def _text_problems(text: Any, where: str) -> Iterator[str]:
         except MarkupError as error:
             yield f"{where}: {error}"
     if _SURROGATE.search(text):
-        yield f"{where}: holds half of a surrogate pair, which is not text"
+        yield f"{where}: contains half of a surrogate pair, which is not text"
 
 
 def _short(key: Any) -> str:

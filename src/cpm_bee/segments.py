@@ -1,8 +1,8 @@
 """Record -> segments: the nodes of its tree, and the relations between them (docs/format.md §3).
 
-A segment is a key or a string leaf, in depth-first order; segment 0 is the root. What the model
-knows of the tree is, for each ordered pair of segments, a bucket made of the steps up from the one
-to their lowest common ancestor and the steps down to the other. Many records have the same tree, so
+A segment is a key or a string leaf, in depth-first order; segment 0 is the root. The model sees
+the tree as one bucket per ordered pair of segments, computed from the number of steps up from the
+first to their lowest common ancestor and down to the second. Many records have the same tree, so
 trees and their relations are cached.
 """
 
@@ -16,18 +16,17 @@ import numpy as np
 
 from cpm_bee.records import ANSWER, Record, Tree
 
-NUM_DEPTHS = 8  # relations distinguish at most this many levels up and down
-# A record of S segments has S squared relations: with more, one line of JSON would fill the memory.
+NUM_DEPTHS = 8  # relations distinguish this many numbers of steps (0 to 7), up and down
+# A record with S segments has S squared relations: without a limit, one line could fill memory.
 MAX_SEGMENTS = 4096
-# Relations of trees up to this size are kept; all 4,096 of them take 64 MiB.
+# Relations of trees up to this size are cached; the 4,096 cached ones take at most 64 MiB.
 _CACHED_SEGMENTS = 128
 
 
 class SegmentTree(NamedTuple):
-    """The depth and role of each of the S segments of a record, which determine its relations.
+    """The depth and role of each of a record's S segments; the depths determine its relations.
 
-    A segment is a node of the record's tree: a key or a string leaf, in depth-first order; the
-    leaves under `<ans>` are predicted.
+    The leaves under `<ans>` are predicted.
     """
 
     depths: tuple[int, ...]
@@ -35,7 +34,7 @@ class SegmentTree(NamedTuple):
 
     @property
     def relations(self) -> np.ndarray:
-        """Buckets of all ordered pairs of segments, uint8 [S, S]."""
+        """The bucket of each ordered pair of segments, uint8 [S, S]."""
         if len(self.depths) > _CACHED_SEGMENTS:
             return _relations.__wrapped__(self.depths)
         return _relations(self.depths)
@@ -49,9 +48,9 @@ class Outline(NamedTuple):
 
 
 def outline(record: Record, rng: random.Random | None = None) -> Outline:
-    """The segments of a valid record (see `records.validate`).
+    """Returns the segments of a valid record (see `records.validate`).
 
-    With `rng`, the items of dictionaries under `<ans>` are shuffled, as training does.
+    With `rng`, the items of dictionaries under `<ans>` are shuffled, as in training.
     """
     texts, codes = ["<root>"], bytearray(1)
     _outline(record, 1, False, rng, texts, codes)
@@ -82,12 +81,12 @@ def _outline(
 
 @lru_cache(maxsize=4096)
 def _segment_tree(codes: bytes) -> SegmentTree:
-    """The tree of segments that are given as 2 * depth, plus 1 where predicted."""
+    """The tree of segments that are coded as 2 * depth, plus 1 if predicted."""
     return SegmentTree(tuple(code // 2 for code in codes), tuple(code % 2 == 1 for code in codes))
 
 
 def is_shuffled(record: Record) -> bool:
-    """Whether training shuffles anything: some dictionary under `<ans>` has two items or more."""
+    """Whether `rng` changes anything: some dictionary under `<ans>` has two items or more."""
     return _has_choice(record[ANSWER])
 
 
@@ -99,8 +98,8 @@ def _has_choice(node: Tree) -> bool:
 
 @lru_cache(maxsize=4096)
 def _relations(depths: tuple[int, ...]) -> np.ndarray:
-    # In depth-first order the lowest common ancestor of a and a later b lies at the least of
-    # depth(a) and depth(i) - 1 for the segments i after a, up to and including b.
+    # In depth-first order the depth of the lowest common ancestor of a and a later b is the minimum
+    # of depth(a) and depth(i) - 1 over the segments i after a, up to and including b.
     depth = np.asarray(depths, dtype=np.int16)
     common = np.empty((len(depth), len(depth)), dtype=np.int16)  # (S, S)
     for a in range(len(depth)):

@@ -12,16 +12,16 @@ from cpm_bee.errors import InputError
 from cpm_bee.files import refuse_lfs_pointer
 
 NEWLINE, SPACE = "</n>", "</_>"
-_SPELLED = {NEWLINE: "\n", SPACE: " "}  # entries whose text is not their name
+_SPELLED = {NEWLINE: "\n", SPACE: " "}  # entries that stand for another text
 REQUIRED = ("<pad>", "<unk>", "<s>", "</s>", "<root>", "<ans>", NEWLINE, SPACE)
 
 
 class MarkupError(InputError):
-    """A `<` in a text that neither escapes itself nor opens a well-formed special token."""
+    """A `<` in a text is neither escaped nor the beginning of a well-formed special token."""
 
 
 class Piece(NamedTuple):
-    """A stretch of text: a special token, a vocabulary entry or a run of unknown characters."""
+    """A part of a text: a special token or a run of unknown characters."""
 
     text: str
     is_unknown: bool
@@ -29,10 +29,13 @@ class Piece(NamedTuple):
 
 
 def split_markup(text: str) -> Iterator[tuple[str, bool]]:
-    """Split a text into (plain part, False) and (special token, True), without any vocabulary.
+    """Split a text into (plain part, False) and (special token, True), without a vocabulary.
 
-    `<<` stands for a literal `<` of a plain part. Raises `MarkupError` for a `<` inside a special
-    token and for a special token that is not closed; positions count characters from 0.
+    `<<` becomes a literal `<` in a plain part.
+
+    Raises:
+        MarkupError: a `<` is inside a special token, or a special token is not closed; positions
+            count characters from 0.
     """
     start = 0
     plain = ""
@@ -65,12 +68,12 @@ def split_markup(text: str) -> Iterator[tuple[str, bool]]:
 
 
 def escape(text: str) -> str:
-    """Write every `<` of a plain text as `<<`."""
+    """Escape a plain text: each `<` becomes `<<`."""
     return text.replace("<", "<<")
 
 
 class ExtensionTable:
-    """Ids at or above the vocabulary size, in order of first appearance within one record."""
+    """Assigns ids from the vocabulary size on, in order of first appearance in one record."""
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
@@ -96,7 +99,7 @@ class Tokenizer:
 
     Args:
         tokens: the vocabulary in id order.
-        source: where it came from, for messages.
+        source: the origin of the vocabulary, for messages.
     """
 
     def __init__(self, tokens: Iterable[str], source: str = "vocabulary") -> None:
@@ -119,19 +122,19 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a vocabulary file: UTF-8, one token a line; empty lines take no id."""
+        """Read a vocabulary file: UTF-8, one token per line; empty lines take no id."""
         path = Path(path)
         if not path.is_file():
             raise InputError(
                 f"{path}: no such vocabulary file "
-                "(bash scripts/fetch_vocab.sh gets the one of the released models)"
+                "(bash scripts/fetch_vocab.sh gets that of the released models)"
             )
         refuse_lfs_pointer(path)
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: not UTF-8 text ({error.reason})") from None
-        # Only "\n" ends a line: some entries are other characters that splitlines() breaks at.
+        # Split at "\n" only: some entries are other characters that splitlines() splits at.
         return cls([line for line in text.split("\n") if line], source=str(path))
 
     def __len__(self) -> int:
@@ -139,16 +142,16 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the tokens in order: the key of everything that depends on the ids."""
+        """The SHA-256 of the tokens in order; identifies data that depends on the ids."""
         return hashlib.sha256("\n".join(self.tokens).encode()).hexdigest()
 
     @cached_property
     def _trie(self) -> dict[str, Any]:
-        """The plain entries by their characters, made at the first text to be matched.
+        """A trie of the plain entries, built at the first match.
 
-        A node is a dictionary where several entries go on, with the id of the entry that ends
-        there (or -1) under "". Where a single one is left, its id takes the node's place if the
-        entry ends there, else (rest of its text, id): that is most of them, and saves memory.
+        A node with several entries below it is a dictionary: next character -> child, and "" ->
+        the id of the entry that ends there (or -1). To save memory, a node with a single entry is
+        just its id if the entry ends there, else (rest of its text, id).
         """
         root: dict[str, Any] = {}
         for token, token_id in self.ids.items():
@@ -157,14 +160,14 @@ class Tokenizer:
         return root
 
     def match(self, text: str) -> tuple[list[int], list[str]]:
-        """Greedy longest matches of a plain text.
+        """Split a plain text into greedy longest matches.
 
         Returns the ids, with -1 for each run of unknown characters, and the texts of these runs.
         """
         root_get = self._trie.get
         ids: list[int] = []
         runs: list[tuple[int, int]] = []  # begin and end of the unknown runs
-        characters = [*text, None]  # None, which no node has, ends every walk
+        characters = [*text, None]  # None is a key of no node, so it ends every walk
         length = len(text)
         start = 0
         while start < length:
@@ -198,9 +201,10 @@ class Tokenizer:
         return ids, [text[begin:end] for begin, end in runs]
 
     def encode(self, text: str, extension: ExtensionTable | None = None) -> list[int]:
-        """The ids of a text; unknown runs and unlisted specials take ids from `extension`.
+        """The ids of a text; unknown runs and unlisted special tokens get ids from `extension`.
 
-        Raises `MarkupError` for a malformed special token.
+        Raises:
+            MarkupError: a special token is malformed.
         """
         extension = ExtensionTable(len(self)) if extension is None else extension
         if "<" not in text:
@@ -223,7 +227,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], extension: ExtensionTable | None = None) -> str:
-        """Join the texts of ids, literal `<` written as `<<`."""
+        """Join the texts of ids; a literal `<` is written as `<<`."""
         return "".join(self._decode_one(i, extension) for i in ids)
 
     def _decode_one(self, token_id: int, extension: ExtensionTable | None) -> str:
@@ -238,9 +242,10 @@ class Tokenizer:
         return token if token in self.specials else escape(token)
 
     def category(self, piece: Piece) -> int:
-        """The vocabulary id that an extension entry shares: `<unk>`, or `<name>` of `<name_x>`.
+        """The vocabulary id of an extension entry: that of `<unk>`, or of `<name>` for `<name_x>`.
 
-        Raises `MarkupError` if the vocabulary has no such special token.
+        Raises:
+            MarkupError: the vocabulary has no such special token.
         """
         if not piece.is_special:
             return self.unk
@@ -261,7 +266,7 @@ def _insert(node: dict[str, Any], text: str, token_id: int) -> None:
         if child is None:
             node[character] = (rest, token_id) if rest else token_id
             return
-        if not isinstance(child, dict):  # a single entry so far: it moves one character down
+        if not isinstance(child, dict):  # a single entry so far: move it one character down
             tail, other = child if isinstance(child, tuple) else ("", child)
             node[character] = child = {"": -1 if tail else other}
             if tail:

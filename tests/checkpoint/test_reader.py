@@ -172,7 +172,7 @@ def test_code_is_never_run(tmp_path: Path, form: str, as_shard: bool) -> None:
     if as_shard:
         index = tmp_path / "pytorch_model.bin.index.json"
         index.write_text(json.dumps({"weight_map": {"a": path.name}}))
-    with pytest.raises(InputError, match=r"pytorch_model\.bin: holds something else than plain"):
+    with pytest.raises(InputError, match=r"pytorch_model\.bin: contains something other than"):
         Checkpoint(tmp_path)
     assert not witness.exists()
 
@@ -244,7 +244,7 @@ def test_values_that_are_no_tensors_are_all_listed(tmp_path: Path) -> None:
         "module: is a dict, not a tensor",
         "step: is a int, not a tensor",
         "7: is not a name",
-        "sparse: is sparse or holds no values",
+        "sparse: is sparse or has no values",
     ]
     torch.save([torch.zeros(2)], tmp_path / "b.bin")
     with pytest.raises(InputError, match="a list instead of a dictionary"):

@@ -186,7 +186,7 @@ def test_all_problems_of_meta_are_named(folder: Path) -> None:
     assert "meta.bin:4: not valid JSON" in message
     for text in ("", "\n"):
         (folder / "meta.bin").write_text(text)
-        with pytest.raises(InputError, match="names no data files"):
+        with pytest.raises(InputError, match="lists no data files"):
             BinaryDataset(folder)
 
 

@@ -165,7 +165,7 @@ def test_everything_that_is_wrong_is_told_at_once(bench: Bench) -> None:
         f"--model-config {none}: no such file",
         f"--vocab {none}: no such file",
         "--device abacus: no such device",
-        "--delta-targets: w_9 is no layer",
+        "--delta-targets: w_9 is not a layer",
         f"{bench.folder / 'empty'}: expected a binary dataset",
         "make one with: python preprocess_dataset.py",
     ]

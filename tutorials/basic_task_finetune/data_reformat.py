@@ -1,13 +1,13 @@
 """Raw multiple-choice data -> CPM-Bee records: raw_data/*.jsonl -> bee_data/*.jsonl.
 
-A raw line has one of two forms (two to 26 options; without an answer, "<ans>" becomes ""):
+A raw line has one of two forms, with 2 to 26 options (without an answer, "<ans>" becomes ""):
   {"target": "1", "input": "[翻译]TEXT[0]OPTION[1]OPTION[答案]"}
   {"translation": "TEXT", "choices": ["OPTION", "OPTION"], "answer": 1}
 Both become
   {"input": "TEXT", "options": {"<option_0>": "OPTION", "<option_1>": "OPTION"},
    "question": "QUESTION", "<ans>": "<option_1>"}
 
-Needs nothing but Python's standard library, so that the file can be copied and changed.
+This script needs only Python's standard library, so you can copy and change it.
 """
 
 import argparse
@@ -29,9 +29,9 @@ QUESTION = "这段话形容了哪句诗的意境？"
 BEGIN, END = "[翻译]", "[答案]"
 MARKER = re.compile(r"\[(0|[1-9][0-9]?)\]")
 LEAST, MOST = 2, 26
-MAX_LINE = 8 << 20  # bytes; far more than a record has
+MAX_LINE = 8 << 20  # bytes; far more than any record has
 USED_KEYS = {"input", "target", "translation", "choices", "answer"}
-# Writes JSON that is no JSON lines as such, one object a line.
+# Converts a JSON array, or objects that span several lines, to one object per line.
 TO_LINES = """import json, sys; d = json.JSONDecoder(); t = sys.stdin.read().strip()
 while t:
  v, n = d.raw_decode(t); t = t[n:].lstrip()
@@ -39,14 +39,14 @@ while t:
 
 
 class BadInput(Exception):
-    """What a person gave is wrong; the text says what."""
+    """An input or argument is wrong; the text says why."""
 
 
 # ------------------------------------------------------------------ one record
 
 
 def reformat(raw: Any, question: str = QUESTION) -> dict[str, Any]:
-    """Turn a raw record into a CPM-Bee record. Raises `BadInput` with the reason."""
+    """Convert a raw record to a CPM-Bee record. Raises `BadInput` with the reason."""
     if not isinstance(raw, dict):
         raise BadInput("expected a JSON object")
     tutorial, release = "input" in raw, "translation" in raw or "choices" in raw
@@ -59,7 +59,7 @@ def reformat(raw: Any, question: str = QUESTION) -> dict[str, Any]:
         if not part.strip():
             raise BadInput(f"the {name} is empty")
         if any("\ud800" <= character <= "\udfff" for character in part):
-            raise BadInput(f"the {name} holds half of a surrogate pair, which is not text")
+            raise BadInput(f"the {name} contains half of a surrogate pair, which is not text")
     answer = find_answer(raw, len(options))
     return {
         "input": escape(text),
@@ -70,16 +70,16 @@ def reformat(raw: Any, question: str = QUESTION) -> dict[str, Any]:
 
 
 def escape(text: str) -> str:
-    """A `<` begins a special token of CPM-Bee; `<<` stands for the character itself."""
+    """Escape a text: `<` begins a special token of CPM-Bee, `<<` is a literal `<`."""
     return text.replace("<", "<<")
 
 
 def split_input(line: Any) -> tuple[str, list[str]]:
     """Split "[翻译]TEXT[0]OPTION[1]OPTION[答案]" into the text and the options.
 
-    From the first [0] on, every number in brackets is a marker and must be the next one: a marker
-    that is wrong, missing or doubled would else move text from one option to another unnoticed.
-    Before it, and for other brackets, it is just text.
+    From the first [0] on, every number in brackets is a marker and must be the next number;
+    otherwise a wrong, missing or repeated marker would silently move text from one option to
+    another. Brackets before the first [0], and other brackets, are text.
     """
     if not isinstance(line, str):
         raise BadInput('"input" is not a text')
@@ -91,14 +91,14 @@ def split_input(line: Any) -> tuple[str, list[str]]:
     body = line[len(BEGIN) : -len(END)]
     for marker in (BEGIN, END):
         if marker in body:
-            raise BadInput(f'"input" holds {marker} more than once')
+            raise BadInput(f'"input" contains {marker} more than once')
     start = body.find("[0]")
     if start < 0:
         raise BadInput(f"there is no [0] between {BEGIN} and {END}")
     markers = [match for match in MARKER.finditer(body, start) if int(match[1]) <= MOST]
     for expected, match in enumerate(markers):
         if int(match[1]) != expected:
-            raise BadInput(f"{match[0]} stands where [{expected}] or {END} should come")
+            raise BadInput(f"found {match[0]} where [{expected}] or {END} is expected")
     ends = [match.start() for match in markers[1:]] + [len(body)]
     return body[:start], [body[m.end() : end] for m, end in zip(markers, ends, strict=True)]
 
@@ -121,7 +121,7 @@ def find_answer(raw: dict[str, Any], count: int) -> int | None:
     [(key, value)] = given.items()
     if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value):
         value = int(value)
-    if type(value) is not int:  # a bool is an int to isinstance
+    if type(value) is not int:  # isinstance would accept a bool
         raise BadInput(f'"{key}" is not the number of an option: {json.dumps(value)[:40]}')
     if not 0 <= value < count:
         raise BadInput(f'"{key}" is {value}, the options are [0] to [{count - 1}]')
@@ -133,7 +133,7 @@ def find_answer(raw: dict[str, Any], count: int) -> int | None:
 
 @dataclass
 class Converted:
-    """What became of a file: numbers of records, `file:line: reason` of each bad line."""
+    """The result of converting a file; `bad` has `file:line: reason` for each bad line."""
 
     good: int = 0
     unanswered: int = 0
@@ -141,13 +141,13 @@ class Converted:
     bad: list[str] = field(default_factory=list)
 
     def warning(self) -> str | None:
-        """About records without an answer, which nothing can be learnt from."""
+        """A warning about records without an answer, which are useless for training."""
         if not self.unanswered:
             return None
         unused = ", ".join(json.dumps(k, ensure_ascii=False) for k in sorted(self.unused_keys))
         keys = f"; keys that were not used: {unused}" if unused else ""
         return (
-            f"{self.unanswered:,} of {self.good:,} records are without an answer "
+            f"{self.unanswered:,} of {self.good:,} records have no answer "
             f'("target" or "answer" in the raw data){keys}'
         )
 
@@ -178,7 +178,7 @@ def convert(source: Path, target: Path, question: str) -> Converted:
 
 
 def parse(line: bytes, source: Path, *, is_first: bool) -> Any:
-    """A line's JSON value; None for a blank line. Raises `BadInput` with the reason."""
+    """The JSON value of a line; None for a blank line. Raises `BadInput` with the reason."""
     if len(line) > MAX_LINE:
         raise BadInput(f"has {len(line)} bytes; a line may have up to {MAX_LINE}")
     try:
@@ -191,12 +191,12 @@ def parse(line: bytes, source: Path, *, is_first: bool) -> Any:
         hint = other_encoding(line, source) if b"\0" in line else ""
         reason = f"not valid JSON ({error.msg}, column {error.colno}{hint})"
         raise BadInput(reason) from None
-    except (ValueError, RecursionError):  # a number or a nesting beyond all measure
+    except (ValueError, RecursionError):  # a huge number, or nested too deeply
         raise BadInput("not valid JSON") from None
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object from its items; all but the last of two values of a key would be lost."""
+    """Make an object from its items; refuse repeated keys, of which only the last would be kept."""
     found = dict(pairs)
     if len(found) != len(pairs):
         counts = Counter(key for key, _ in pairs)
@@ -206,7 +206,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def other_encoding(line: bytes, source: Path) -> str:
-    """What a line that is not UTF-8 seems to be encoded in, with the command that converts it."""
+    """A hint: the probable encoding of a line that is not UTF-8, and the command to convert it."""
     if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in line:
         encoding, name = "UTF-16", "UTF-16"
     else:
@@ -220,14 +220,14 @@ def other_encoding(line: bytes, source: Path) -> str:
 
 
 def check_is_lines(source: Path) -> None:
-    """Refuse a JSON array, and objects that run over several lines: one problem, not thousands."""
+    """Refuse a JSON array, or objects that span several lines, with one message for the file."""
     with open(source, "rb") as file:
         head = next((line for raw in file if (line := raw.strip(b"\xef\xbb\xbf \t\r\n"))), b"")
     if head.startswith(b"[") or head == b"{":
         form = "a JSON array" if head.startswith(b"[") else "JSON over several lines"
         new = shlex.quote(f"{source.stem}.lines.jsonl")
         raise BadInput(
-            f"{source}: is {form}; one record a line is expected. This command converts it:\n"
+            f"{source}: is {form}; one record per line is expected. This command converts it:\n"
             f"python -c {shlex.quote(TO_LINES)} < {quoted(source)} > {new}"
         )
 
@@ -253,10 +253,10 @@ def temporary_beside(target: Path) -> Path:
 
 @contextlib.contextmanager
 def folder_for_output(folder: Path) -> Iterator[None]:
-    """Make a folder; after an exception, remove the folders that were made."""
+    """Make a folder and its parents; after an exception, remove those it made."""
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder}: --output is a folder, this is a file")
-    folder = folder.resolve()  # it may be a link to a folder that is not there yet
+    folder = folder.resolve()  # it may be a link to a folder that does not exist yet
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -269,14 +269,14 @@ def folder_for_output(folder: Path) -> Iterator[None]:
 
 
 def reformat_files(source: Path, output: Path, question: str, skip_bad: bool) -> None:
-    """Convert all files and print what was made; nothing is written if anything is wrong."""
+    """Convert all files and print the results; nothing is written if anything is wrong."""
     sources = find_sources(source)
     targets = [output / f"{path.stem}.jsonl" for path in sources]
     for path, target in zip(sources, targets, strict=True):
         if target.exists() and target.samefile(path):
             raise BadInput(f"{target}: this is the raw file itself, give another --output")
         if target.is_dir():
-            raise BadInput(f"{target}: this is a folder, a file was to be written")
+            raise BadInput(f"{target}: this is a folder, expected a file")
     with folder_for_output(output):
         try:
             results = [
@@ -298,7 +298,7 @@ def reformat_files(source: Path, output: Path, question: str, skip_bad: bool) ->
 
 
 def next_step(output: Path) -> str:
-    """The command that goes on, with the paths of this run."""
+    """The command of the next step, with the paths of this run."""
     if output.resolve() == (HERE / "bee_data").resolve():
         return (
             "next, in tutorials/basic_task_finetune: python ../../src/preprocess_dataset.py "
@@ -329,7 +329,7 @@ def refuse(sources: list[Path], results: list[Converted], skip_bad: bool) -> Non
 
 def main() -> int:
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that is not UTF-8 is no reason to fail.
+        # Do not fail if the terminal's encoding is not UTF-8.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(
@@ -351,13 +351,13 @@ def main() -> int:
     )
     parser.add_argument("--question", default=QUESTION, help=f"(default: {QUESTION})")
     parser.add_argument(
-        "--skip-bad", "--skip_bad", action="store_true", help="leave out bad lines, count them"
+        "--skip-bad", "--skip_bad", action="store_true", help="leave out bad lines and count them"
     )
     parser.add_argument(
         "--escape",
         action="store_true",
-        help="write each literal < of a text as <<; raw texts are plain, so this is always done "
-        "here (the flag is that of preprocess_dataset.py and text_generation.py)",
+        help="write each literal < in a text as <<; always done here, because raw texts are plain "
+        "(accepted because preprocess_dataset.py and text_generation.py have this flag)",
     )
     arguments = parser.parse_args()
     if any("\ud800" <= character <= "\udfff" for character in arguments.question):

@@ -23,11 +23,11 @@ _LAYER = re.compile(r"encoder\.layers\.(\d{1,3})\.(self_att|ffn)\.")
 
 
 def derive_config(checkpoint: Checkpoint, sidecar: dict[str, Any] | None = None) -> ModelConfig:
-    """The config of a checkpoint from its tensors; what they do not tell, from `config.json`.
+    """Derives the config of a checkpoint from its tensors and the config beside it.
 
-    The tensors decide on sizes and pruned blocks (docs/format.md §6); split of the buckets,
-    max_distance, eps, dropout, distance_scale and half come from the config beside the
-    checkpoint, else are usual; half then tells whether all tensors are fp16.
+    The tensors determine sizes and pruned blocks (docs/format.md §6). The split of the buckets,
+    max_distance, eps, dropout, distance_scale and half come from the sidecar or `config.json`,
+    or else have their defaults; the default of half is whether all tensors are fp16.
     """
     shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
     blocks = layers_present(shapes)
@@ -51,7 +51,7 @@ def derive_config(checkpoint: Checkpoint, sidecar: dict[str, Any] | None = None)
         "num_layers": len(blocks),
     }
     split = [values.setdefault(f"position_bias_num_{kind}", 256) for kind in _BUCKETS]
-    # What is no number at all is refused below, by name.
+    # Values that are not numbers are refused below, by name.
     if all(isinstance(size, int) for size in split) and sum(split) != bias[0]:
         values |= {
             "position_bias_num_buckets": bias[0] // 2,
@@ -65,7 +65,7 @@ def derive_config(checkpoint: Checkpoint, sidecar: dict[str, Any] | None = None)
 
 
 def _sidecar_config(path: Path, sidecar: dict[str, Any] | None) -> tuple[str, dict[str, Any]]:
-    """The config beside a checkpoint, and where it is from; it may lack fields."""
+    """The source and the fields of the config beside a checkpoint; fields may be missing."""
     noted = (sidecar or {}).get("config")
     if isinstance(noted, dict):
         return str(sidecar_path(path)), noted
@@ -82,23 +82,23 @@ def _first_shape(shapes: dict[str, tuple[int, ...]], ending: str) -> tuple[int, 
 def warn_of_contradictions(
     checkpoint: Checkpoint, sidecar: dict[str, Any] | None, derived: ModelConfig
 ) -> None:
-    """Warn if the config beside a checkpoint has other sizes than its tensors."""
+    """Log a warning if the config beside a checkpoint contradicts its tensors."""
     source, noted = _sidecar_config(checkpoint.path, sidecar)
     known = ModelConfig.native_names(noted)
     whole = {"mask_modules": ()} if "num_layers" in known else {}
     try:
-        told = ModelConfig.from_dict({**derived.to_dict(), **whole, **known}, source)
-        text = _differences(told, derived).text()
+        beside = ModelConfig.from_dict({**derived.to_dict(), **whole, **known}, source)
+        text = _differences(beside, derived).text()
     except InputError as error:
         text = str(error)
     if text:
         logger.warning(
-            f"{source} does not describe {checkpoint.path}, whose tensors decide:\n{text}"
+            f"{source} does not describe {checkpoint.path}, whose tensors are used instead:\n{text}"
         )
 
 
 def check_agreement(given: ModelConfig, derived: ModelConfig, source: str, path: Path) -> None:
-    """Raise `InputError` with all differences between a given config and the checkpoint's own."""
+    """Raise `InputError` if a given config differs from a checkpoint's; all differences listed."""
     _differences(given, derived).raise_if_any(
         f"{source} does not describe {path}:",
         "--model-config auto takes the sizes from the checkpoint",
@@ -137,7 +137,7 @@ def _blocks(config: ModelConfig) -> list[str]:
         (False, False): "neither",
     }
     blocks = [names[config.has_attention(i), config.has_ffn(i)] for i in range(config.num_layers)]
-    # Layers at the end that are pruned whole leave no trace in a checkpoint.
+    # Completely pruned layers at the end leave no trace in a checkpoint.
     while blocks and blocks[-1] == "neither":
         blocks.pop()
     return blocks

@@ -1,10 +1,10 @@
 """Loads values into the parameters of a model; no other module does.
 
 The tensors of a checkpoint are memory-mapped: reading a value reads its page of the file. They are
-converted a piece at a time into new memory of the model's own device and type, and the pages of
-each piece are given back to the kernel, so that loading takes little more memory than the model.
-Where a tensor has the wanted device and type already, nothing is copied: the parameter is the
-mapped tensor, and a page becomes memory of this process only when it is written to.
+copied piece by piece to the model's device and dtype, and the pages of each piece are released, so
+that loading takes little more memory than the model. A tensor that already has the right device and
+dtype is not copied: the parameter is the mapped tensor, and a page becomes memory of this process
+only when it is written to.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 from cpm_bee.checkpoint.reader import LazyTensor
 from cpm_bee.progress import progress_bar
 
-_PIECE = 32 << 20  # bytes of a file that are mapped into memory at a time
+_PIECE = 32 << 20  # bytes that are copied before their pages are released
 _HUGE_PAGE = 2 << 20
 _MAPS = Path("/proc/self/maps")
 
@@ -28,14 +28,13 @@ _MAPS = Path("/proc/self/maps")
 def load_into(
     model: nn.Module, tensors: Iterable[tuple[str, LazyTensor]], device: torch.device
 ) -> None:
-    """Give parameters their values on a device, each in the type that the parameter has.
+    """Replace parameters by values on a device; each parameter keeps its dtype.
 
-    Shows a progress bar from the third second on.
+    Shows a progress bar after two seconds.
 
     Args:
-        model: its parameters named in `tensors` are replaced; most often they are on the meta
-            device.
-        tensors: by name, best in the order of their file.
+        model: the model; its parameters are usually on the meta device.
+        tensors: (name, value) pairs, preferably in the order of their file.
     """
     parameters = dict(model.named_parameters())
     total = sum(p.nbytes for p in parameters.values())
@@ -54,9 +53,9 @@ def set_parameter(module: nn.Module, name: str, value: torch.Tensor) -> None:
 
 
 def on_device(source: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor on a device in a type: itself where it is so already, else a copy.
+    """Returns a tensor on a device in a dtype; a copy unless it already matches.
 
-    The pages of a mapped `source` are dropped, so it must not have been written to.
+    Copying drops the pages of a mapped `source`, so it must not have been written to.
     """
     if source.device == device and source.dtype == dtype:
         return source.detach()
@@ -68,48 +67,48 @@ def on_device(source: torch.Tensor, device: torch.device, dtype: torch.dtype) ->
 
 @torch.no_grad()
 def copy_values(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy into a tensor of any device and type; the pages of a mapped `source` are dropped."""
+    """Copy to a tensor of any device and dtype; drops the pages of a mapped `source`."""
     pairs = [(target, source)]
     if target.is_contiguous() and source.is_contiguous():
         size = _PIECE // source.element_size()
         pairs = list(zip(target.view(-1).split(size), source.view(-1).split(size), strict=True))
     _read_ahead(source)
     for part, values in pairs:
-        # Onto a GPU in the file's type, which has fewer bytes; the conversion is done there.
+        # Copied to a GPU in the file's dtype, which has fewer bytes, and converted there.
         part.copy_(values.to(part.device))
         drop_pages(values)
 
 
 def drop_pages(tensor: torch.Tensor) -> None:
-    """Let the kernel take back the memory of a tensor that is mapped from a file.
+    """Release the memory of a tensor that is mapped from a file.
 
-    The tensor keeps its values: they are read again where it is used again. Does nothing for any
-    other tensor, and outside of Linux. Not for tensors that were written to: the change is lost.
+    The tensor keeps its values, which are read again when used. Does nothing for other tensors, or
+    on systems other than Linux. Hazard: changes to a tensor that was written to are lost.
     """
     page = mmap.PAGESIZE
     first = -(-tensor.data_ptr() // page) * page
     last = (tensor.data_ptr() + tensor.nbytes) // page * page
-    # Other memory than a file's would come back as zeros.
+    # Memory that is not mapped from a file would become zeros.
     if tensor.device.type == "cpu" and first < last and _is_of_a_file(first, last):
         _advise(first, last, mmap.MADV_DONTNEED)
 
 
 def use_huge_pages(tensor: torch.Tensor) -> None:
-    """Back new memory of the CPU by pages of 2 MiB, which the kernel makes twice as fast."""
+    """Use pages of 2 MiB for new CPU memory, which the kernel allocates twice as fast."""
     if tensor.device.type == "cpu" and tensor.nbytes >= _HUGE_PAGE:
         first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
         _advise(first, tensor.data_ptr() + tensor.nbytes, getattr(mmap, "MADV_HUGEPAGE", None))
 
 
 def _read_ahead(tensor: torch.Tensor) -> None:
-    """Have the kernel read a mapped tensor in large pieces; faults ask for 128 KiB at a time."""
+    """Prefetch a mapped tensor in large reads; page faults read only 128 KiB at a time."""
     if tensor.device.type == "cpu":
         first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
         _advise(first, tensor.data_ptr() + tensor.nbytes, mmap.MADV_WILLNEED)
 
 
 def _is_of_a_file(first: int, last: int) -> bool:
-    """Whether the addresses are those of one mapped file; false where the system does not say."""
+    """Whether the addresses belong to one mapped file; false on systems without /proc."""
     if not _MAPS.exists():
         return False
     for line in _MAPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
@@ -122,7 +121,7 @@ def _is_of_a_file(first: int, last: int) -> bool:
 
 
 def _advise(first: int, last: int, advice: int | None) -> None:
-    # A refusal costs memory or time, nothing else: the result is of no interest.
+    # The result is ignored: a refusal only costs memory or time.
     if advice is not None:
         ctypes.CDLL(None).madvise(
             ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(advice)

@@ -1,4 +1,4 @@
-"""Checkpoints: native and Hugging Face names, `.bin`, shards, safetensors (docs/format.md §6)."""
+"""Reads checkpoints in native or Hugging Face form (docs/format.md §6)."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ _WRAPPED = "module."  # what DataParallel and DDP put before the names
 _TIED = "lm_head.weight"
 _INDEX = ".index.json"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# What a folder may hold, most complete first.
+# File names looked for in a folder, most complete first.
 _IN_FOLDER = (
     "model.safetensors.index.json",
     "model.safetensors",
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
-# A shard of a checkpoint that has lost its index.
+# A shard of a checkpoint without an index.
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.bin|\.safetensors)")
-# The first bytes of what `torch.save` writes: a zip archive; a pickle, before torch 1.6.
+# The first bytes of a `torch.save` file: a zip archive, or a pickle before torch 1.6.
 _MAGIC = (b"PK\x03\x04", b"\x80")
-# Values at each end of a tensor that go into a fingerprint.
+# The number of values at each end of a tensor that go into a fingerprint.
 _SAMPLED = 256
 
 
 class LazyTensor(NamedTuple):
-    """A tensor in a file, read when asked for; memory-mapped where the format allows it."""
+    """A tensor in a file, read on demand; memory-mapped if the format allows it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -46,13 +46,13 @@ class LazyTensor(NamedTuple):
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> LazyTensor:
-        """A tensor that is in memory already."""
+        """Wraps a tensor that is already in memory."""
         return cls(tuple(tensor.shape), tensor.dtype, partial(_same, tensor))
 
     def rows(self, begin: int, end: int) -> LazyTensor:
-        """The rows [begin, end) of the first dimension, of which alone a mapped file is read.
+        """Returns the rows [begin, end), clipped as in a slice; used for a rank's shard.
 
-        For a rank's shard: rows past the last one are left out, as in a slice.
+        If the file is memory-mapped, only these rows are read.
         """
         begin, end, _ = slice(begin, end).indices(self.shape[0])
         shape = (max(0, end - begin), *self.shape[1:])
@@ -66,7 +66,7 @@ class Checkpoint:
         path: a `.bin`/`.pt` or `.safetensors` file, an index of shards, or a folder of these.
 
     Raises:
-        InputError: nothing readable there, or tensors that no CPM-Bee model has; all are listed.
+        InputError: there is no readable checkpoint, or tensors are not usable (all are listed).
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -102,24 +102,24 @@ class Checkpoint:
             raise InputError(f"{self.path}: holds no tensors")
 
     def fingerprint(self) -> str:
-        """Identifies the weights, in any file format, as fp16 or in a type that holds more."""
+        """Identifies the weights, whatever the file format; conversion from fp16 keeps it."""
         return fingerprint({name: entry.read for name, entry in self.entries.items()})
 
 
 def fingerprint(tensors: Mapping[str, Callable[[], torch.Tensor]]) -> str:
-    """sha256 over names, shapes and the first and last 256 values (as fp16) of each tensor."""
+    """The SHA-256 of names, shapes and the first and last 256 values (as fp16) of each tensor."""
     return fingerprint_of(sample(name, read()) for name, read in tensors.items())
 
 
 def sample(name: str, tensor: torch.Tensor) -> tuple[str, bytes]:
-    """A tensor's name and what a fingerprint takes from it."""
+    """A tensor's name and the bytes that a fingerprint takes from it."""
     flat = tensor.detach().reshape(-1)
     ends = torch.cat([flat[:_SAMPLED], flat[-_SAMPLED:]]).float().cpu().half()
     return name, f"{name} {list(tensor.shape)} ".encode() + ends.numpy().tobytes()
 
 
 def fingerprint_of(samples: Iterable[tuple[str, bytes]]) -> str:
-    """The `fingerprint` of tensors seen one after the other, in any order."""
+    """The `fingerprint` of tensors from their samples, in any order."""
     digest = hashlib.sha256()
     for _, taken in sorted(samples):
         digest.update(taken)
@@ -150,7 +150,7 @@ def _resolve(path: Path) -> Path:
         raise InputError(f"{path}: a folder without a checkpoint ({', '.join(_IN_FOLDER)})")
     if not path.is_file():
         raise InputError(
-            f"{path}: no such checkpoint. Put a CPM-Bee model there, or name one with --load; "
+            f"{path}: no such checkpoint. Put a CPM-Bee model there, or give another --load; "
             "--load ckpts/cpm-bee-tiny is the model that comes with this project"
         )
     return path
@@ -165,14 +165,14 @@ def _read_entries(path: Path) -> dict[str, LazyTensor]:
 
 
 def _join_shards(path: Path, match: re.Match[str]) -> dict[str, LazyTensor]:
-    """The tensors of all shards beside one, which has no index."""
+    """The tensors of all shards of a checkpoint without an index, given one of them."""
     stem, count, suffix = match["stem"], int(match["count"]), match["suffix"]
     files = [path.with_name(f"{stem}-{i:05d}-of-{count:05d}{suffix}") for i in range(1, count + 1)]
     problems = Problems()
     for file in files:
         if not file.is_file():
             problems.add(file.name, "is missing")
-    problems.raise_if_any(f"{path.parent}: its shards are not all there:")
+    problems.raise_if_any(f"{path.parent}: the set of shards is incomplete:")
     entries: dict[str, LazyTensor] = {}
     for file in files:
         entries.update(_read_file(file))
@@ -195,7 +195,7 @@ def _read_shards(path: Path) -> dict[str, LazyTensor]:
     problems = Problems()
     entries: dict[str, LazyTensor] = {}
     for name in files:
-        # A shard lies beside its index: an index that points elsewhere is not to be trusted.
+        # Shards are beside their index: an index that points elsewhere is not trusted.
         if not isinstance(name, str) or Path(name).name != name or not is_usable_name(name):
             problems.add(_named(name), "is not the name of a file beside the index")
         elif name.endswith(_INDEX):
@@ -205,7 +205,7 @@ def _read_shards(path: Path) -> dict[str, LazyTensor]:
         else:
             entries.update(_read_file(path.parent / name))
     problems.extend("in the index only", [str(n) for n in weight_map if n not in entries])
-    problems.raise_if_any(f"{path}: its shards are not all there:")
+    problems.raise_if_any(f"{path}: the set of shards is incomplete:")
     return entries
 
 
@@ -231,7 +231,7 @@ def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 
 def load_tensors(path: Path, kind: str) -> dict[str, Any]:
-    """`torch.load` of a flat dictionary, memory-mapped where the file allows it; runs no code."""
+    """Load a flat dictionary with `torch.load`, memory-mapped if possible; runs no code."""
     refuse_lfs_pointer(path)
     with open(path, "rb") as file:
         begin = file.read(16)
@@ -244,17 +244,17 @@ def load_tensors(path: Path, kind: str) -> dict[str, Any]:
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
-            # Files of torch before 1.6 are no zip archives and cannot be mapped.
+            # Files of torch before 1.6 are not zip archives and cannot be mapped.
             values = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(values, dict):
             # A tied tensor appears a second time.
             check_held((v for name, v in values.items() if not _is_tied(name)), path)
     except pickle.UnpicklingError:
         raise InputError(
-            f"{path}: holds something else than plain tensors, which {kind} does not "
+            f"{path}: contains something other than plain tensors, which {kind} does not "
             "need; it is not opened, since it could run code"
         ) from None
-    except Exception as error:  # a damaged file raises nearly anything
+    except Exception as error:  # a damaged file can raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not {kind}, or a damaged one ({reason})") from None
     if not isinstance(values, dict):
@@ -283,7 +283,7 @@ def _read_bin(path: Path) -> dict[str, LazyTensor]:
         elif not torch.is_tensor(value):
             problems.add(name, f"is a {type(value).__name__}, not a tensor")
         elif value.layout != torch.strided or value.is_meta:
-            problems.add(name, "is sparse or holds no values")
+            problems.add(name, "is sparse or has no values")
         else:
             entries[name] = LazyTensor.of(value)
     problems.raise_if_any(f"{path}: not a flat dictionary of tensors:")
@@ -291,6 +291,6 @@ def _read_bin(path: Path) -> dict[str, LazyTensor]:
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Any]) -> None:
-    """`torch.save` of a flat dictionary; the file appears whole or not at all."""
+    """Save a flat dictionary with `torch.save`, atomically."""
     with atomic_file(Path(path), "wb") as file:
         torch.save(dict(tensors), file)

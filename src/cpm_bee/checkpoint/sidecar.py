@@ -1,7 +1,7 @@
-"""The sidecar: a JSON file beside the weights that this project saves, with what they belong to.
+"""The sidecar: a JSON file beside a weights file, with the weights' metadata.
 
-`run-best.json` is beside `run-best.pt`. A full model's holds `config`, `vocab` and
-`base_fingerprint`, a delta's `rank`, `alpha`, `targets` and `base_fingerprint`.
+`run-best.json` is the sidecar of `run-best.pt`. A full model's sidecar has `config`, `vocab` and
+`base_fingerprint`; a delta's has `rank`, `alpha`, `targets` and `base_fingerprint`.
 
 A sidecar gets lost when a file is copied alone. A delta therefore holds the same values in itself
 too: as a JSON text in a tensor of bytes, so that its file stays a flat dictionary of tensors.
@@ -24,7 +24,7 @@ from cpm_bee.files import atomic_file
 METADATA = "cpm_bee.metadata"  # the name of the tensor of bytes
 _MAX_METADATA = 1 << 16  # bytes
 
-_LARGEST = 2**63  # of whole numbers: larger ones are no float, and no size of anything
+_LARGEST = 2**63  # of integers: larger ones may overflow a float, and no size is that large
 
 
 def sidecar_path(weights: Path) -> Path:
@@ -32,13 +32,13 @@ def sidecar_path(weights: Path) -> Path:
 
 
 def read_sidecar(weights: Path) -> dict[str, Any]:
-    """The sidecar of a file of weights; empty if there is none.
+    """The contents of a weights file's sidecar; empty if there is none.
 
     Raises:
-        InputError: the file is not a JSON object, or has numbers that are not finite.
+        InputError: the sidecar is not a JSON object, or has numbers that are not finite.
     """
     path = sidecar_path(weights)
-    # An index of shards is itself such a name, and the model's config may be.
+    # An index of shards has this name itself, and so may the model's config.
     if path in (weights, weights.parent / "config.json") or not path.is_file():
         return {}
     try:
@@ -48,7 +48,7 @@ def read_sidecar(weights: Path) -> dict[str, Any]:
 
 
 def write_sidecar(weights: Path, values: dict[str, Any]) -> None:
-    """Write `values` beside a file of weights, with what wrote them."""
+    """Write the sidecar of a weights file: `values` and the version of this package."""
     values = {**values, "written_by": f"cpm_bee {__version__}"}
     with atomic_file(sidecar_path(weights)) as file:
         file.write(json.dumps(values, indent=2) + "\n")

@@ -1,8 +1,8 @@
-"""Checks of a `torch.save` file before torch reads it.
+"""Checks a `torch.save` file before torch reads it.
 
-With `weights_only=True` torch runs no code from a file, but a file of a kilobyte can still make it
-take all memory, or time without end: by a compressed entry (a zip bomb), by `bytearray(10**10)`, by
-a dictionary key of 2**60 nested tuples, by a tensor of 2**40 equal values that is a view of one.
+With `weights_only=True` torch runs no code from a file, but a file of a kilobyte can still exhaust
+memory or never finish loading: by a compressed entry (a zip bomb), `bytearray(10**10)`, a
+dictionary key of 2**60 nested tuples, or a tensor of 2**40 values that is a view of a single one.
 `torch.save` writes none of these.
 """
 
@@ -17,22 +17,22 @@ from typing import IO, Any
 
 import torch
 
-# Descriptions of ten thousands of tensors; reading one takes time in proportion.
+# Enough to describe tens of thousands of tensors; reading a pickle takes time in proportion.
 _MAX_PICKLE = 4 << 20
-# Uses of a tuple that the pickle has named before: each can double what it stands for.
+# References to memoised tuples: each can double the size of the value.
 _MAX_TUPLES_AGAIN = 16
-# Bytes of tensors that may be views of others.
+# Bytes by which tensors may exceed their file, because some are views of others.
 _MAX_SHARED = 64 << 20
-# A file of torch before 1.6 is a row of pickles (magic number, version, system, values, keys),
-# then raw values.
+# A file of torch before 1.6 is a sequence of pickles (magic number, version, system, values, keys)
+# followed by raw values.
 _LEGACY_PICKLES = 5
 
 
 def check_before_loading(path: Path) -> None:
-    """Refuse what `torch.load` should not see.
+    """Refuse a file that is not safe to pass to `torch.load`.
 
     Raises:
-        pickle.UnpicklingError: the pickle asks for more than tensors need.
+        pickle.UnpicklingError: the pickle has operations that tensors do not need.
         ValueError: the file is damaged, or was not written by torch.
     """
     if zipfile.is_zipfile(path):
@@ -79,10 +79,10 @@ def _check_pickle(file: IO[bytes]) -> None:
 
 
 def check_held(values: Iterable[Any], path: Path) -> None:
-    """Refuse tensors with far more values than their file holds, such as expanded views.
+    """Refuse tensors with far more values than their file contains, such as expanded views.
 
     Raises:
-        ValueError: they have.
+        ValueError: the tensors are too large for the file.
     """
     size = sum(
         value.numel() * value.element_size()

@@ -1,4 +1,4 @@
-"""The Batch: records of one step as a flat stream of tokens."""
+"""`Batch`: the records of one step as a flat stream of tokens."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class Batch:
-    """R records of T tokens in all, laid one after the other, with N targets.
+    """R concatenated records with T tokens and N targets in total.
 
-    Records never see each other (docs/format.md §4), so this has the loss of any packed layout,
-    without its padding.
+    Records do not attend to each other (docs/format.md §4), so the loss equals that of any padded
+    layout, without the padding.
     """
 
     ids: torch.Tensor  # (T,) int64, vocabulary ids
-    subs: torch.Tensor  # (T,) int64, which extension entry of its id; 0 for ordinary tokens
+    subs: torch.Tensor  # (T,) int64, number of the extension entry of its id; 0 if ordinary
     segments: torch.Tensor  # (T,) int64, segment within its record
     context: torch.Tensor  # (T,) bool, given (True) or to be predicted (False)
     lengths: tuple[int, ...]  # (R,) tokens of each record
@@ -35,10 +35,10 @@ class Batch:
     target_records: torch.Tensor  # (N,) int64, the record of each target
     extension_ids: torch.Tensor  # (E,) int64, the (id, sub > 0) pairs that the step can predict
     extension_subs: torch.Tensor  # (E,) int64
-    # What generation may write for a record beside the ordinary vocabulary; None in training.
+    # What generation may write for a record besides the ordinary vocabulary; None in training.
     unk_is_candidate: torch.Tensor | None = None  # (R,) bool
     extension_is_candidate: torch.Tensor | None = None  # (R, E) bool
-    unk: int = 0  # id of <unk>, with these two
+    unk: int = 0  # id of <unk>, used with these two
 
     @property
     def num_tokens(self) -> int:
@@ -54,19 +54,19 @@ class Batch:
         return {name: value for name, value in values.items() if torch.is_tensor(value)}
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch with all its tensors on a device."""
+        """Returns the batch with all tensors on a device."""
         moved = {n: t.to(device, non_blocking=True) for n, t in self.tensors().items()}
         return replace(self, **moved)  # type: ignore[arg-type]
 
     def pin_memory(self) -> Batch:
-        """The batch in page-locked memory, from which a GPU copies while others compute."""
+        """Returns the batch in page-locked memory, for asynchronous copies to a GPU."""
         pinned = {n: t.pin_memory() for n, t in self.tensors().items()}
         return replace(self, **pinned)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Stream:
-    """R records of T tokens in all, laid one after the other: a batch before it has targets."""
+    """R concatenated records with T tokens in total: a batch before its targets are made."""
 
     ids: np.ndarray  # (T,) vocabulary ids
     subs: np.ndarray  # (T,)
@@ -89,7 +89,7 @@ class Stream:
         )
 
     def replace(self, index: int, record: EncodedRecord) -> None:
-        """Overwrite record number `index` with one of as many tokens and segments."""
+        """Overwrite record `index` with one that has the same numbers of tokens and segments."""
         begin = int(self.lengths[:index].sum())
         tokens = slice(begin, begin + len(record))
         self.ids[tokens] = record.ids
@@ -112,12 +112,9 @@ def extension_pairs(records: Sequence[EncodedRecord]) -> list[Pair]:
     """The distinct (id, sub > 0) pairs of records, in order of appearance."""
     pairs: dict[Pair, None] = {}
     for record in records:
-        places = np.flatnonzero(record.subs)
-        pairs.update(
-            dict.fromkeys(
-                zip(record.ids[places].tolist(), record.subs[places].tolist(), strict=True)
-            )
-        )
+        at = np.flatnonzero(record.subs)
+        own = zip(record.ids[at].tolist(), record.subs[at].tolist(), strict=True)
+        pairs.update(dict.fromkeys(own))
     return list(pairs)
 
 
@@ -126,11 +123,11 @@ def collate(
     tokenizer: Tokenizer,
     extension: Sequence[Pair] | None = None,
 ) -> Batch:
-    """Make a batch of records, in the order given.
+    """Make a batch from records, in the given order.
 
     Args:
-        extension: the (id, sub > 0) pairs of the whole step, where `records` are only one rank's
-            or one micro-step's share of it; None if the records are the whole step.
+        extension: the (id, sub > 0) pairs of the whole step, if `records` are only the share of a
+            rank or micro-batch; None if the records are the whole step.
     """
     if extension is None:
         extension = extension_pairs(records)
@@ -144,11 +141,11 @@ def make_batch(
     *,
     as_generated: bool = False,
 ) -> Batch:
-    """Make a batch of a stream.
+    """Make a batch from a stream.
 
     Args:
         extension: the (id, sub > 0) pairs of the whole step.
-        as_generated: with what generation may write for each record, for evaluation.
+        as_generated: include what generation may write for each record; used in evaluation.
 
     Raises:
         KeyError: a target's pair is not in `extension`.
@@ -176,7 +173,7 @@ def make_batch(
 
 
 def _candidates(stream: Stream, unk: int, table: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whether each record's context has an unknown run, bool [R], and each pair, bool [R, E]."""
+    """Whether each record's context contains `<unk>`, bool [R], and each pair, bool [R, E]."""
     records = np.repeat(np.arange(len(stream.lengths)), stream.lengths)  # (T,)
     unknown = np.zeros(len(stream.lengths), dtype=np.bool_)
     unknown[records[stream.context & (stream.ids == unk)]] = True
@@ -197,8 +194,8 @@ def _flat(parts: list[np.ndarray], dtype: type) -> np.ndarray:
 
 
 def _targets(stream: Stream, tokenizer: Tokenizer) -> _Targets:
-    # A position of an answer predicts its successor; the successor of an answer's last token is
-    # </s>, whether a new segment (always opened by <s>) or the end of the record follows.
+    # Each position of an answer predicts the next token. The last one predicts </s>, whether it is
+    # followed by a new segment (which always begins with <s>) or by the end of the record.
     positions = np.flatnonzero(~stream.context)
     ends = np.cumsum(stream.lengths)
     records = np.searchsorted(ends, positions, side="right")
@@ -210,16 +207,16 @@ def _targets(stream: Stream, tokenizer: Tokenizer) -> _Targets:
 
 
 def _numbered(targets: _Targets, table: np.ndarray, vocab_size: int) -> np.ndarray:
-    """The targets' ids, where there is a sub the number of the pair behind the vocabulary."""
+    """The targets' ids; a target with a sub > 0 becomes vocab_size + the index of its pair."""
     result = targets.ids.copy()
-    places = np.flatnonzero(targets.subs)
-    if not len(places):
+    positions = np.flatnonzero(targets.subs)
+    if not len(positions):
         return result
     known = table[:, 0] << 16 | table[:, 1]  # a sub has 16 bits
-    wanted = result[places] << 16 | targets.subs[places]
+    wanted = result[positions] << 16 | targets.subs[positions]
     order = np.argsort(known)
     found = np.searchsorted(known, wanted, sorter=order)
     if not len(known) or (known[order[np.minimum(found, len(known) - 1)]] != wanted).any():
         raise KeyError("the extension lacks the pair of a target")
-    result[places] = vocab_size + order[found]
+    result[positions] = vocab_size + order[found]
     return result

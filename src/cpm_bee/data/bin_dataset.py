@@ -1,13 +1,13 @@
-"""The binary dataset: a folder of data files and `meta.bin` (docs/format.md).
+"""The binary dataset: a folder of data files and `meta.bin` (docs/format.md §9).
 
-A data file consists of blocks of one size. A block holds records one after the other and is filled
-up with zeros; no record crosses the end of a block. A record is the byte 0x1f, the length of its
+A data file consists of blocks of equal size. A block contains consecutive records and is padded
+with zeros; no record crosses the end of a block. A record is the byte 0x1f, the length of its
 payload (uint32, little-endian) and the payload, a pickle (`record_pickle`); a zero byte instead of
-0x1f ends the block. `meta.bin` names the data files with the number of their blocks and records.
+0x1f ends the block. `meta.bin` lists the data files with their numbers of blocks and records.
 
-Reading memory-maps the data files. Preprocessing does not write a dataset record by record: it
-knows the sizes of all records in order, `BlockLayout` tells where each begins, and several
-processes write to their places at once (`preprocess.gather`).
+Data files are memory-mapped for reading. Preprocessing does not write a dataset record by record:
+it knows the sizes of all records in order, `BlockLayout` computes where each begins, and several
+processes write their records at those offsets (`preprocess.gather`).
 """
 
 from __future__ import annotations
@@ -33,37 +33,41 @@ FINGERPRINT_BYTES = 64 << 10
 
 
 def payload_limit(block_size: int) -> int:
-    """The most bytes a payload can have: every block ends with at least one `END`."""
+    """The largest size of a payload in bytes: every block ends with at least one `END`."""
     return min(block_size - HEAD - len(END), 2 ** (8 * LENGTH.size) - 1)
 
 
 class BlockLayout:
-    """The places of a data file's records: in order, none across the end of a block (§9)."""
+    """Computes the offsets of a data file's records; none crosses the end of a block (§9)."""
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
-        self._begin = 0  # of the present block
-        self._offset = 0  # within it
+        self._begin = 0  # of the current block
+        self._offset = 0  # within the current block
         self._nbytes = 0
         self._nlines = 0
 
     @property
     def size(self) -> int:
-        """Bytes of the file so far: whole blocks, one at least."""
+        """The size of the file so far in bytes: whole blocks, at least one."""
         return self._begin + self._block_size
 
-    def append(self, frames: Iterable[int]) -> array[int]:
-        """Place further records of so many bytes, `HEAD` included; the offset of each."""
+    def append(self, frame_sizes: Iterable[int]) -> array[int]:
+        """Append records; returns the offset of each.
+
+        Args:
+            frame_sizes: bytes of each record, including `HEAD`.
+        """
         offsets = array("q")
         begin, offset, block_size = self._begin, self._offset, self._block_size
         total = 0
-        for frame in frames:
-            if offset + frame + len(END) > block_size:
+        for size in frame_sizes:
+            if offset + size + len(END) > block_size:
                 begin += block_size
                 offset = 0
             offsets.append(begin + offset)
-            offset += frame
-            total += frame
+            offset += size
+            total += size
         self._begin, self._offset = begin, offset
         self._nlines += len(offsets)
         self._nbytes += total - len(offsets) * (HEAD - LENGTH.size)
@@ -75,18 +79,19 @@ class BlockLayout:
 
 
 def frame(payload: bytes) -> bytes:
-    """A payload in the form that a data file has."""
+    """A payload as it is stored in a data file."""
     return RECORD + LENGTH.pack(len(payload)) + payload
 
 
 class BinaryDataset:
-    """Reads a dataset; data files stay on disk (memory-mapped) and are never run as code.
+    """Reads a dataset; data files are memory-mapped and no code in them is run.
 
-    Iteration yields `(file_index, offset, payload)` of every record of the files that are not
-    masked, in order; `offset` counts bytes from the beginning of the data file.
+    Iteration yields `(file_index, offset, payload)` for each record of the files that are not
+    masked, in order; `offset` is in bytes from the beginning of the data file.
 
-    Raises `InputError`, with the path, if the folder is no dataset, `meta.bin` is wrong, a data
-    file is missing or has the wrong size; while iterating, with file and offset, for damage.
+    Raises:
+        InputError: the folder is not a dataset, `meta.bin` is invalid, or a data file is missing or
+            has the wrong size; while iterating, a data file is damaged (with file and offset).
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -122,9 +127,10 @@ class BinaryDataset:
             )
 
     def read(self, file_index: int, offset: int) -> Record:
-        """The record at an offset that iteration gave.
+        """The record at an offset that iteration yielded.
 
-        Raises `InputError`, with file and offset, if there is no record or it is not a valid one.
+        Raises:
+            InputError: there is no record, or it is not valid; the message has file and offset.
         """
         payload = self._payload(file_index, offset)
         try:
@@ -133,12 +139,12 @@ class BinaryDataset:
             raise self._damage(file_index, offset, str(error)) from None
 
     def where(self, file_index: int, offset: int) -> str:
-        """How messages name a record."""
+        """The location of a record, for messages."""
         return f"{self.folder / self.files[file_index].file_name}, byte {offset}"
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the data changes: a digest of `meta.bin` and each file's size and ends."""
+        """A digest of `meta.bin` and of each file's size, first and last bytes."""
         digest = hashlib.sha256((self.folder / META).read_bytes())
         for info in self.files:
             if info.mask:
@@ -152,7 +158,7 @@ class BinaryDataset:
         return digest.hexdigest()
 
     def _map(self, index: int) -> mmap.mmap:
-        # Opened at first use, so that a forked or masked reader holds no needless maps.
+        # Opened at first use, so that masked files and forked readers have no needless maps.
         if index not in self._maps:
             with open(self.folder / self.files[index].file_name, "rb") as file:
                 self._maps[index] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -160,7 +166,7 @@ class BinaryDataset:
 
     def _payload(self, index: int, offset: int) -> bytes:
         if self.files[index].block_end == self.files[index].block_begin:
-            raise self._damage(index, offset, "no record begins there")  # no bytes to map
+            raise self._damage(index, offset, "no record begins there")  # an empty file has no map
         data, block_size = self._map(index), self.files[index].block_size
         room = block_size - offset % block_size
         if not 0 <= offset < len(data) or data[offset : offset + 1] != RECORD:

@@ -1,4 +1,4 @@
-"""`meta.bin`: what a binary dataset consists of, one JSON object a line (docs/format.md §9)."""
+"""`meta.bin`: the data files of a binary dataset, one JSON object per line (docs/format.md §9)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,11 @@ def write_meta(folder: Path, info: FileInfo) -> None:
 
 
 def read_meta(folder: Path) -> list[FileInfo]:
-    """The data files of a dataset. Raises `InputError` with everything that is wrong."""
+    """The data files of a dataset.
+
+    Raises:
+        InputError: `meta.bin` is missing or invalid; all problems are listed.
+    """
     path = folder / META
     if not path.is_file():
         kind = "there is no such folder" if not folder.exists() else f"it holds no {META}"
@@ -62,8 +66,8 @@ def read_meta(folder: Path) -> list[FileInfo]:
         if not found:
             files.append(FileInfo(**{field.name: value[field.name] for field in fields(FileInfo)}))
     if not files and not problems.count:
-        problems.add(str(path), "names no data files")
-    problems.raise_if_any(f"{folder}: {META} is not that of a binary dataset", remedy(folder))
+        problems.add(str(path), "lists no data files")
+    problems.raise_if_any(f"{folder}: {META} is not valid", remedy(folder))
     return files
 
 
@@ -75,7 +79,7 @@ def _info_problems(value: Any) -> list[str]:
         return [f"lacks {', '.join(missing)}"]
     found = []
     name = value["file_name"]
-    # A name that leads out of the folder would make a foreign dataset read anything.
+    # Otherwise a dataset from elsewhere could make us read files outside its folder.
     if (
         not isinstance(name, str)
         or not name
@@ -96,7 +100,7 @@ def _info_problems(value: Any) -> list[str]:
 
 
 def size_problems(folder: Path, info: FileInfo) -> list[str]:
-    """Problems of a data file that the file system shows; none if the file is masked."""
+    """Problems with the existence or size of a data file; none if it is masked."""
     path = folder / info.file_name
     if info.mask:
         return []

@@ -1,15 +1,15 @@
-"""Plans which records make up each step: a function of lengths, seed, epoch and rows per step.
+"""Packing: plans the records of each step from lengths, seed, epoch and rows per step.
 
-A step has so many rows of `max_length` tokens; a row holds whole records, one after the other. Row
-i of every step comes from *row stream* i, which owns a share of the records and packs them by
-itself: a rank plans its own row streams, independently of other ranks, and the plan is the
-same for any number of ranks and workers.
+A step has a fixed number of rows of `max_length` tokens; a row contains whole records. Row i of
+every step comes from *row stream* i, which packs its own share of the records. A rank plans only
+its own row streams, independently of other ranks, so the plan is the same for any number of ranks
+and workers.
 
-Records are sorted by length and cut into groups of one record for each row stream. The records of a
-group are about equally long, so all row streams have about as many tokens, and end at about the
-same step. In every epoch the members of each group are dealt out again, and each row stream takes
-its members in its own random order. It then fills one row after the other from a window of the
-next records (`pack`), by the subset that fits best, which leaves about 1 % of a row empty.
+Records are sorted by length and cut into groups with one record for each row stream. The records of
+a group have similar lengths, so all row streams have about the same number of tokens and end at
+about the same step. In every epoch the records of each group are assigned to row streams anew, and
+each row stream takes its records in its own random order. It fills rows one by one with the best
+fitting subset of a window of the next records (`pack`), which leaves about 1 % of a row empty.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ import numpy as np
 
 PackedRow = list[int]  # numbers of the records that share a row of max_length tokens
 
-# Of the rules below: raise it when a plan changes, so that no run is resumed with another one.
+# Increment this when a rule below changes, so that no run is resumed with another plan.
 PLAN_VERSION = 2
 WINDOW = 32  # records that a row stream looks ahead to fill a row
 
 
 def pack(numbers: Iterable[int], lengths: Iterable[int], max_length: int) -> Iterator[PackedRow]:
-    """Fill one row after the other from the next `WINDOW` records.
+    """Pack records into rows, each filled from the next `WINDOW` records.
 
-    A row takes records as they come while the window is not enough to fill it, and then those of
-    the window that fill it best. The oldest record is always taken, so that none waits for more
+    A row takes records in order while all of the window fits into it, and then the subset of the
+    window that fills it best. It always takes the oldest record, so that no record waits for more
     than `WINDOW` rows.
 
     Args:
-        numbers: the records in the order they enter.
-        lengths: the tokens of each of them, from 1 to `max_length`.
+        numbers: the numbers of the records, in order.
+        lengths: the number of tokens of each, from 1 to `max_length`.
     """
     source = zip(numbers, lengths, strict=True)
     window = list(islice(source, WINDOW))
@@ -63,8 +63,8 @@ def pack(numbers: Iterable[int], lengths: Iterable[int], max_length: int) -> Ite
 
 
 def best_subset(lengths: Sequence[int], space: int) -> list[int]:
-    """The positions of lengths whose sum is the largest up to `space`; of equals, early ones."""
-    # Bit s of sums[i] says that some of the first i lengths have the sum s.
+    """The positions of the lengths with the largest sum up to `space`; prefers early ones."""
+    # Bit s of sums[i] is set if a subset of the first i lengths has the sum s.
     sums = [1]
     for length in lengths:
         if sums[-1] >> space:
@@ -82,10 +82,10 @@ def best_subset(lengths: Sequence[int], space: int) -> list[int]:
 def micro_batches(
     numbers: Sequence[int], lengths: Sequence[int], max_tokens: int | None
 ) -> list[list[int]]:
-    """Split records into balanced parts of at most `max_tokens`; a longer record is a part itself.
+    """Split records into balanced parts of at most `max_tokens`; a longer record is its own part.
 
-    The longest record first, each to the part with the fewest tokens; records of a part keep
-    their order.
+    The records, longest first, are assigned to the part with the fewest tokens; the records of a
+    part keep their order.
     """
     if max_tokens is None or sum(lengths) <= max_tokens:
         return [list(numbers)] if len(numbers) else []
@@ -104,12 +104,12 @@ def micro_batches(
 
 
 class Plan:
-    """The rows of every stream in every epoch of a training run; every record is in one of them.
+    """The rows of every row stream in every epoch; each record is in one row per epoch.
 
     Args:
-        lengths: tokens of each record; longer ones than `max_length` are left out.
-        rows: rows of a step, over all ranks and micro-steps: the number of row streams.
-        shuffle_seed: None keeps the dataset's order, as evaluation does.
+        lengths: the number of tokens of each record; records longer than `max_length` are left out.
+        rows: rows per step over all ranks and micro-batches: the number of row streams.
+        shuffle_seed: None keeps the dataset's order, as in evaluation.
     """
 
     def __init__(
@@ -132,9 +132,9 @@ class Plan:
         self.num_records = len(self._order)
 
     def steps(self, epoch: int, row_streams: Sequence[int]) -> Iterator[list[PackedRow]]:
-        """The rows of some row streams in each step of an epoch (from 0) until all have ended.
+        """Yields the rows of some row streams, step by step, until all have ended.
 
-        The row of a row stream that has ended is empty.
+        The row of a row stream that has ended is empty. Epochs count from 0.
         """
         rows = zip_longest(
             *(self.row_stream(epoch, stream) for stream in row_streams), fillvalue=[]
@@ -144,16 +144,16 @@ class Plan:
     def row_stream(self, epoch: int, stream: int) -> Iterator[PackedRow]:
         """The rows of a row stream in an epoch."""
         numbers = self._records(epoch, stream)
-        # Going through a memoryview gives Python's integers, one at a time.
+        # Iterating over a memoryview yields Python integers, without a list of all of them.
         return pack(numbers.data, self._lengths[numbers].data, self._max_length)
 
     def _records(self, epoch: int, stream: int) -> np.ndarray:
-        """The records of a row stream in the order that it takes them."""
+        """The records of a row stream, in its order."""
         if self._seed is None:
             return self._order[stream :: self._rows].copy()
         groups, rest = divmod(self.num_records, self._rows)
-        # Which member of each group falls to this stream: the streams are dealt out in a circle
-        # that begins elsewhere in every group. The last group may lack members.
+        # The member of each group that belongs to this stream: streams are assigned cyclically,
+        # starting at a random member of each group. The last group may have fewer members.
         turns = _generator(self._seed, epoch).integers(self._rows, size=groups + 1)
         members = (turns + stream) % self._rows
         count = groups + int(members[-1] < rest)
@@ -162,14 +162,14 @@ class Plan:
 
 
 def _generator(seed: int, epoch: int, *stream: int) -> np.random.Generator:
-    # Negative numbers are refused; two's complement keeps such a seed apart from others. Each of
-    # two sequences that begin alike is marked by its length: zeros at the end would not count.
+    # NumPy refuses negative numbers: two's complement maps each seed to another number. It ignores
+    # trailing zeros, so the length of `stream` tells sequences apart.
     entropy = [seed & (2**64 - 1), epoch, len(stream), *stream]
     return np.random.Generator(np.random.PCG64(entropy))
 
 
 def _longest_first(lengths: np.ndarray) -> np.ndarray:
-    """The order of descending lengths, the same on every machine (equals keep their order)."""
+    """The order of descending lengths; stable, so the same on every machine."""
     keys = -lengths.astype(np.int64) if len(lengths) else lengths
     if len(lengths) and lengths.max() <= np.iinfo(np.uint16).max:
         keys = (lengths.max() - lengths).astype(np.uint16)  # sorted in linear time

@@ -1,4 +1,4 @@
-"""A record as a pickle (docs/format.md §9), which is read without running code."""
+"""Writes a record as a pickle and reads it without running code (docs/format.md §9)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cpm_bee import records
 from cpm_bee.errors import InputError
 from cpm_bee.records import Record
 
-PICKLE_PROTOCOL = 4  # fixed: the same record must be the same bytes under every Python
+PICKLE_PROTOCOL = 4  # fixed: a record must give the same bytes in every version of Python
 
 
 def encode(record: Record) -> bytes:
@@ -19,7 +19,7 @@ def encode(record: Record) -> bytes:
 
 
 class _Refusing:
-    """Keeps an unpickler from loading anything but built-in values."""
+    """Prevents an unpickler from loading anything but built-in values."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise InputError(f"the pickle names {module}.{name}; it could run code and is refused")
@@ -31,18 +31,18 @@ class _Refusing:
 class _Careful(_Refusing, pickle._Unpickler):
     """The unpickler for any pickle.
 
-    It is written in Python: the one in C takes 16 bytes of memory for each memo number up to the
+    Based on the unpickler in Python: the one in C allocates 16 bytes for each memo number up to the
     largest, and ten bytes of pickle can name number 2**32 - 1.
 
-    Refused at once: tuples and sets, as a few bytes make one of 2**60 items whose hash never ends;
-    a bytearray, whose memory is taken before its bytes are there.
+    Refuses tuples and sets, because a few bytes can make one of 2**60 items whose hash never ends,
+    and bytearrays, because their memory is allocated before their bytes are read.
     """
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
 
 def _refuse_operation(unpickler: Any) -> NoReturn:
-    raise InputError("the pickle holds other values than dictionaries and texts and is refused")
+    raise InputError("the pickle has values other than dictionaries and texts and is refused")
 
 
 _NO_RECORD = [pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3]
@@ -55,8 +55,8 @@ class _Quick(_Refusing, pickle.Unpickler):
     """The unpickler for pickles that `_is_plain`."""
 
 
-# Bytes of an operation with its argument, of those that make dictionaries of strings. None of
-# them takes more memory than the payload gives reason for.
+# The operations that make dictionaries of strings, with their sizes in bytes, arguments included.
+# None of them allocates memory out of proportion to the payload.
 _SHORT_TEXT, _TEXT = pickle.SHORT_BINUNICODE[0], pickle.BINUNICODE[0]
 _SIZES = {
     operation[0]: size
@@ -69,7 +69,7 @@ _SIZES = {
 
 
 def _is_plain(payload: bytes) -> bool:
-    """Whether a pickle has no operations but those that `encode` uses."""
+    """Whether a pickle has only operations that make dictionaries of strings."""
     position = 0
     try:
         while (operation := payload[position]) != pickle.STOP[0]:
@@ -85,10 +85,14 @@ def _is_plain(payload: bytes) -> bool:
 
 
 def decode(payload: bytes) -> Record:
-    """The record of a payload. Raises `InputError` for anything but a record, and for code."""
+    """The record in a payload.
+
+    Raises:
+        InputError: the payload is not a valid record, or could run code.
+    """
     value = None
     if _is_plain(payload):
-        with contextlib.suppress(Exception):  # the other reader says what is wrong
+        with contextlib.suppress(Exception):  # the careful unpickler reports what is wrong
             value = _Quick(io.BytesIO(payload)).load()
     if value is None:
         value = _decode_carefully(payload)
@@ -105,7 +109,7 @@ def _decode_carefully(payload: bytes) -> Any:
         value = _Careful(stream).load()
     except InputError:
         raise
-    except Exception as error:  # a damaged pickle raises nearly anything
+    except Exception as error:  # a damaged pickle can raise nearly anything
         raise InputError(f"not a readable pickle ({type(error).__name__}: {error})") from None
     if stream.tell() != len(payload):
         raise InputError(f"{len(payload) - stream.tell()} bytes follow the end of the pickle")
@@ -113,7 +117,7 @@ def _decode_carefully(payload: bytes) -> Any:
 
 
 def _refuse_shared(value: Any) -> None:
-    # Forty dictionaries, each holding the next one twice, are small, but no walk of them ends.
+    # Forty dictionaries, each containing the next one twice, are small but take forever to walk.
     seen: set[int] = set()
     nodes = [value]
     while nodes:

@@ -1,21 +1,21 @@
-"""The position bias, and attention over the flat stream by PyTorch's SDPA.
+"""The position bias, and attention over the flat stream with PyTorch's SDPA.
 
-A batch is a flat stream [T, ...] of records that never see each other. Attention needs rectangles,
-so for it alone the records are sorted by length and divided into groups of similar length; within
-a group queries and keys are padded to its longest record and go through one call of
-`scaled_dot_product_attention`. `_GROUP_SHARE` bounds what the padding of keys costs. Everything
-else in the model runs on the flat stream and has no padding at all.
+A batch is a flat stream [T, ...] of records that do not attend to each other. SDPA needs padded
+tensors, so the records are sorted by length and divided into groups of similar length; within a
+group, queries and keys are padded to the longest record and go through one call of
+`scaled_dot_product_attention`. `_GROUP_SHARE` bounds the cost of padding keys. Everything else in
+the model runs on the flat stream without padding.
 
-`PaddedGroups` is worked out once a batch: for each group the row of the bias table for each
-(query, key) pair, with a row of -inf for what is not visible, and the gather indices that pad and
-unpad. Padded queries see every key, because a softmax over nothing is NaN; their outputs are never
-read. `PaddedAttention` looks the biases up once and serves all layers.
+`PaddedGroups` is computed once per batch: for each group, the row of the bias table for each
+(query, key) pair, with a row of -inf for pairs that are not visible, and the gather indices that
+pad and unpad. Padded queries see every key, because a softmax over nothing is NaN; their outputs
+are never read. `PaddedAttention` looks up the biases once for all layers.
 
-Padding and unpadding are separate autograd functions: each token has exactly one slot that is
-read back, so forward and backward of both are gathers. PyTorch's gradient of an indexing adds into
-places instead, which is slower. Hazard: `_Pad` drops the gradients of padding. They are zero only
-because `_Unpad` gives padded queries an output gradient of zero and no other query sees a padded
-key; whoever lets padding through must sum the gradients of all slots of a token.
+Padding and unpadding are custom autograd functions: each token has exactly one slot that is read
+back, so forward and backward of both are gathers. PyTorch's gradient of indexing is a scatter-add,
+which is slower. Hazard: `_Pad` drops the gradients of padding. They are zero only because `_Unpad`
+gives padded queries an output gradient of zero and no other query sees a padded key; if padding
+were visible, the gradients of all slots of a token would have to be summed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.frozen.buffers import buffer_pool
 from cpm_bee.segments import NUM_DEPTHS
 
-# A group takes records down to this share of its longest one's length.
+# Each record of a group has at least this share of the longest one's length.
 _GROUP_SHARE = 0.8
 
 
@@ -51,20 +51,20 @@ class PositionBias(nn.Module):
         self.relative_attention_bias = nn.Parameter(torch.empty(self.num_rows, config.num_heads))
 
     def position_rows(self, relative: torch.Tensor) -> torch.Tensor:
-        """The row of a relative position k - q within one segment; any shape, int64."""
+        """The row for each relative position k - q within one segment; any shape, int64."""
         half = self.num_buckets // 2
         exact = half // 2
         distance = relative.abs()
-        # In fp32, as the reference: near a bucket's border the rounding decides.
+        # In fp32, like the reference: rounding decides at the boundary of a bucket.
         far = torch.log(distance.clamp(min=1).float() / exact)
         far = far / math.log(self.max_distance / exact) * (half - exact)
         far = torch.clamp(exact + far.to(torch.int64), max=half - 1)
         return (relative > 0).long() * half + torch.where(distance < exact, distance, far)
 
     def check_relations(self, relation: torch.Tensor) -> None:
-        """Raises `InputError` for a segment relation that the table has no row for.
+        """Raise `InputError` if the table has no row for a segment relation.
 
-        Only a table of fewer segment buckets than there are relations can lack one.
+        This is possible only if the table has fewer segment buckets than there are relations.
         """
         if self.num_segment_buckets < NUM_DEPTHS * NUM_DEPTHS and relation.numel():
             largest = int(relation.max())
@@ -78,7 +78,7 @@ class PositionBias(nn.Module):
         """Rows from positions k - q and segment relations of the same shape.
 
         Raises:
-            InputError: as `check_relations`.
+            InputError: see `check_relations`.
         """
         self.check_relations(relation)
         same = relation == 0
@@ -86,7 +86,7 @@ class PositionBias(nn.Module):
 
     @property
     def masked_row(self) -> int:
-        """The row of pairs that are not visible: one past the table, see `values`."""
+        """The row for pairs that are not visible: one past the table, see `values`."""
         return self.num_rows
 
     def values(self, rows: torch.Tensor) -> torch.Tensor:
@@ -97,9 +97,9 @@ class PositionBias(nn.Module):
 
 
 class _PaddedGroup(NamedTuple):
-    """Consecutive tokens of the stream for each of G records, padded to the longest, W."""
+    """Consecutive tokens of each of G records, padded to the longest, W."""
 
-    tokens: torch.Tensor  # (G, W) indices; the record's last one again for padding
+    tokens: torch.Tensor  # (G, W) indices into the stream; padding repeats the last one
     valid: torch.Tensor  # (G, W) bool
 
     @classmethod
@@ -110,12 +110,12 @@ class _PaddedGroup(NamedTuple):
 
 
 class PaddedIndices(NamedTuple):
-    """Gather indices between N tokens of the stream and the P slots of all groups, end to end."""
+    """Gather indices between N tokens of the stream and the P concatenated slots of all groups."""
 
     pad: torch.Tensor  # (P,) the token in each slot; padding repeats some token
     unpad: torch.Tensor  # (N,) the slot of each token
     padding: torch.Tensor  # (P - N,) the slots that are padding
-    sizes: list[int]  # slots of each group
+    sizes: list[int]  # number of slots of each group
 
     @classmethod
     def of(cls, groups: list[_PaddedGroup]) -> PaddedIndices:
@@ -167,15 +167,15 @@ class _Unpad(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class PaddedGroups:
-    """How the stream's records are grouped and padded for attention; for one batch."""
+    """How the records of one batch are grouped and padded for attention."""
 
-    rows: tuple[torch.Tensor, ...]  # of each group (G, Q, K), rows of the bias table
+    rows: tuple[torch.Tensor, ...]  # for each group (G, Q, K), rows of the bias table
     queries: PaddedIndices
     keys: PaddedIndices
 
     @classmethod
     def of(cls, batch: Batch, bias: PositionBias, *, at_targets: bool = False) -> PaddedGroups:
-        """The groups with every token as a query, or only the positions that have a target."""
+        """Group a batch, with every token as a query or only the positions that have a target."""
         device = batch.ids.device
         starts = _starts(batch.lengths)
         counts = list(batch.lengths)
@@ -225,7 +225,7 @@ def _rows(
     keys: _PaddedGroup,
     relations: torch.Tensor,
 ) -> torch.Tensor:
-    """Bias rows [G, Q, K] of queries at positions of the stream, [G, Q]."""
+    """Bias rows [G, Q, K] for queries [G, Q], given as positions in the stream."""
     start, num_segments = relations[:, :1, None], relations[:, 1:, None]  # (G, 1, 1)
     index = start + (
         batch.segments[queries][:, :, None] * num_segments + batch.segments[keys.tokens][:, None, :]
@@ -241,23 +241,23 @@ def _rows(
 
 
 def align_bias(bias: torch.Tensor) -> torch.Tensor:
-    """The same values [G, H, Q, K] in the layout that CUDA's memory-efficient kernel needs.
+    """Returns the bias [G, H, Q, K] in the layout that CUDA's memory-efficient kernel needs.
 
-    Its rows are contiguous and begin at multiples of 8 values. The kernel copies a mask of any
-    other layout, once for every layer, and keeps the copies for the backward pass.
+    Rows are contiguous and begin at multiples of 8 values. The kernel would copy a mask of any
+    other layout for every layer, and keep the copies for the backward pass.
     """
     length = bias.shape[-1]
     return F.pad(bias, (0, -length % 8)).contiguous()[..., :length]
 
 
 class PaddedAttention:
-    """The attention function of each record with itself, for all layers of one forward pass."""
+    """Attention within each record, for all layers of one forward pass."""
 
     def __init__(
         self, groups: PaddedGroups, bias: PositionBias, dtype: torch.dtype, dropout_p: float
     ) -> None:
         self._groups = groups
-        # (G, H, Q, K). Contiguous: a CPU's kernel reads a strided mask one value at a time.
+        # (G, H, Q, K). Contiguous, because the CPU kernel reads strided masks value by value.
         self._biases = [bias.values(rows).to(dtype).contiguous() for rows in groups.rows]
         if bias.relative_attention_bias.device.type == "cuda":
             self._biases = [align_bias(b) for b in self._biases]
@@ -266,13 +266,13 @@ class PaddedAttention:
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
-        """q [N, H, D] of the queries, k and v [T, H, D] -> [N, H, D]."""
+        """q [N, H, D], k and v [T, H, D] -> [N, H, D]."""
         queries, keys = self._groups.queries, self._groups.keys
         qs = _Pad.apply(q, queries)
         ks, vs = (_Pad.apply(x, keys) for x in (k, v))
         outputs = []
         for bias, *qkv in zip(self._biases, qs, ks, vs, strict=True):
-            # (G*Q, H, D) -> (G, H, Q, D), and the same of G*K keys and values
+            # (G*Q, H, D) -> (G, H, Q, D), and likewise for G*K keys and values
             gq, gk, gv = (x.unflatten(0, (len(bias), -1)).transpose(1, 2) for x in qkv)
             o = F.scaled_dot_product_attention(gq, gk, gv, bias, self._dropout_p)
             outputs.append(o.transpose(1, 2).flatten(0, 1))  # (G, H, Q, D) -> (G*Q, H, D)

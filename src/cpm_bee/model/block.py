@@ -1,17 +1,17 @@
-"""One layer of the model, and the one place that chooses how a layer is computed.
+"""One layer of the model, and the only place that chooses how a layer is computed.
 
 `TransformerBlock.forward` computes a layer in one of three ways, all with the same result:
 
-- by `frozen.block`, whose own backward pass keeps less, where nothing but LoRA is trained;
-- by PyTorch's autograd, where weights are trained or there is dropout;
-- by a compiled form of the latter, where `compiled.compile_blocks` has set one.
+- with `frozen.block`, whose custom backward pass keeps less, if only LoRA is trained;
+- with PyTorch's autograd, if weights are trained or there is dropout;
+- with a compiled form of the latter, if `compiled.compile_blocks` has set one.
 
-Activation checkpointing applies to each of them. Whoever changes how layers run does it through an
-attribute of the block: `compiled_layer` (torch.compile) or `context` (bmtrain's autocast). Nothing
-replaces `forward`: wrappers such as FSDP's and bmtrain's hook into it.
+Activation checkpointing works with all of them. How a layer runs is changed through attributes:
+`compiled_layer` (torch.compile) or `context` (bmtrain's autocast). Nothing replaces `forward`,
+because wrappers such as FSDP and bmtrain hook into it.
 
-Pruned layers need no case of their own here: `network.BlockStack` passes `queries` only to a layer
-that has an attention.
+Pruned layers need no special case: `network.BlockStack` passes `queries` only to a layer that has
+an attention block, or indexes the states itself if no layer has one.
 """
 
 from __future__ import annotations
@@ -31,13 +31,12 @@ from cpm_bee.model.layers import AttentionBlock, AttentionFunction, FeedForwardB
 
 
 class TransformerBlock(nn.Module):
-    """One layer; pruned releases lack its attention, its feed-forward or both.
+    """One layer; in pruned models it may lack its attention, its feed-forward block or both.
 
     Attributes:
-        checkpointing: whether to recompute activations in the backward pass instead of keeping
-            them.
-        compiled_layer: a compiled form of `layer_output`, which then computes the layer.
-        context: makes the context that `forward` runs in, whoever calls it.
+        checkpointing: whether to recompute activations in the backward pass.
+        compiled_layer: a compiled form of `layer_output` to use instead; None if not compiled.
+        context: returns the context manager in which `forward` runs.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -49,11 +48,11 @@ class TransformerBlock(nn.Module):
         self.compiled_layer: Callable[..., torch.Tensor] | None = None
         self.context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
-    # Positional arguments only: bmtrain's blocks pass no others on.
+    # Call with positional arguments only: bmtrain's blocks pass on no others.
     def forward(
         self, h: torch.Tensor, attend: AttentionFunction, queries: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """h [T, dim_model] -> [T, dim_model], or [N, dim_model] at `queries`, N positions."""
+        """h [T, dim_model] -> [T, dim_model], or [N, dim_model] at the N positions `queries`."""
         needs_graph = torch.is_grad_enabled()
         compute = self.compiled_layer or self.layer_output
         with self.context():
@@ -77,7 +76,7 @@ class TransformerBlock(nn.Module):
     def layer_output(
         self, h: torch.Tensor, attend: AttentionFunction, queries: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The result of `forward` by PyTorch's autograd alone."""
+        """Compute the layer with PyTorch's autograd."""
         if self.self_att is not None:
             h = self.self_att(h, self.layer, attend, queries)
         return h if self.ffn is None else self.ffn(h)

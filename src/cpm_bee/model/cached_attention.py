@@ -1,21 +1,22 @@
-"""Attention of answers that are being written, over cached keys and values.
+"""Attention with a KV cache, for generation.
 
 A prompt is run once (`CPMBee.prefill`); then each step runs one new token of each of B sequences
 (`CPMBee.decode`), whose query attends to two sets of keys:
 
-- those of the prompt, the same for all sequences. One product q Kᵀ serves them all, so its time
-  hardly depends on the number of beams. An answer's segment is never one of the prompt's: the
-  bias depends on the pair of segments alone and is taken from a table with a row for each answer.
-- those of its own tokens, the new one included. Within a segment the bias depends on the
+- the keys of the prompt, shared by all sequences. One product q Kᵀ computes the scores of all
+  sequences, so its time hardly depends on the number of beams. An answer's segment is never one of
+  the prompt's, so the bias depends only on the pair of segments and comes from a table with a row
+  for each answer.
+- the keys of its own tokens, including the new one. Within a segment the bias depends on the
   distance, between answers on the pair of segments.
 
-The scores of both are joined for one softmax, so the result is that of a pass over the whole
-sequence without a cache, up to rounding. Keys and values are kept by a `KeyValueCache`, which
-knows nothing of biases. Hazard: `decode` appends to the cache, so it is called exactly once for
-each token, and the caller reorders the cache before it when beams change their order.
+Both sets of scores go through one softmax, so the result equals that of a pass over the whole
+sequence without a cache, up to rounding. A `KeyValueCache` stores keys and values without biases.
+Hazard: `decode` appends to the cache, so it must be called exactly once per token, and the caller
+must reorder the cache first if beams have changed their order.
 
-Decoding several records at once needs no other model: a row of `decode` meets others only here,
-in an attention function that would divide the rows among the prompts they belong to.
+To decode several records at once, only this attention function would have to change: everywhere
+else, `decode` computes each row by itself.
 
 Shapes: B sequences, P prompt tokens, A answer tokens, H heads of dimension D.
 """
@@ -44,28 +45,28 @@ class KeyValueCache(Protocol):
     """The interface of a KV cache."""
 
     def set_prompt(self, layer: int, prompt: KeyValue) -> None:
-        """Keep the prompt's keys and values of a layer."""
+        """Store the prompt's keys and values of a layer."""
 
     def prompt(self, layer: int) -> KeyValue:
-        """The prompt's keys and values."""
+        """The prompt's keys and values of a layer."""
         ...
 
     def append(self, layer: int, new: KeyValue) -> KeyValue:
-        """Add one token to each sequence, (B, H, 1, D); returns all, the new ones last."""
+        """Append one token to each sequence, (B, H, 1, D); returns all tokens, newest last."""
         ...
 
 
 class AnswerTokens(NamedTuple):
-    """The tokens that B sequences have after the prompt, the newest last."""
+    """The tokens of B sequences after the prompt, newest last."""
 
     ids: torch.Tensor  # (B, A) vocabulary ids
-    subs: torch.Tensor  # (B, A) which extension entry of its id; 0 for ordinary tokens
-    answers: torch.Tensor  # (B, A) the answer it belongs to, from 0
-    positions: torch.Tensor  # (B, A) its position within the answer
+    subs: torch.Tensor  # (B, A) number of the extension entry of its id; 0 for ordinary tokens
+    answers: torch.Tensor  # (B, A) the answer that a token belongs to, from 0
+    positions: torch.Tensor  # (B, A) position within the answer
 
 
 class Prefill:
-    """A prompt that has been run: its cache, and the biases between its segments and answers."""
+    """A prompt that has been run: its KV cache, and the biases of answers."""
 
     def __init__(
         self, prompt: Batch, answers: Sequence[int], bias: PositionBias, cache: KeyValueCache
@@ -83,12 +84,12 @@ class Prefill:
         self._prompt_bias = bias.values(rows.unsqueeze(0)).squeeze(0)  # (H, answers, P)
 
     def caching(self, attend: AttentionFunction) -> AttentionFunction:
-        """The prompt's attention with itself by `attend`, which fills the cache on the way."""
+        """Returns `attend`, wrapped so that it also stores keys and values in the cache."""
 
         def attend_and_keep(
             layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
         ) -> torch.Tensor:
-            # (P, H, D) -> (H, P, D), contiguous: every later step reads them in this order.
+            # (P, H, D) -> (H, P, D), contiguous because every later step reads them in this order
             kept = KeyValue(k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous())
             self.cache.set_prompt(layer, kept)
             return attend(layer, q, k, v)
@@ -96,11 +97,11 @@ class Prefill:
         return attend_and_keep
 
     def prompt_bias(self, tokens: AnswerTokens) -> torch.Tensor:
-        """The bias of each sequence's new token towards the prompt, (H, B, P)."""
+        """The bias between each sequence's new token and the prompt, (H, B, P)."""
         return self._prompt_bias.index_select(1, tokens.answers[:, -1])
 
     def answer_bias(self, tokens: AnswerTokens) -> torch.Tensor:
-        """The bias of each sequence's new token towards its own tokens, (B, H, 1, A)."""
+        """The bias between each sequence's new token and its own tokens, (B, H, 1, A)."""
         relation = self._relations[tokens.answers[:, -1:], tokens.answers]  # (B, A)
         distance = tokens.positions - tokens.positions[:, -1:]  # (B, A), k - q
         return self._bias.values(self._bias.rows(distance, relation).unsqueeze(1))

@@ -1,10 +1,10 @@
-"""Layers compiled by torch.compile. Imported only on demand, because it loads the compiler.
+"""Compiles layers with torch.compile. Imported only on demand, because it loads the compiler.
 
-`compile_blocks` compiles `TransformerBlock.layer_output` of each layer and hands the result to
-the layer, whose `forward` uses it from then on. The attention itself is left out of the graph: it
-is a kernel of its own already, and its shapes differ in every batch. Parameters and names stay.
+`compile_blocks` compiles `TransformerBlock.layer_output` of each layer and sets the result as the
+layer's `compiled_layer`, which `forward` then uses. The attention function stays outside the graph:
+it is already one kernel, and its shapes differ in every batch. Parameters and names are unchanged.
 
-The compiled form has PyTorch's own gradients, for which the compiler decides what to keep: the
+The compiled form uses PyTorch's gradients, and the compiler decides what to keep for them: the
 backward pass of `model/frozen` is not used.
 """
 
@@ -19,13 +19,13 @@ from cpm_bee.model.layers import AttentionFunction
 from cpm_bee.model.network import BlockStack
 
 BACKEND = "inductor"
-# Compiled forms of one function before PyTorch gives up: layers differ (pruned ones, the last one,
-# those below the lowest delta), and so do passes with and without gradients.
+# The number of compiled forms of one function before PyTorch gives up: layers differ (pruned, last,
+# or below the lowest delta), and so do passes with and without gradients.
 _RECOMPILE_LIMIT = 64
 
 
 class _OutsideGraph:
-    """An attention function that the compiler calls and does not look into."""
+    """An attention function that the compiler calls without tracing it."""
 
     def __init__(self, attend: AttentionFunction) -> None:
         self._attend = attend
@@ -49,7 +49,7 @@ class _CompiledLayer:
 
 
 def compile_blocks(encoder: BlockStack) -> None:
-    """Compile what lies around the attention of each layer, in place; the results are the same."""
+    """Compile each layer in place, except its attention function; results stay the same."""
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(

@@ -1,4 +1,4 @@
-"""The sizes of a model."""
+"""The config of a model."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _HUGGING_FACE = {
     "num_attention_heads": "num_heads",
 }
 _REQUIRED = ("vocab_size", "dim_model", "num_heads", "dim_head", "dim_ff", "num_layers")
-# A quarter of them is for exact distances: docs/format.md §5 divides by their number.
+# A quarter of the buckets is for exact distances, and docs/format.md §5 divides by their number.
 _LEAST = {"position_bias_num_buckets": 4}
-# Far beyond every model there is. Building one takes time in proportion to its layers; products
-# of three sizes stay below 2**63.
+# Far beyond any existing model. Building a model takes time in proportion to its layers; the
+# product of three sizes stays below 2**63.
 _MOST = {"num_layers": 512}
 _MOST_OF_A_SIZE = 2**20
 _LARGEST_FLOAT = sys.float_info.max
@@ -31,8 +31,8 @@ _LARGEST_FLOAT = sys.float_info.max
 class ModelConfig:
     """The fields of a CPM-Bee config file (docs/format.md §5).
 
-    `mask_modules` holds a pair (no attention, no FFN) a layer, or is empty for a whole model.
-    `distance_scale` is the factor of a token's sub in its rotary turn.
+    `mask_modules` has a pair (no attention, no FFN) for each layer, or is empty if nothing is
+    pruned. `distance_scale` is the factor of a token's sub in its rotary embedding.
     """
 
     vocab_size: int
@@ -52,12 +52,12 @@ class ModelConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> ModelConfig:
-        """Read a config file, native or Hugging Face's; fields of no interest are ignored."""
+        """Read a native or Hugging Face config file; unknown fields are ignored."""
         return cls.from_dict(cls.read(path), str(path))
 
     @staticmethod
     def read(path: str | Path) -> dict[str, Any]:
-        """The fields of a config file as they are written: unchecked, perhaps incomplete."""
+        """The fields of a config file, unchecked and possibly incomplete."""
         path = Path(path)
         if not path.is_file():
             raise InputError(f"{path}: no such model config (see --model-config)")
@@ -71,7 +71,11 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str) -> ModelConfig:
-        """Raises `InputError` with all that is missing or wrong."""
+        """Make a config from the fields of a config file.
+
+        Raises:
+            InputError: fields are missing or invalid; all are listed.
+        """
         problems = Problems()
         known = cls.native_names(values)
         for name in _REQUIRED:
@@ -89,7 +93,7 @@ class ModelConfig:
 
     @classmethod
     def native_names(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """The fields of a config, native or Hugging Face's, by native name; others are left out."""
+        """The known fields of a native or Hugging Face config, by native name."""
         names = {f.name for f in fields(cls)}
         known = {_HUGGING_FACE.get(key, key): value for key, value in values.items()}
         return {key: value for key, value in known.items() if key in names and value is not None}
@@ -131,13 +135,13 @@ def _check(name: str, value: Any) -> str | None:
     if whole and value > most:
         return f"must be at most {most}"
     if name == "dim_model":
-        # The rotary turn works on two halves.
+        # The rotary embedding works on two halves.
         return None if whole and value % 2 == 0 else "must be an even whole number above 0"
     return None if whole else f"must be a whole number from {least}"
 
 
 def _contradictions(values: dict[str, Any]) -> Iterator[str]:
-    """Contradictions between fields that are valid by themselves; some may be missing."""
+    """Contradictions between fields that are valid individually; some may be missing."""
     masks, layers = values.get("mask_modules"), values.get("num_layers")
     if masks and layers and len(masks) != layers:
         yield f'"mask_modules" has {len(masks)} pairs for {layers} layers'

@@ -1,17 +1,18 @@
-"""Attention over the flat stream by PyTorch's FlexAttention: no bias or mask in memory.
+"""Attention over the flat stream with PyTorch's FlexAttention: no bias or mask in memory.
 
 FlexAttention (torch.nn.attention.flex_attention) runs over the whole stream [T] at once, without
-padding. It is given two functions of a (query, key) pair, which are compiled into its kernel:
+padding. It compiles two functions of a (query, key) pair into its kernel:
 
-- `mask_mod`: whether the query sees the key, which is so within one record and to what is context
-  or comes earlier. From it a block mask is made once a batch; blocks of 128 x 128 pairs of which
-  none is visible are skipped, so the work grows with the records' lengths, not with T².
-- `score_mod`: the score plus the entry of the bias table, looked up from the distance within a
-  segment, or from the relation of two segments. Gradients of the table come from the same kernel.
+- `mask_mod`: whether the query sees the key: both are in the same record, and the key is context,
+  or the query is predicted and the key is not later. A block mask is made from it once per batch;
+  blocks of 128 x 128 pairs with no visible pair are skipped, so the work grows with the records'
+  lengths, not with T².
+- `score_mod`: adds the entry of the bias table, looked up from the distance within a segment or
+  from the relation of two segments. Gradients of the table come from the same kernel.
 
-The result equals `PaddedAttention`'s up to rounding. Hazards: it has no backward pass on a CPU and
-no dropout (`unavailable_reason`); `score_mod` is evaluated for pairs that the mask hides, so all
-its indices must exist for any pair; it has not been measured yet on a GPU.
+The result equals that of `PaddedAttention` up to rounding. Hazards: there is no backward pass on
+the CPU and no dropout (`unavailable_reason`); `score_mod` is also evaluated for masked pairs, so
+its indices must exist for every pair; it has not been measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from cpm_bee.data.batch import Batch
 from cpm_bee.errors import InputError
 from cpm_bee.model.attention import PositionBias
 
-# The kernels are written for matrix units of this compute capability or later.
+# The kernels need this compute capability or later.
 _CAPABILITY = (8, 0)
 
 
 def unavailable_reason(device: torch.device, dropout_p: float) -> str | None:
-    """Why FlexAttention cannot be used, or None."""
+    """The reason why FlexAttention cannot be used; None if it can."""
     if device.type != "cuda":
         return f"it has no backward pass on a {device.type}"
     if dropout_p:
@@ -46,10 +47,10 @@ def unavailable_reason(device: torch.device, dropout_p: float) -> str | None:
 
 
 def is_chosen(choice: str, device: torch.device, dropout_p: float) -> bool:
-    """Whether "auto", "sdpa" or "flex" means FlexAttention here.
+    """Whether the choice "auto", "sdpa" or "flex" selects FlexAttention.
 
     Raises:
-        InputError: "flex" was asked for and cannot be.
+        InputError: the choice is "flex", but FlexAttention cannot be used.
     """
     if choice == "sdpa":
         return False
@@ -61,15 +62,15 @@ def is_chosen(choice: str, device: torch.device, dropout_p: float) -> bool:
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Dynamic, because every batch has another number of tokens.
+    # Dynamic, because the number of tokens differs in every batch.
     return torch.compile(function, dynamic=True)
 
 
 class FlexAttention:
-    """The attention function of each record with itself, for all layers of one forward pass.
+    """Attention within each record, for all layers of one forward pass.
 
     Args:
-        at_targets: only positions that have a target are queries.
+        at_targets: use only positions that have a target as queries.
     """
 
     def __init__(self, batch: Batch, bias: PositionBias, *, at_targets: bool = False) -> None:
@@ -89,7 +90,7 @@ class FlexAttention:
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
-        """q [N, H, D] of the queries, k and v [T, H, D] -> [N, H, D]."""
+        """q [N, H, D], k and v [T, H, D] -> [N, H, D]."""
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, N or T, D)
         o = self._attend(q, k, v, score_mod=self._score, block_mask=self._mask)
         return o[0].transpose(0, 1)  # (1, H, N, D) -> (N, H, D)
@@ -121,9 +122,9 @@ def _score_mod(
     squares = num_segments.square()
     starts = squares.cumsum(0) - squares
     record = _records(batch)
-    # For each token the index of its segment's relation with segment 0 of its record.
+    # For each token, the index of its segment's relation with segment 0 of its record.
     begin = starts[record] + batch.segments * num_segments[record]
-    # A key that is not visible may be of a record with more segments: its index must exist.
+    # A masked key may belong to a record with more segments: its index must exist.
     relations = F.pad(batch.relations.int(), (0, max(batch.num_segments)))
     distances = torch.arange(1 - tokens, tokens, device=device)
     by_distance = bias.position_rows(distances).int()
@@ -133,7 +134,7 @@ def _score_mod(
         bias.num_buckets - 1,
     )
 
-    def score(
+    def add_bias(
         score: torch.Tensor, b: Any, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor
     ) -> torch.Tensor:
         position = queries[q]
@@ -142,4 +143,4 @@ def _score_mod(
         row = torch.where(relation == 0, in_segment, last_position_row + relation)
         return score + table[row, h]
 
-    return score
+    return add_bias

@@ -1,4 +1,4 @@
-"""Weights for a start without a checkpoint."""
+"""Random initial weights, for training without a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.layers import Attention, Embedding, RMSNorm
 from cpm_bee.model.network import CPMBee
 
-# Found by experiment on small models: with independent N(0, 1) weights everywhere, one with four
-# layers does not learn to compare two texts within 3 million tokens; with these it does in one.
+# Found by experiment on small models: with independent N(0, 1) weights everywhere, a model of four
+# layers does not learn to compare two texts within 3 million tokens; with these it does within one.
 _EMBEDDING_STD = 4.0
 _COPY_SCALE = 0.3  # of attention_out, as a multiple of project_v transposed
 _FFN_OUT_SCALE = 0.1
-_MATCHING_BIAS, _OTHER_BIAS = 0.5, 2.0  # standard deviation of the bias table, by kind of head
+_MATCHING_BIAS, _OTHER_BIAS = 0.5, 2.0  # standard deviation of the bias table, by type of head
 _OTHER_QUERY_SCALE = 0.3
 
 
 @torch.no_grad()
 def initial_values(model: CPMBee, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Random weights by name, the same on every machine and rank; one layer in memory at a time.
+    """Yields random weights by name, the same on every machine; one layer in memory at a time.
 
-    The model is only read, and may be on the meta device.
+    The model is not changed and may be on the meta device.
 
-    All start from N(0, 1), norms from 1, as docs/format.md §5 has it. Then, following mimetic
-    initialisation (Trockman and Kolter, 2023): one half of the heads compares contents
-    (project_k = project_q), the other half starts with little regard to content and strong
-    preferences of position and relation; attention hands on what it reads (attention_out is a
-    multiple of project_v transposed); feed-forward blocks start with small outputs. Embeddings
-    are scaled up so that they count beside the blocks' outputs; the last norm scales back.
+    Weights are drawn from N(0, 1) and norms are 1 (docs/format.md §5). Then, following mimetic
+    initialisation (Trockman and Kolter, 2023): half of the heads compare contents
+    (project_k = project_q); the other half depend little on content and strongly on position and
+    relation; attention copies what it reads (attention_out is a multiple of project_v transposed);
+    feed-forward blocks have small outputs. Embeddings are scaled up so that they are not dominated
+    by the blocks' outputs, and the last norm scales down again.
     """
     generator = torch.Generator().manual_seed(seed)
     for prefix, module in _parts(model):

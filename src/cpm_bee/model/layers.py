@@ -1,4 +1,4 @@
-"""The layers of docs/format.md §5. Module names make up the native checkpoint names."""
+"""The layers of docs/format.md §5. Their module names give the native checkpoint names."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from cpm_bee.model.config import ModelConfig
 
 
 class AttentionFunction(Protocol):
-    """softmax(q kᵀ / sqrt(dim_head) + bias) v of one layer, for N queries and T keys.
+    """Computes softmax(q kᵀ / sqrt(dim_head) + bias) v in one layer, for N queries and T keys.
 
-    The layers project q, k and v and leave to this what differs between training and generation:
-    which keys a query sees, with which bias, by which kernel, and from where keys are taken.
+    The layers project q, k and v; this function decides what differs between training and
+    generation: which keys a query sees, the bias, the kernel, and the source of the keys.
     """
 
     def __call__(
@@ -29,12 +29,12 @@ class AttentionFunction(Protocol):
 
 RESIDUAL_SCALE = 1 / 1.05
 
-# Up to so many rows h, E hᵀ takes a quarter to a half of the time of h Eᵀ on a CPU.
+# Up to this number of rows, E hᵀ takes a quarter to half of the time of h Eᵀ on a CPU.
 _FEW_ROWS = 8
 
 
 class Linear(nn.Module):
-    """y = (x Wᵀ) / sqrt(dim_in), plus the low-rank path of a delta where one is inserted."""
+    """y = (x Wᵀ) / sqrt(dim_in), plus the low-rank path of a delta if there is one."""
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
@@ -44,17 +44,17 @@ class Linear(nn.Module):
         self.lora: Any = None  # a delta.LoRA
 
     def operands(self) -> tuple[torch.Tensor, ...]:
-        """The tensors that W is made of, for `dense`; a quantised layer has others."""
+        """The tensors from which `dense` computes W; a quantised layer has others."""
         return (self.weight,)
 
     def dense(self, operands: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
-        """W [dim_out, dim_in] in a type, from `operands`."""
+        """Returns W [dim_out, dim_in] in a dtype, from `operands`."""
         return operands[0].to(dtype)
 
     def pieces(
         self, operands: tuple[torch.Tensor, ...], dtype: torch.dtype
     ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """W as rows and their values [rows, dim_in], of which one at a time need be in memory."""
+        """Yields W in pieces, (rows, values [rows, dim_in]); only one need be in memory."""
         yield slice(None), self.dense(operands, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -62,12 +62,12 @@ class Linear(nn.Module):
         return y if self.lora is None else y + self.lora(x)
 
     def base(self, x: torch.Tensor) -> torch.Tensor:
-        """x Wᵀ."""
+        """Returns x Wᵀ."""
         return F.linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
-    """x * rsqrt(mean(x²) + eps) in fp32, cast back, times weight."""
+    """x * rsqrt(mean(x²) + eps) in fp32, cast back to x's dtype, times weight."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """The tied token embedding; a sub turns it by a rotary angle."""
+    """The tied token embedding; a sub > 0 rotates it (rotary embedding)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -93,12 +93,12 @@ class Embedding(nn.Module):
     def forward(self, ids: torch.Tensor, subs: torch.Tensor) -> torch.Tensor:
         """ids, subs [T] -> [T, dim_model]."""
         e = F.embedding(ids, self.weight) * self.scale
-        turned = torch.nonzero(subs).squeeze(1)  # sub 0 changes nothing
-        if len(turned):
-            e = e.index_copy(0, turned, self._turn(e[turned], subs[turned]))
+        rotated = torch.nonzero(subs).squeeze(1)  # sub 0 changes nothing
+        if len(rotated):
+            e = e.index_copy(0, rotated, self._rotate(e[rotated], subs[rotated]))
         return e
 
-    def _turn(self, e: torch.Tensor, subs: torch.Tensor) -> torch.Tensor:
+    def _rotate(self, e: torch.Tensor, subs: torch.Tensor) -> torch.Tensor:
         exponent = torch.arange(0, self.dim, 2, device=e.device, dtype=torch.float32) / self.dim
         angle = self.distance_scale * subs.float()[:, None] * 10000.0**-exponent  # (T, dim/2)
         angle = torch.cat([angle, angle], dim=-1)
@@ -117,12 +117,12 @@ class Embedding(nn.Module):
             vocabulary = F.linear(h_scaled, self.weight)
         if not len(extension_ids):
             return vocabulary
-        table = self(extension_ids, extension_subs)  # (E, dim_model), scaled already
+        table = self(extension_ids, extension_subs)  # (E, dim_model), already scaled
         return torch.cat([vocabulary, F.linear(h, table.to(h.dtype))], dim=-1)
 
 
 class Attention(nn.Module):
-    """The projections around an attention function, which the caller passes."""
+    """The projections around an attention function, which is passed to `forward`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -1,20 +1,21 @@
-"""Cross entropy at the targets, with its gradient, in the memory of one piece of the logits.
+"""Cross entropy at the targets with its gradient, with only a piece of the logits in memory.
 
-Logits of N targets over a vocabulary V of 86,583 tokens would be the largest tensor of a step, and
-autograd would keep their softmax for the backward pass. Where the output head is frozen, the
-gradient of the states h is all that is needed, and it is known as soon as the logits are: with
-logits h Eᵀ and probabilities p it is p E - E[target]. So `TargetLoss` computes loss and gradient in
-its forward pass, piece by piece, keeps the gradient [N, dim_model] alone, and multiplies it by the
-incoming gradient in its backward pass. No logits are kept.
+The logits of N targets over a vocabulary V of 86,583 tokens would be the largest tensor of a step,
+and autograd would keep their softmax for the backward pass. If the output head is frozen, only the
+gradient of the states h is needed, and it is known as soon as the logits are: for logits h Eᵀ and
+probabilities p it is p E - E[target]. So `TargetLoss` computes loss and gradient in its forward
+pass, piece by piece, keeps only the gradient [N, dim_model], and multiplies it by the incoming
+gradient in its backward pass. No logits are kept.
 
-`_Piece` holds the logits transposed, [V, n], because E hᵀ is the faster product on a CPU, and turns
-them in place into exp(logit - max). The extension entries, a second table of E rows, join through a
-common maximum and sum. Nothing is divided by that sum before the product with E: the n results are.
+`_Piece` stores the logits transposed, [V, n], because E hᵀ is the faster product on a CPU, and
+overwrites them with exp(logit - max). The logits of the extension entries are a second matrix,
+[E, n], with the same maximum and sum. The division by that sum follows the product with E, because
+it is then a division of n rows only.
 
-The result equals autograd's of `cross_entropy` up to rounding. Hazards: `losses` overwrites the
-logits, so `correct` is called before it and `gradient` after it; a trained embedding needs the
-ordinary way (`CPMBee.loss` chooses); the gradient is kept in fp32, because fp16 would underflow
-before it is multiplied by the loss scale.
+The result equals that of autograd and `cross_entropy` up to rounding. Hazards: `losses` overwrites
+the logits, so `correct` must be called before it and `gradient` after it; a trainable embedding
+needs autograd (`CPMBee.loss` chooses); the gradient is kept in fp32, because fp16 would underflow
+before the multiplication by the loss scale.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ import torch.nn.functional as F
 
 from cpm_bee.model.frozen.buffers import buffer_pool
 
-# Targets whose logits are held at once: of 86,583 tokens in fp32, 0.33 MiB a target.
+# The number of targets per piece; with 86,583 tokens, the fp32 logits of a target take 0.33 MiB.
 _PIECE = 256
-# A CPU's matrix product of [V, D] and [D, N] is up to 1.5 times as fast where N is a multiple.
+# On a CPU the product of [V, D] and [D, N] is up to 1.5 times as fast if N is a multiple of this.
 _MULTIPLE = 16
 
 
 class Scores(NamedTuple):
-    """Losses of N targets, and whether each is predicted."""
+    """The losses of N targets, and whether each target is predicted."""
 
     losses: torch.Tensor  # (N,) fp32, cross entropy
-    correct: torch.Tensor  # (N,) bool, the target is the argmax; the first one of equal logits
+    correct: torch.Tensor  # (N,) bool, the target is the argmax; the first of equal logits counts
 
 
 class Candidates(NamedTuple):
-    """The candidates of generation at each of N targets, beside the ordinary vocabulary."""
+    """What generation could write at each of N targets, besides the ordinary vocabulary."""
 
     unk: int  # id of <unk>
     has_unk: torch.Tensor  # (N,) bool
@@ -48,7 +49,7 @@ class Candidates(NamedTuple):
 
 
 class OutputHead(NamedTuple):
-    """What turns states into logits: V vocabulary and E extension entries (docs/format.md §5)."""
+    """Maps states to logits of V vocabulary and E extension entries (docs/format.md §5)."""
 
     weight: torch.Tensor  # (V, dim_model)
     scale: float  # of the products with `weight`
@@ -56,11 +57,11 @@ class OutputHead(NamedTuple):
 
 
 class _Piece:
-    """The logits [V + E, n] of n targets, and what follows from them."""
+    """The logits [V + E, n] of n targets, their losses and gradient."""
 
     def __init__(self, h: torch.Tensor, head: OutputHead, targets: torch.Tensor) -> None:
         weight, scale, table = head
-        padded = F.pad(h, (0, 0, 0, -len(h) % _MULTIPLE))  # (n, D), n a multiple from here on
+        padded = F.pad(h, (0, 0, 0, -len(h) % _MULTIPLE))  # (n, D), n padded to a multiple
         logits = buffer_pool.empty(weight, len(weight), len(padded))
         torch.mm(weight, (padded * scale).mT, out=logits)
         self._vocabulary = logits.float()  # (V, n)
@@ -68,9 +69,9 @@ class _Piece:
         self._head, self._targets = head, targets
 
     def correct(self, candidates: Candidates | None) -> torch.Tensor:
-        """Whether each target is the argmax of its logits, bool [n]; before `losses`.
+        """Whether each target is the argmax of its logits, bool [n]; call before `losses`.
 
-        With `candidates`, of those logits alone that generation would choose from.
+        With `candidates`, only the logits that generation would choose from count.
         """
         extension = self._extension[:, : len(self._targets)]  # (E, n), padding left out
         vocabulary = self._vocabulary[:, : len(self._targets)]  # (V, n)
@@ -80,7 +81,7 @@ class _Piece:
             vocabulary[candidates.unk].masked_fill_(~candidates.has_unk, float("-inf"))
         best = vocabulary.argmax(dim=0)
         if len(extension):
-            # In 16 bit several may be equal: as in one row of logits, the first one counts.
+            # In 16 bit several logits may be equal: the first one counts, as in one row of logits.
             higher = extension.amax(dim=0) > vocabulary.amax(dim=0)
             other = extension.argmax(dim=0) + len(vocabulary)
             best = torch.where(higher, other, best)
@@ -109,7 +110,7 @@ class _Piece:
         )
 
     def gradient(self) -> torch.Tensor:
-        """The gradient of h from the sum of the losses, [n, dim_model]; after `losses`."""
+        """The gradient of the summed losses w.r.t. h, [n, dim_model]; call after `losses`."""
         weight, scale, table = self._head
         expected = (self._vocabulary.mT.to(weight.dtype) @ weight) * scale  # (n, D)
         last = len(weight) - 1
@@ -122,7 +123,7 @@ class _Piece:
 
 
 class TargetLoss(torch.autograd.Function):
-    """The summed cross entropy of states [N, dim_model]; the output head is frozen."""
+    """The summed cross entropy of states [N, dim_model] with a frozen output head."""
 
     @staticmethod
     def forward(ctx: Any, h: torch.Tensor, head: OutputHead, targets: torch.Tensor) -> torch.Tensor:
@@ -134,7 +135,7 @@ class TargetLoss(torch.autograd.Function):
             total += piece.losses().sum()
             if ctx.needs_input_grad[0]:
                 gradient[part] = piece.gradient()
-            del piece  # so that the next one can use its memory
+            del piece  # frees its memory for the next one
         ctx.save_for_backward(gradient)
         ctx.dtype = h.dtype
         return total

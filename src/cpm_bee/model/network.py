@@ -1,8 +1,8 @@
 """CPM-Bee: embedding, layers, and logits at the targets or at the next token of an answer.
 
 Training and evaluation (`loss`, `score`) run a `Batch`, a flat stream of records, in one pass.
-Generation (`prefill`, then `decode` once a token) runs a prompt once and keeps its keys and values
-in a cache that the caller hands in; see `model/cached_attention.py`.
+Generation (`prefill`, then `decode` once per token) runs a prompt once and keeps its keys and
+values in a cache that the caller passes; see `model/cached_attention.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class BlockStack(nn.Module):
         self._last_attention = with_attention[-1] if with_attention else None
 
     def set_checkpointing(self, wanted: bool) -> None:
-        """Whether layers recompute their activations in the backward pass."""
+        """Set whether layers recompute their activations in the backward pass."""
         for layer in self.layers:
             assert isinstance(layer, TransformerBlock)
             layer.checkpointing = wanted
@@ -49,10 +49,10 @@ class BlockStack(nn.Module):
     ) -> torch.Tensor:
         """h [T, dim_model] -> [T, dim_model], before the last norm.
 
-        With `queries`, positions [N], the result is [N, dim_model]: the last attention, which
-        `attend_last` computes, has only these as queries. In a pruned model the last attention
-        need not be in the last layer: layers after it have no attention, so each position is
-        computed by itself and they go on with [N, dim_model].
+        With `queries`, positions [N], the result is [N, dim_model]: the last attention block,
+        computed with `attend_last`, has only these queries. In a pruned model it need not be in
+        the last layer: later layers have no attention, compute each position by itself, and
+        continue with [N, dim_model].
         """
         if queries is not None and self._last_attention is None:
             h = h[queries]  # (N, dim_model)
@@ -67,11 +67,11 @@ class BlockStack(nn.Module):
 class CPMBee(nn.Module):
     """The language model. Its state dict has the native checkpoint names (docs/format.md §6).
 
-    Made without values: `pretrained.load_pretrained` gives it some.
+    The constructor does not initialise the weights: use `pretrained.load_pretrained`.
 
     Attributes:
         attention: "auto", "sdpa" or "flex", see `flex_attention.is_chosen`.
-        context: makes the context that each pass of `forward`, `loss` and `score` runs in.
+        context: returns the context manager in which `forward`, `loss` and `score` run.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -84,7 +84,7 @@ class CPMBee(nn.Module):
         self.encoder = BlockStack(config)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits at the targets alone, [N, vocab_size + E]."""
+        """Logits at the targets only, [N, vocab_size + E]."""
         with self.context():
             return self._logits(batch)
 
@@ -107,7 +107,7 @@ class CPMBee(nn.Module):
             )
 
     def prefill(self, prompt: Batch, answers: Sequence[int], cache: KeyValueCache) -> Prefill:
-        """Run a prompt, fill `cache` with its keys and values, and return what `decode` needs.
+        """Run a prompt and fill `cache` with its keys and values; the result is for `decode`.
 
         Args:
             prompt: one record whose answers have segments but no tokens.
@@ -123,10 +123,10 @@ class CPMBee(nn.Module):
     def decode(self, tokens: AnswerTokens, prefill: Prefill) -> torch.Tensor:
         """Logits of each sequence's next token, [B, vocab_size + E].
 
-        Sequences meet in the attention alone: everything else computes each row by itself.
+        Sequences share only the attention: everything else computes each row by itself.
 
         Args:
-            tokens: all tokens of B answers in the making; the last of each is new to the cache.
+            tokens: all tokens of B answers so far; the last one of each is not in the cache yet.
         """
         h = self.input_embedding(tokens.ids[:, -1], tokens.subs[:, -1])  # (B, dim_model)
         h = self.encoder(h, CachedAttention(prefill, tokens))
@@ -135,7 +135,7 @@ class CPMBee(nn.Module):
         return self.input_embedding.logits(h, prompt.extension_ids, prompt.extension_subs)
 
     def _target_states(self, batch: Batch) -> torch.Tensor:
-        """The states after the last norm at the targets alone, [N, dim_model]."""
+        """The states after the last norm, at the targets only, [N, dim_model]."""
         h = self.input_embedding(batch.ids, batch.subs)  # (T, dim_model)
         attend_last = self.attention_over(batch, h, at_targets=True)
         attend = self.attention_over(batch, h)
@@ -154,7 +154,7 @@ class CPMBee(nn.Module):
     def attention_over(
         self, batch: Batch, h: torch.Tensor, *, at_targets: bool = False
     ) -> AttentionFunction:
-        """Attention of each record with itself for states h; at targets, only for these queries."""
+        """The attention function for states h; with `at_targets`, only targets are queries."""
         dropout_p = self.config.dropout_p if self.training else 0.0
         if flex_attention.is_chosen(self.attention, h.device, dropout_p):
             return flex_attention.FlexAttention(batch, self.position_bias, at_targets=at_targets)
@@ -163,7 +163,7 @@ class CPMBee(nn.Module):
 
 
 def _compute_dtype(h: torch.Tensor) -> torch.dtype:
-    """The type that q, k and v of states h will have: autocast's where it is on."""
+    """The dtype of q, k and v for states h: that of autocast if it is enabled."""
     device = h.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
 

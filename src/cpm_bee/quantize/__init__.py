@@ -1,6 +1,6 @@
-"""A frozen base in 4 or 8 bit: number formats, the Linear over them, and the file they are kept in.
+"""A frozen base in 4 or 8 bit: number formats, quantised Linears, and the file that caches them.
 
-Names only, so that a command's `--help` need not import torch.
+This module has only names, so that a command's `--help` need not import torch.
 """
 
 NONE = "none"

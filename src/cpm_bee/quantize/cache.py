@@ -1,7 +1,7 @@
 """Quantises a base once, tensor by tensor, into a safetensors file beside its checkpoint.
 
-The file has `NAME.codes` and `NAME.absmax` for each Linear of the blocks; embedding, norms and
-bias table are as the checkpoint has them. Its metadata name the base by fingerprint.
+The file has `NAME.codes` and `NAME.absmax` for each Linear of the layers; embedding, norms and
+bias table are copied from the checkpoint. The metadata have the fingerprint of the base.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _TYPE_NAMES = {
     torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float32: "F32",
 }  # fmt: skip
-_ALIGNMENT = 64  # of the first tensor; all sizes keep the alignment of their type
+_ALIGNMENT = 64  # of the first tensor; later tensors are aligned to their dtype
 
 
 class _Stored(NamedTuple):
-    """A tensor of the file, in the order of the file."""
+    """A tensor of the file."""
 
     name: str
     shape: tuple[int, ...]
@@ -52,48 +52,48 @@ class _Stored(NamedTuple):
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def cache_path(checkpoint: Path, format: Format) -> Path:
+def cache_path(checkpoint: Path, fmt: Format) -> Path:
     """`pytorch_model.nf4.safetensors` for `pytorch_model.bin`, or for an index of its shards."""
     name = checkpoint.name.removesuffix(".index.json")
-    return checkpoint.with_name(f"{Path(name).stem}.{format.name}.safetensors")
+    return checkpoint.with_name(f"{Path(name).stem}.{fmt.name}.safetensors")
 
 
 def quantized_entries(model: CPMBee, checkpoint: Checkpoint, kind: str) -> dict[str, LazyTensor]:
-    """The tensors of a quantised model; its Linears, on the meta device, become quantised ones.
+    """Replace the Linears of a model by quantised ones and return the model's tensors.
 
-    They come from the file beside the checkpoint, which is made if it is missing, stale or
-    damaged. Where it cannot be written, a message says so and they are made in memory.
+    The tensors come from the file beside the checkpoint, which is made if it is missing, stale or
+    damaged. If it cannot be written, a warning is logged and they are made in memory.
 
     Args:
-        model: on the meta device; the checkpoint fits it.
+        model: a model on the meta device that matches the checkpoint.
         kind: the name of a format.
 
     Raises:
-        InputError: the format cannot hold the model, or there are values that are not finite.
+        InputError: the format does not support the model, or values are not finite.
     """
-    format = FORMATS[kind]
-    insert_quantized_linears(model, format)
+    fmt = FORMATS[kind]
+    insert_quantized_linears(model, fmt)
     stored = _stored_tensors(model, checkpoint)
-    return _from_cache(checkpoint, format, stored) or _in_memory(checkpoint, format, stored)
+    return _from_cache(checkpoint, fmt, stored) or _in_memory(checkpoint, fmt, stored)
 
 
 def _stored_tensors(model: CPMBee, checkpoint: Checkpoint) -> list[_Stored]:
     stored = []
     for name, parameter in model.named_parameters():
-        entry = checkpoint.entries.get(name)  # none of what is quantised
+        entry = checkpoint.entries.get(name)  # None for codes and absmax
         dtype = parameter.dtype if entry is None else entry.dtype
         stored.append(_Stored(name, tuple(parameter.shape), dtype))
-    # Sizes in bytes that are multiples of 4 first, so that all begin where their type may.
+    # Tensors whose size is a multiple of 4 bytes come first, so that all of them are aligned.
     return sorted(stored, key=lambda s: s.num_bytes % 4 != 0)
 
 
 def _from_cache(
-    checkpoint: Checkpoint, format: Format, stored: list[_Stored]
+    checkpoint: Checkpoint, fmt: Format, stored: list[_Stored]
 ) -> dict[str, LazyTensor] | None:
-    """The tensors of the file, which is made first if necessary; None if it cannot be made."""
-    path = cache_path(checkpoint.path, format)
+    """The tensors of the file, which is made first if necessary; None if it cannot be written."""
+    path = cache_path(checkpoint.path, fmt)
     notes = {
-        "format": format.name,
+        "format": fmt.name,
         "format_version": VERSION,
         "base_fingerprint": checkpoint.fingerprint(),
     }
@@ -101,20 +101,20 @@ def _from_cache(
         found = _open(path, checkpoint.path, notes, stored)
         if found is not None:
             return found
-        logger.info(f"quantising {checkpoint.path} to {format.name}, once")
+        logger.info(f"quantising {checkpoint.path} to {fmt.name}, once")
         try:
             if locked:  # files left by a killed run are not in use
                 for left in path.parent.glob(f".{path.name}.partial-*"):
                     left.unlink()
             with atomic_file(path, "wb") as file:
-                _write(file, checkpoint, format, stored, notes)
-            # Not older than a checkpoint whose time lies in the future.
+                _write(file, checkpoint, fmt, stored, notes)
+            # Never older than the checkpoint, even if the checkpoint's time is in the future.
             newest = max(path.stat().st_mtime_ns, checkpoint.path.stat().st_mtime_ns)
             os.utime(path, ns=(newest, newest))
         except OSError as error:
             logger.warning(
                 f"{path} cannot be written ({(error.strerror or str(error)).lower()}): "
-                "quantising in memory, as every run will until it can"
+                "quantising in memory, in this run and every run until it can be written"
             )
             return None
         return _open(path, checkpoint.path, notes, stored)
@@ -122,9 +122,10 @@ def _from_cache(
 
 @contextlib.contextmanager
 def _alone(checkpoint: Path) -> Iterator[bool]:
-    """Hold a lock, so that of several processes one quantises and the others use its file.
+    """Hold a lock, so that only one of several processes quantises and the others use its file.
 
-    False where the file system has no locks: each makes the file for itself, the last one stays.
+    Yields false if the file system has no locks: then each process makes the file, and the last
+    one replaces the others.
     """
     with open(checkpoint, "rb") as file:
         locked = True
@@ -138,13 +139,13 @@ def _alone(checkpoint: Path) -> Iterator[bool]:
 def _open(
     path: Path, checkpoint: Path, notes: dict[str, str], stored: list[_Stored]
 ) -> dict[str, LazyTensor] | None:
-    """The tensors of a file; None if it is missing, damaged, or not of this base and version."""
+    """The tensors of a file; None if it is missing, damaged, or of another base or version."""
     try:
         if path.stat().st_mtime_ns < checkpoint.stat().st_mtime_ns:
-            return None  # a fingerprint covers both ends of each tensor, not all of it
+            return None  # a fingerprint covers only both ends of each tensor
         file = safe_open(path, framework="pt")
         metadata = file.metadata() or {}
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError):
         return None
     if any(metadata.get(key) != value for key, value in notes.items()):
@@ -158,7 +159,7 @@ def _open(
 def _write(
     file: IO[bytes],
     checkpoint: Checkpoint,
-    format: Format,
+    fmt: Format,
     stored: list[_Stored],
     notes: dict[str, str],
 ) -> None:
@@ -177,16 +178,16 @@ def _write(
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
     file.write(struct.pack("<Q", len(text)) + text)
     begin = 8 + len(text)
-    for name, value in _values(checkpoint, format, stored):
+    for name, value in _values(checkpoint, fmt, stored):
         file.seek(begin + offsets[name])
         # As bytes: NumPy has no bfloat16.
         file.write(value.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _values(
-    checkpoint: Checkpoint, format: Format, stored: list[_Stored]
+    checkpoint: Checkpoint, fmt: Format, stored: list[_Stored]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors of the file, one tensor of the checkpoint in memory at a time."""
+    """Yields all tensors of the file; reads one tensor of the checkpoint at a time."""
     total = sum(torch.Size(e.shape).numel() * e.dtype.itemsize for e in checkpoint.entries.values())
     names = {s.name for s in stored}
     with progress_bar(total=total, description="quantising", unit="B") as bar:
@@ -197,7 +198,7 @@ def _values(
             else:
                 layer = name.removesuffix(_WEIGHT)
                 try:
-                    codes, absmax = format.quantize(value)
+                    codes, absmax = fmt.quantize(value)
                 except InputError as error:
                     raise InputError(f"{checkpoint.path}: {name} {error}") from None
                 yield layer + _CODES, codes
@@ -206,10 +207,8 @@ def _values(
             drop_pages(value)
 
 
-def _in_memory(
-    checkpoint: Checkpoint, format: Format, stored: list[_Stored]
-) -> dict[str, LazyTensor]:
-    values = dict(_values(checkpoint, format, stored))
+def _in_memory(checkpoint: Checkpoint, fmt: Format, stored: list[_Stored]) -> dict[str, LazyTensor]:
+    values = dict(_values(checkpoint, fmt, stored))
     return {
         s.name: LazyTensor(s.shape, s.dtype, partial(values.__getitem__, s.name)) for s in stored
     }

@@ -1,8 +1,8 @@
-"""Weights in 4 and 8 bit: codes and scales from a matrix, and the matrix from them.
+"""Formats of weights in 4 and 8 bit: quantisation to codes and scales, and dequantisation.
 
-NF4 is the data type of QLoRA (Dettmers et al., 2023, section 3) without double quantisation, in
-the very bytes of bitsandbytes: blocks of 64 values of a row, the first value of a pair in the high
-half of its byte.
+NF4 is the data type of QLoRA (Dettmers et al., 2023, section 3) without double quantisation, with
+the same bytes as in bitsandbytes: blocks of 64 values of a row, the first value of a pair in the
+high half of its byte.
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ NF4_VALUES = (
 )  # fmt: skip
 BLOCK = 64
 
-# Values worked on at a time on a CPU: with these, temporaries stay in the cache, and below the
-# size from which malloc takes fresh pages from the kernel each time (which takes longer than all
-# of the arithmetic).
+# The number of values per chunk on a CPU: temporaries stay in the cache, and below the size above
+# which malloc gets new pages from the kernel each time (which takes longer than the arithmetic).
 _CHUNK = 1 << 19
-_LEAST = 1e-38  # instead of the largest value of a block of zeros, as its inverse is finite
+_LEAST = 1e-38  # replaces the absmax of a block of zeros; its inverse is finite
 
 
 class Format(ABC):
-    """How a matrix W [dim_out, dim_in] is made of `codes` and `absmax`."""
+    """A format that stores a matrix W [dim_out, dim_in] as `codes` and `absmax`."""
 
     name: str
     codes_dtype: torch.dtype
@@ -43,22 +42,22 @@ class Format(ABC):
         """The shapes of codes and of absmax (fp32).
 
         Raises:
-            InputError: a matrix of this size cannot be held in this format.
+            InputError: the format does not support a matrix of this size.
         """
 
     @abstractmethod
     def _encode(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and absmax of rows in fp32, on the CPU; w is left as it is."""
+        """Codes and absmax of rows in fp32 on the CPU; w is not changed."""
 
     @abstractmethod
     def _decode(self, codes: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> None:
         """Fill `out` [rows, dim_in], fp32 and contiguous."""
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and absmax of a matrix in any float type, on the CPU.
+        """Codes and absmax of a matrix in any floating-point dtype, on the CPU.
 
         Raises:
-            InputError: it holds values that are not finite.
+            InputError: the matrix has values that are not finite.
         """
         dim_out, dim_in = weight.shape
         codes_size, absmax_size = self.sizes(dim_out, dim_in)
@@ -67,11 +66,11 @@ class Format(ABC):
         for rows in row_chunks(dim_out, dim_in, _CHUNK):
             codes[rows], absmax[rows] = self._encode(weight[rows].float().contiguous())
         if not torch.isfinite(absmax).all():
-            raise InputError("holds values that are not finite")
+            raise InputError("has values that are not finite")
         return codes, absmax
 
     def dense(self, codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The matrix [dim_out, dim_in] in a type."""
+        """Dequantise: returns the matrix [dim_out, dim_in] in a dtype."""
         dim_out, dim_in = len(codes), self.dim_in(codes)
         out = torch.empty(dim_out, dim_in, dtype=dtype, device=codes.device)
         chunk = _CHUNK if codes.device.type == "cpu" else out.numel()
@@ -85,11 +84,11 @@ class Format(ABC):
 
     @abstractmethod
     def dim_in(self, codes: torch.Tensor) -> int:
-        """The number of columns of the matrix of some codes."""
+        """The number of columns of the matrix, given its codes."""
 
 
 def row_chunks(rows: int, columns: int, values: int) -> Iterator[slice]:
-    """Slices of rows that hold about so many values each."""
+    """Yields slices of rows with about `values` values each."""
     step = max(1, values // max(1, columns))
     for begin in range(0, rows, step):
         yield slice(begin, min(rows, begin + step))
@@ -114,10 +113,10 @@ class NF4(Format):
     def _encode(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         blocks = w.view(-1, BLOCK)
         absmax = blocks.abs().amax(dim=1)
-        # Times the inverse, as bitsandbytes does: a division would round otherwise.
+        # Times the inverse, like bitsandbytes: a division would round differently.
         scaled = (blocks * (1 / absmax.clamp(min=_LEAST))[:, None]).clamp_(-1, 1)
-        # Counting the bounds below a value takes a tenth of the time of torch.bucketize; NumPy's
-        # comparison a quarter of torch's.
+        # Counting the bounds below a value takes a tenth of the time of torch.bucketize, and
+        # NumPy's comparison a quarter of the time of torch's.
         code = np.zeros(scaled.shape, dtype=np.uint8)
         above = np.empty(scaled.shape, dtype=bool)
         for bound in _nf4_bounds():
@@ -127,7 +126,7 @@ class NF4(Format):
         return ((flat[::2] << 4) | flat[1::2]).view(len(w), -1), absmax.view(len(w), -1)
 
     def _decode(self, codes: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> None:
-        # A byte holds two values. Fetched as one item of 8 bytes, they take one look-up.
+        # A byte encodes two values, which are looked up together as one item of 8 bytes.
         value = torch.tensor(NF4_VALUES, device=codes.device)
         pairs = torch.stack([value.repeat_interleave(16), value.repeat(16)], dim=1)  # (256, 2)
         torch.index_select(
@@ -145,7 +144,7 @@ class NF4(Format):
 
 
 def _nf4_bounds() -> np.ndarray:
-    """What lies between neighbouring values, rounded as bitsandbytes does: [15], fp32."""
+    """The midpoints between neighbouring values, rounded like bitsandbytes: [15], fp32."""
     values = np.asarray(NF4_VALUES, dtype=np.float32)
     return (values[:-1] + values[1:]) / np.float32(2)
 

@@ -1,7 +1,8 @@
-"""bitsandbytes' CUDA kernels on the same NF4 bytes; used if available, never required.
+"""The CUDA kernels of bitsandbytes for NF4; used if available, never required.
 
-Its API (0.50): `functional.QuantState`, `functional.dequantize_4bit`, `matmul_4bit`. It wants the
-codes as one column, and the scales of all blocks in a row, which is how ours lie in memory.
+Uses `functional.QuantState`, `functional.dequantize_4bit` and `matmul_4bit` (API of version 0.50).
+They take the codes as one column and the scales of all blocks as a vector, which is how our
+tensors are laid out in memory.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _BLOCK = 64
 
 @functools.cache
 def available() -> bool:
-    """Whether bitsandbytes is installed. Does not import it: that takes seconds."""
+    """Whether bitsandbytes is installed. Does not import it, because that takes seconds."""
     return importlib.util.find_spec("bitsandbytes") is not None
 
 
@@ -38,13 +39,13 @@ def _state(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> Any
 
 
 def dequantize(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """W [dim_out, dim_in] from codes [dim_out, dim_in/2] and absmax [dim_out, dim_in/64]."""
+    """Returns W [dim_out, dim_in] for codes [dim_out, dim_in/2], absmax [dim_out, dim_in/64]."""
     state = _state(codes, absmax, dtype)
     return _module("bitsandbytes.functional").dequantize_4bit(codes.reshape(-1, 1), state)
 
 
 def product(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    """x Wᵀ without a gradient, by a kernel that never makes W: for a few rows x [N, dim_in]."""
+    """Returns x Wᵀ without a gradient and without building W; for a few rows x [N, dim_in]."""
     state = _state(codes, absmax, x.dtype)
     with torch.no_grad():
         return _module("bitsandbytes").matmul_4bit(x, codes.reshape(-1, 1), quant_state=state)

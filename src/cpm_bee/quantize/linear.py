@@ -1,4 +1,4 @@
-"""A Linear whose frozen weight is held in 4 or 8 bit, and models with such layers."""
+"""A Linear whose frozen weight is stored in 4 or 8 bit, and models with such layers."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from cpm_bee.model.layers import Linear
 from cpm_bee.quantize import kernels
 from cpm_bee.quantize.formats import NF4, Format, row_chunks
 
-# Values of W made at a time on a CPU. Larger tensors than 32 MiB get fresh pages from the kernel
-# each time they are made, which takes longer than the arithmetic.
+# The number of values of W per piece on a CPU. Tensors larger than 32 MiB get new pages from the
+# kernel each time they are allocated, which takes longer than the arithmetic.
 _CHUNK = 1 << 21
-# Up to so many rows a CUDA kernel that multiplies by codes directly is the faster one.
+# Up to this number of rows, a CUDA kernel that multiplies by codes directly is faster.
 _FEW_ROWS = 16
 
 
 class QuantizedLinear(Linear):
-    """A Linear over `codes` and `absmax` of a format; W exists only piece by piece, in products.
+    """A Linear with `codes` and `absmax` instead of W, which is dequantised piece by piece.
 
-    Both are plain parameters without gradient: they follow the module to a device and are sharded
-    like others. `absmax` must stay fp32 (no `model.to(dtype)`).
+    Both are parameters without gradient: they move to a device and are sharded like others.
+    `absmax` must stay fp32 (no `model.to(dtype)`).
 
     Raises:
-        InputError: the format cannot hold a matrix of this size.
+        InputError: the format does not support a matrix of this size.
     """
 
-    def __init__(self, dim_in: int, dim_out: int, format: Format) -> None:
+    def __init__(self, dim_in: int, dim_out: int, fmt: Format) -> None:
         with torch.device("meta"):
             super().__init__(dim_in, dim_out)
         del self.weight
-        self.format = format
-        codes_size, absmax_size = format.sizes(dim_out, dim_in)
-        self.codes = _frozen(torch.empty(codes_size, dtype=format.codes_dtype, device="meta"))
+        self.format = fmt
+        codes_size, absmax_size = fmt.sizes(dim_out, dim_in)
+        self.codes = _frozen(torch.empty(codes_size, dtype=fmt.codes_dtype, device="meta"))
         self.absmax = _frozen(torch.empty(absmax_size, device="meta"))
 
     @classmethod
-    def of(cls, linear: Linear, format: Format) -> QuantizedLinear:
-        """The quantised form of a Linear that has values, with its LoRA if it has one."""
-        result = cls(linear.dim_in, linear.dim_out, format)
-        codes, absmax = format.quantize(linear.weight.detach().cpu())
+    def of(cls, linear: Linear, fmt: Format) -> QuantizedLinear:
+        """Quantise a Linear that has values; keeps its LoRA."""
+        result = cls(linear.dim_in, linear.dim_out, fmt)
+        codes, absmax = fmt.quantize(linear.weight.detach().cpu())
         device = linear.weight.device
         result.codes, result.absmax = _frozen(codes.to(device)), _frozen(absmax.to(device))
         result.lora = linear.lora
@@ -76,7 +76,7 @@ class QuantizedLinear(Linear):
     def pieces(
         self, operands: tuple[torch.Tensor, ...], dtype: torch.dtype
     ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """W as rows and their values, one piece in memory at a time; whole on a GPU."""
+        """Yields W in pieces, (rows, values); in one piece on a GPU."""
         device = operands[0].device.type
         chunk = _CHUNK if device == "cpu" else self.dim_in * self.dim_out
         for rows in row_chunks(self.dim_out, self.dim_in, chunk):
@@ -91,7 +91,7 @@ def _frozen(tensor: torch.Tensor) -> nn.Parameter:
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ; saves only the operands of W, and rebuilds W for the gradient of x."""
+    """x Wᵀ; saves only the operands of W and dequantises W again for the gradient of x."""
 
     @staticmethod
     def forward(
@@ -116,43 +116,43 @@ class _Product(torch.autograd.Function):
         return (of_x.view(*gradient.shape[:-1], layer.dim_in), None, *(None for _ in operands))
 
 
-def quantize_(model: nn.Module, format: Format) -> None:
-    """Quantise each Linear of a model that has its values, in place.
+def quantize_(model: nn.Module, fmt: Format) -> None:
+    """Quantise each Linear of a model that has values, in place.
 
     Raises:
-        InputError: layers whose sizes the format cannot hold; each kind is listed once.
+        InputError: the format does not support the sizes of some layers; each kind is listed once.
     """
-    _replace(model, format, lambda linear: QuantizedLinear.of(linear, format))
+    _replace(model, fmt, lambda linear: QuantizedLinear.of(linear, fmt))
 
 
-def insert_quantized_linears(model: nn.Module, format: Format) -> None:
-    """Replace each Linear of a model without values by a QuantizedLinear without values.
+def insert_quantized_linears(model: nn.Module, fmt: Format) -> None:
+    """Replace each Linear of a model by a QuantizedLinear without values.
 
     Raises:
-        InputError: as `quantize_`.
+        InputError: see `quantize_`.
     """
-    _replace(model, format, lambda linear: QuantizedLinear(linear.dim_in, linear.dim_out, format))
+    _replace(model, fmt, lambda linear: QuantizedLinear(linear.dim_in, linear.dim_out, fmt))
 
 
-def _replace(model: nn.Module, format: Format, make: Callable[[Linear], QuantizedLinear]) -> None:
+def _replace(model: nn.Module, fmt: Format, make: Callable[[Linear], QuantizedLinear]) -> None:
     linears = {name: m for name, m in model.named_modules() if type(m) is Linear}
     problems = Problems()
     refused = set()
     for name, linear in linears.items():
         kind = name.rpartition(".")[2]
         try:
-            format.sizes(linear.dim_out, linear.dim_in)
+            fmt.sizes(linear.dim_out, linear.dim_in)
         except InputError as error:
             if kind not in refused:
                 problems.add(kind, str(error))
             refused.add(kind)
-    problems.raise_if_any(f"--quantize {format.name} does not fit this model:")
+    problems.raise_if_any(f"--quantize {fmt.name} does not fit this model:")
     for name, linear in linears.items():
         model.set_submodule(name, make(linear))
 
 
 def num_weights(model: nn.Module) -> int:
-    """The number of a model's parameters, as if none were quantised."""
+    """The number of a model's parameters before quantisation."""
     total = sum(p.numel() for p in model.parameters())
     for layer in model.modules():
         if isinstance(layer, QuantizedLinear):

@@ -35,7 +35,7 @@ def test_overwrite_spares_what_is_no_dataset(bee: Path) -> None:
     (bee / "bin" / "train").mkdir(parents=True)
     (bee / "bin" / "train" / "thesis.txt").write_text("x")
     before = tree(bee)
-    with pytest.raises(InputError, match="this is no dataset"):
+    with pytest.raises(InputError, match="not a dataset"):
         make(bee, overwrite=True)
     assert tree(bee) == before
 
@@ -208,8 +208,8 @@ def test_answers_that_are_missing_or_cannot_be_written_are_named(
         caplog.clear()
         make(tmp_path, tokenizer=tiny.TOKENIZER, chunk_bytes=chunk_bytes, overwrite=True)
         missing, unwritable = [r.getMessage() for r in caplog.records]
-        assert f"{path}: 2 of 6 records are without an answer" in missing
-        assert "the first one in line 2" in missing
+        assert f"{path}: 2 of 6 records have no answer" in missing
+        assert "the first one on line 2" in missing
         assert f"{path}: 2 of 6 records have an answer that can never be generated" in unwritable
         assert f"\n  {path}:3: 'é①'\n  {path}:6: '漢'" in unwritable
 
@@ -224,7 +224,7 @@ def test_all_records_that_the_vocabulary_lacks_are_named(
     path.write_text("".join(lines), encoding="utf-8")
     make(tmp_path, tokenizer=tiny.TOKENIZER, tokens_needed=False, chunk_bytes=60)
     [message] = [r.getMessage() for r in caplog.records]
-    assert "lacks what 16 of them hold" in message
+    assert "cannot encode 16 of the records" in message
     assert f"{path}:2: special token <strange_0>" in message
     assert f"... and 6 more in {path}" in message
 

@@ -1,10 +1,10 @@
-"""The file that a chunk's records are kept in between the two passes of preprocessing.
+"""The temporary file of a chunk's records, between the two passes of preprocessing.
 
-A chunk's records go into one file, bucket by bucket. The file begins with a table of where each
-bucket's part begins (uint64, one more than buckets). A part has the number of its records (uint32),
-the bytes of each record's frame (uint32), the frames (see `bin_dataset.frame`), and, where there is
-a tokenizer, the token arrays of the records (see `token_index.arrays.to_bytes`). A bucket without
-records has no part, and a chunk without records no file: `Buckets.chunks_of` says what to read.
+A chunk's records are stored in one file, bucket by bucket. The file begins with a table of the
+offset of each bucket's part and of the end (uint64). A part has the number of its records (uint32),
+the size of each record's frame (uint32), the frames (see `bin_dataset.frame`) and, if there is a
+tokenizer, the token arrays of the records (see `token_index.arrays.to_bytes`). The part of a bucket
+without records is empty, and a chunk without records has no file: use `Buckets.chunks_of`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from cpm_bee.data.token_index import arrays as token_arrays
 
 RECORD_COUNT = struct.Struct("<I")
-TABLE_ENTRY = struct.Struct("<Q")  # where a bucket's records begin
+TABLE_ENTRY = struct.Struct("<Q")  # the offset of a bucket's part
 
 
 def write_chunk(
@@ -30,11 +30,12 @@ def write_chunk(
     arrays: token_arrays.Arrays | None,
     ends: np.ndarray | None,
 ) -> None:
-    """Write a chunk's file; frames and tokens come bucket by bucket.
+    """Write a chunk's file.
 
     Args:
+        frames: the frames of all records, bucket by bucket.
         sizes: the number of records of each bucket.
-        arrays: the token arrays of all records; None without tokens.
+        arrays: the token arrays of all records, bucket by bucket; None without tokens.
         ends: where each bucket's part of the arrays ends (see `token_index.arrays.ends_of`).
     """
     parts: Iterator[Iterable[bytes]] | None = None
@@ -68,9 +69,9 @@ class BucketPart(NamedTuple):
     """The records of a bucket that come from one chunk.
 
     Attributes:
-        sizes: bytes of each frame.
-        frames: one after the other.
-        tokens: the bytes of the token arrays; empty where there are none.
+        sizes: the size of each frame in bytes.
+        frames: the frames, concatenated.
+        tokens: the bytes of the token arrays; empty without tokens.
     """
 
     sizes: array[int]
@@ -79,7 +80,7 @@ class BucketPart(NamedTuple):
 
 
 def read_sizes(path: Path, bucket: int) -> array[int]:
-    """The bytes of each frame of a bucket's part in a chunk's file."""
+    """The size in bytes of each frame of a bucket's part in a chunk's file."""
     with open(path, "rb", buffering=0) as file:
         file.seek(TABLE_ENTRY.size * bucket)
         (begin,) = TABLE_ENTRY.unpack(file.read(TABLE_ENTRY.size))

@@ -1,13 +1,13 @@
 """The second pass of preprocessing: buckets on disk -> a dataset, and its token index.
 
-`scatter` has put every record into a random bucket. Here the records of each bucket are shuffled,
-and the buckets are written one after the other: together that is a random order of all records,
-though no more than one bucket a process is ever in memory.
+`scatter` has put every record into a random bucket. This pass shuffles the records of each bucket
+and writes the buckets in order, which gives a random order of all records with at most one bucket
+per process in memory.
 
-The main process shuffles: it reads only the sizes of a bucket's records, and computes where each
-record begins in the data file and how much of the token index lies before the bucket. With that,
-worker processes write the buckets independently, each to its own place in the same files. The bytes
-are the same for any number of workers.
+The main process does the shuffling: it reads only the sizes of a bucket's records, and computes
+where each record begins in the data file and where the bucket begins in the token index. Worker
+processes then write the buckets independently, at these positions of the same files. The bytes are
+the same for any number of workers.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class _Paths:
     Attributes:
         chunks: the files that `scatter` wrote, one for each chunk of the input.
         data: the data file.
-        index: folder of the token index, if one is made.
-        tree_numbers: the index's number of each tree of each chunk.
+        index: the folder of the token index; None if none is made.
+        tree_numbers: for each chunk, the number in the index of each of its trees.
     """
 
     chunks: list[Path]
@@ -54,10 +54,11 @@ class _Bucket(NamedTuple):
     """A bucket's records in their final order.
 
     Attributes:
-        chunks: the chunks that have any of them; no other is opened.
-        order: their numbers within the bucket.
+        number: the number of the bucket.
+        chunks: the chunks that have records in the bucket; no others are opened.
+        order: the records' numbers within the bucket.
         offsets: where they begin in the data file.
-        index_at: what of the index lies before them, counted as in `token_index.arrays.COUNTED`.
+        index_at: where the bucket begins in the index, counted as in `token_index.arrays.COUNTED`.
     """
 
     number: int
@@ -76,10 +77,10 @@ def gather(
     tokenizer: Tokenizer | None,
     workers: int,
 ) -> None:
-    """Make a dataset in an existing folder; the buckets are removed.
+    """Make a dataset in an existing folder and remove the buckets.
 
     Args:
-        tokenizer: the one that the chunks' tokens were made with; None makes no index.
+        tokenizer: the tokenizer that made the chunks' tokens; None makes no index.
     """
     files = _Paths(buckets.paths, folder / output_name)
     files.data.touch(exist_ok=False)
@@ -104,7 +105,7 @@ def gather(
         if bits:
             path.unlink()
     with open(files.data, "r+b") as file:
-        file.truncate(layout.size)  # what was not written reads as zeros
+        file.truncate(layout.size)  # extends the file; bytes that were not written are zeros
     write_meta(folder, layout.info(output_name))
     if tokenizer is not None and files.index is not None and counts is not None:
         dataset, total = BinaryDataset(folder), counts.sum(axis=0)
@@ -112,7 +113,7 @@ def gather(
 
 
 def _number_trees(files: _Paths, buckets: Buckets) -> list[SegmentTree]:
-    """All trees, sorted; notes the number of each chunk's."""
+    """Returns all trees, sorted, and sets `files.tree_numbers`."""
     trees = sorted(set().union(*buckets.trees))
     numbers = {tree: number for number, tree in enumerate(trees)}
     files.tree_numbers = [
@@ -157,7 +158,7 @@ def _write_bucket(files: _Paths, bucket: _Bucket) -> None:
     for arrays, chunk in zip(tokens, bucket.chunks, strict=True):
         arrays["trees"] = files.tree_numbers[chunk][arrays["trees"]]
     joined = token_arrays.join(tokens)
-    del frames, parts, tokens  # memory
+    del frames, parts, tokens  # frees memory
     arrays = token_arrays.take(joined, np.array(bucket.order, dtype=np.int64))
     arrays["files"] = np.zeros(len(bucket.order))
     arrays["offsets"] = np.array(bucket.offsets)

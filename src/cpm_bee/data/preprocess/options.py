@@ -1,4 +1,4 @@
-"""The flags of preprocess_dataset.py. Imports nothing heavy: `--help` must be quick."""
+"""The flags of preprocess_dataset.py."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Records in JSON lines -> shuffled binary datasets, even if larger than memory.
 
-Two passes over the records, each by several processes: `scatter` checks them and puts each into a
-random one of many buckets on disk, `gather` shuffles each bucket in memory and writes its part
-of the dataset. Where there is a vocabulary, the dataset's token index is made on the way.
+There are two passes over the records, each in several processes: `scatter` checks the records and
+puts each into a random bucket on disk; `gather` shuffles each bucket in memory and writes its part
+of the dataset. With a vocabulary, the same passes make the dataset's token index.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from cpm_bee.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# Bytes of input. A process needs some ten times as much memory; small pieces of small files keep
-# all processes busy, few pieces of large files keep the files' number down.
+# In bytes of input; a process needs about ten times as much memory. Small files are cut into small
+# pieces to keep all processes busy, large files into large pieces to limit the number of files.
 LEAST_PIECE, LARGEST_PIECE = 1 << 18, 1 << 22
 MAX_BUCKETS = 4096
 
@@ -48,33 +48,34 @@ def preprocess(
     chunk_bytes: int | None = None,
     bucket_bytes: int | None = None,
 ) -> list[BinaryDataset]:
-    """Make a dataset `output_path/STEM` of each file `STEM.jsonl`; all of them or none.
+    """Make a dataset `output_path/STEM` from each file `STEM.jsonl`; all of them or none.
 
-    Equal input, seed, block, chunk and bucket size give equal bytes, with any number of workers.
-    On the way the records and their tokens stand on disk twice.
+    The same input, seed, block, chunk and bucket size give the same bytes with any number of
+    workers. In between, the records and their tokens are on disk twice.
 
     Args:
         inputs: a folder with *.jsonl files, or one file of records.
-        output_path: folder of the datasets, made if missing.
-        output_name: name of the data file in each dataset.
-        overwrite: replace datasets that exist.
-        block_size: bytes of a block (docs/format.md §9).
+        output_path: the folder of the datasets, made if missing.
+        output_name: the name of the data file in each dataset.
+        seed: the random seed of the shuffle.
+        overwrite: replace existing datasets.
+        block_size: bytes per block (docs/format.md §9).
         tokenizer: makes the token index of each dataset; None makes none.
-        tokens_needed: a record that the tokenizer cannot encode is an error; otherwise the
-            datasets are written without index, with a warning.
-        workers: processes.
-        escape: take all texts as plain, so that a literal `<` needs no escaping.
-        chunk_bytes: how much input a process takes at a time; None suits the file's size.
-        bucket_bytes: about what one bucket holds; None suits the file's size.
+        tokens_needed: if true, a record that the tokenizer cannot encode is an error; otherwise
+            the datasets are written without an index, with a warning.
+        workers: the number of processes.
+        escape: treat all texts as plain, so that a literal `<` needs no escaping.
+        chunk_bytes: bytes of input per task; None chooses by the file's size.
+        bucket_bytes: approximate bytes of input per bucket; None chooses by the file's size.
 
     Raises:
-        InputError: with all problems of all files; a dataset that exists and no `overwrite`.
-            Nothing is left behind.
+        InputError: records are invalid (all problems of all files are listed), or a dataset exists
+            and `overwrite` is false. Nothing is left behind.
     """
     if Path(output_name).name != output_name or output_name in ("", META) or output_name[0] == ".":
         raise InputError(
             f"--output_name {output_name!r}: expected a file name other than {META} that does not "
-            "begin with a point"
+            "begin with a dot"
         )
     files = _input_files(inputs)
     folders = [output_path / file.stem for file in files]
@@ -115,7 +116,7 @@ def _piece(file: Path, count: int) -> int:
 def _encoder(tokenizer: Tokenizer | None) -> Encoder | None:
     if tokenizer is None:
         return None
-    tokenizer.match("")  # makes its tables, which the processes then share
+    tokenizer.match("")  # builds its trie, which the forked processes then share
     return Encoder(tokenizer)
 
 
@@ -123,9 +124,9 @@ def _warn_of_vocabulary(tokenizer: Tokenizer, files: list[_Scatter]) -> None:
     count = sum(file.unencodable.count for file in files)
     shown = "".join(file.listed(file.unencodable) for file in files)
     logger.warning(
-        f"no token index is made, training will make one: {tokenizer.source} is not the vocabulary "
-        f"of these records, or lacks what {count} of them hold:{shown}\n"
-        "--vocab FILE names the vocabulary of your model, --vocab none makes no index"
+        f"no token index is made, training will make one: {tokenizer.source} cannot encode {count} "
+        f"of the records:{shown}\n"
+        "give the vocabulary of your model with --vocab FILE, or make no index with --vocab none"
     )
 
 
@@ -134,8 +135,9 @@ class _Scatter:
     """The first pass over a file.
 
     Attributes:
-        folder: of the dataset.
-        buckets: where its records are.
+        file: the input.
+        folder: the folder of the dataset.
+        buckets: the buckets that contain its records.
         unanswered, unwritable, unencodable: see `ScatterResult`.
     """
 
@@ -151,7 +153,7 @@ class _Scatter:
 
     @property
     def chunks(self) -> list[tuple[int, int]]:
-        """Where each chunk begins and ends."""
+        """The bytes at which each chunk begins and ends."""
         size = self.file.stat().st_size
         return [(b, min(b + self.chunk_bytes, size)) for b in range(0, size, self.chunk_bytes)]
 
@@ -212,7 +214,7 @@ class _Scatter:
         self.buckets.add(result)
 
     def listed(self, remarks: Remarks) -> str:
-        """The lines of some remarks, each with its reason."""
+        """The text of some remarks, one line each."""
         lines = [f"\n  {self.file}:{line}: {text}" for line, text in remarks.shown]
         more = remarks.count - len(lines)
         return "".join(lines) + (f"\n  ... and {more} more in {self.file}" if more else "")
@@ -222,27 +224,27 @@ class _Scatter:
         if self.unanswered.count:
             line, _ = self.unanswered.shown[0]
             logger.warning(
-                f"{self.file}: {self.unanswered.count} of {self.num_records} records are without "
-                f'an answer ("<ans>" is empty), the first one in line {line}; training and '
-                "evaluation leave them out"
+                f"{self.file}: {self.unanswered.count} of {self.num_records} records have no "
+                f'answer ("<ans>" is empty), the first one on line {line}; training and evaluation '
+                "leave them out"
             )
         if self.unwritable.count:
             logger.warning(
                 f"{self.file}: {self.unwritable.count} of {self.num_records} records have an "
-                "answer that can never be generated, since the vocabulary lacks some of its "
-                f"characters; exact match counts it as wrong:{self.listed(self.unwritable)}"
+                "answer that can never be generated, because some of its characters are not in the "
+                f"vocabulary; exact match counts it as wrong:{self.listed(self.unwritable)}"
             )
 
 
 def _input_files(inputs: Path) -> list[Path]:
     if inputs.is_file():
         return [inputs]
-    reformat = "python data_reformat.py (in tutorials/basic_task_finetune) makes them of raw_data"
+    reformat = "python data_reformat.py (in tutorials/basic_task_finetune) makes them from raw_data"
     if not inputs.is_dir():
         raise InputError(
             f"{inputs}: no such file or folder; expected *.jsonl files of records\n{reformat}"
         )
-    # Hidden names are what editors and other systems leave beside a file.
+    # Hidden files are those that editors and other systems leave behind.
     files = [p for p in inputs.glob("*.jsonl") if p.is_file() and not p.name.startswith(".")]
     if not files:
         raise InputError(f"{inputs}: looked for *.jsonl files of records, found none\n{reformat}")
@@ -261,7 +263,7 @@ def _check_destinations(output_path: Path, folders: list[Path], overwrite: bool)
         )
     for folder in existing:
         if not folder.is_dir() or (any(folder.iterdir()) and not (folder / META).is_file()):
-            raise InputError(f"{folder}: this is no dataset, so --overwrite does not replace it")
+            raise InputError(f"{folder}: not a dataset, so --overwrite does not replace it")
 
 
 def _record_help() -> str:

@@ -1,13 +1,11 @@
 """The first pass of preprocessing: lines of JSON -> checked records, in random buckets on disk.
 
 A file may be larger than memory, so it cannot be shuffled at once. Each record is put into a random
-bucket; `gather` can then shuffle each bucket in memory.
+bucket; `gather` then shuffles each bucket in memory.
 
-The input is cut into chunks of bytes, which processes take independently; a line belongs to the
-chunk that it begins in. What becomes of a chunk depends on its place in the input alone, not on the
-process that takes it.
-
-Its records go into one file, bucket by bucket: see `chunk_file`.
+The input is cut into chunks of bytes, which worker processes handle independently; a line belongs
+to the chunk in which it begins. The result of a chunk depends only on its position in the input,
+not on the process. Its records are written to one file, bucket by bucket (see `chunk_file`).
 """
 
 from __future__ import annotations
@@ -41,13 +39,12 @@ class Chunk(NamedTuple):
     """The lines of `file` that begin at bytes `begin` to `end` - 1.
 
     Attributes:
-        seed: of the choice of buckets, another one for each chunk.
-        num_buckets: how many there are.
-        limit: the most bytes of a payload.
-        target: file to write to; None only checks.
-        tokens_needed: whether a record without tokens (of a special token that the vocabulary
-            lacks) is a problem.
-        escape: take all texts as plain (see `records.escape_texts`).
+        seed: the seed for choosing buckets, different for each chunk.
+        num_buckets: the number of buckets.
+        limit: the largest size of a payload in bytes.
+        target: the file to write to; None only checks.
+        tokens_needed: whether a record that the vocabulary cannot encode is a problem.
+        escape: treat all texts as plain (see `records.escape_texts`).
     """
 
     file: Path
@@ -63,7 +60,7 @@ class Chunk(NamedTuple):
 
 @dataclass
 class Remarks:
-    """Lines that are valid but deserve a remark: how many there are, and the first of them."""
+    """Valid lines that deserve a warning: their number, and the first of them."""
 
     count: int = 0
     shown: list[tuple[int, str]] = field(default_factory=list)
@@ -75,7 +72,7 @@ class Remarks:
             self.shown = sorted(self.shown)[:REMARKS_SHOWN]
 
     def extend(self, other: Remarks, first_line: int) -> None:
-        """Add those of a later part of the file, which begins at `first_line`."""
+        """Add the remarks of a later part of the file, which begins at `first_line`."""
         self.count += other.count
         moved = [(first_line + line, text) for line, text in sorted(other.shown)]
         self.shown = (self.shown + moved)[:REMARKS_SHOWN]
@@ -86,18 +83,20 @@ class ScatterResult:
     """The result of scattering a chunk.
 
     Attributes:
-        num_lines: of the chunk, blank ones included.
-        num_records: lines that are not blank.
-        num_problems: all that were found.
-        problems: (line of the chunk from 0, what is wrong with it), the first `MAX_SHOWN`.
-        is_text: false where a line is not UTF-8; the rest of the chunk was not looked at.
+        num_lines: the number of lines, including blank ones.
+        num_records: the number of lines that are not blank.
+        num_problems: the number of all problems.
+        problems: (line of the chunk from 0, reason) of the first `MAX_SHOWN` problems.
+        is_text: false if a line is not UTF-8; the rest of the chunk was not read.
         unanswered: records without an answer.
-        unwritable: records whose answer generation cannot write, and what it cannot write.
-        unencodable: records that the vocabulary cannot express, and why; then there are no tokens.
-        filled: a bit for each bucket, set where the chunk has records of it.
-        counts: of each bucket's tokens (see `token_index.arrays.COUNTED`), int64 [buckets, 3].
-        trees: the tokens' trees, by number within the chunk.
-        extension_vocabulary: ids that have a sub > 0.
+        unwritable: records whose answer generation cannot write, with the parts it cannot write.
+        unencodable: records that the vocabulary cannot encode, with the reason; if there are any,
+            the chunk has no tokens.
+        filled: a bit for each bucket, set if the chunk has records in it.
+        counts: the size of each bucket (see `token_index.arrays.COUNTED`), int64 [buckets, 3]; None
+            without tokens.
+        trees: the segment trees, by number within the chunk.
+        extension_vocabulary: the ids that have a sub > 0.
     """
 
     num_lines: int = 0
@@ -125,12 +124,12 @@ class Buckets:
     """The records of a whole file, in buckets on disk.
 
     Attributes:
-        num_buckets: how many there are.
+        num_buckets: the number of buckets.
         paths: the files of the chunks.
-        filled: of each chunk, see `ScatterResult`.
-        counts: of each bucket's tokens, int64 [buckets, 3]; None without tokens.
-        trees: the trees of each chunk's tokens.
-        extension_vocabulary: ids that have a sub > 0.
+        filled: the bits of each chunk, see `ScatterResult`.
+        counts: the size of each bucket, see `ScatterResult`.
+        trees: the segment trees of each chunk.
+        extension_vocabulary: the ids that have a sub > 0.
     """
 
     num_buckets: int
@@ -148,17 +147,17 @@ class Buckets:
         self.extension_vocabulary |= result.extension_vocabulary
 
     def with_records(self) -> list[int]:
-        """The buckets that have any records."""
+        """The buckets that have records."""
         union = functools.reduce(operator.or_, self.filled, 0)
         return [bucket for bucket in range(self.num_buckets) if union >> bucket & 1]
 
     def chunks_of(self, bucket: int) -> array[int]:
-        """The chunks that have records of a bucket."""
+        """The chunks that have records in a bucket."""
         return array("I", [n for n, bits in enumerate(self.filled) if bits >> bucket & 1])
 
 
 def scatter(encoder: Encoder | None, chunk: Chunk) -> ScatterResult:
-    """Check the records of a chunk, make their tokens and write them to its file."""
+    """Check the records of a chunk, encode them and write records and tokens to its file."""
     result = ScatterResult()
     lines = _lines(chunk, result)
     rng = random.Random(chunk.seed)
@@ -168,7 +167,7 @@ def scatter(encoder: Encoder | None, chunk: Chunk) -> ScatterResult:
     frames: list[bytes] = []
     for i in order:
         number, line = lines[i]
-        lines[i] = number, ""  # memory
+        lines[i] = number, ""  # frees memory
         value, reason = json_lines.parse_line(line)
         if chunk.escape:
             value = records.escape_texts(value)
@@ -214,7 +213,7 @@ def scatter(encoder: Encoder | None, chunk: Chunk) -> ScatterResult:
 
 
 def _lines(chunk: Chunk, result: ScatterResult) -> list[tuple[int, str]]:
-    """The lines of a chunk that are not blank, with their numbers in it from 0."""
+    """The non-blank lines of a chunk, with their numbers in the chunk from 0."""
     lines: list[tuple[int, str]] = []
     for number, raw in enumerate(_raw_lines(chunk)):
         result.num_lines = number + 1
@@ -235,7 +234,7 @@ def _raw_lines(chunk: Chunk) -> Iterator[bytes]:
     with open(chunk.file, "rb") as file:
         position = chunk.begin
         if position > 0:
-            # The line before may reach into the chunk, or beyond it.
+            # The preceding line may reach into the chunk, or beyond it.
             file.seek(position - 1)
             before = file.readline(chunk.end - position + 1)
             if not before.endswith(b"\n"):

@@ -1,4 +1,4 @@
-"""Functions run by several processes of this machine, their results in order."""
+"""Runs a function in several processes of this machine; results come in order."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from cpm_bee.errors import RunError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-_AHEAD = 2  # tasks per process that are begun or wait while the first result is awaited
+_AHEAD = 2  # tasks per process that are submitted ahead of the oldest unfinished one
 
 _state: Any = None  # of a worker process
 
 
 def available_cores() -> int:
-    """The cores this process may use."""
+    """The number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 class Workers:
-    """Processes that hold a common state; a context manager.
+    """Worker processes with a shared state; a context manager.
 
-    The processes are forked, so that they share the state's memory with this one. They end with
-    the context, and also where this process is killed. With `count` 1 all runs in this process.
+    The processes are forked, so that they share the state's memory with this process. They end with
+    the context, or if this process is killed. With `count` 1 everything runs in this process.
 
     Args:
         state: the first argument of every function that they run.
-        count: of processes.
+        count: the number of processes.
     """
 
     def __init__(self, state: Any, count: int) -> None:
@@ -48,14 +48,14 @@ class Workers:
 
     def __enter__(self) -> Workers:
         if self._count > 1:
-            gc.freeze()  # collecting garbage would write to the shared pages, and so copy them
+            gc.freeze()  # garbage collection would write to shared pages and so copy them
             self._pool = ProcessPoolExecutor(
                 self._count,
                 multiprocessing.get_context("fork"),
                 initializer=_begin,
                 initargs=(self._local_state,),
             )
-            # Forks all of them at once: before this process has threads, a progress bar's too.
+            # Forks all processes now, before this process has threads (a progress bar has one).
             self._pool.submit(os.getpid)
         return self
 
@@ -67,7 +67,7 @@ class Workers:
     def map(
         self, function: Callable[[Any, Task], Result], tasks: Iterable[Task]
     ) -> Iterator[Result]:
-        """`function(state, task)` of each task, in order; tasks are drawn as they can be begun.
+        """Yields `function(state, task)` for each task, in order; consumes `tasks` as needed.
 
         Raises:
             RunError: a process was killed.
@@ -86,14 +86,14 @@ class Workers:
         except BrokenProcessPool:
             raise RunError(
                 "a worker process was killed, perhaps because memory ran out "
-                "(fewer --workers need less)"
+                "(fewer --workers need less memory)"
             ) from None
 
 
 def _begin(state: Any) -> None:
     global _state
     _state = state
-    # Ctrl-C reaches every process of the terminal: the main one ends the others.
+    # Ctrl-C reaches every process of the terminal; the main process ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

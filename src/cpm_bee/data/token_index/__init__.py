@@ -1,1 +1,1 @@
-"""Tokens made once, stored as arrays and memory-mapped."""
+"""The token index: tokens encoded once, stored as arrays and memory-mapped."""

@@ -1,10 +1,10 @@
-"""The tokens of many records as arrays, as a token index holds them.
+"""The tokens of many records as arrays, in the form that a token index stores.
 
-Records are encoded in chunks, and everything about a chunk is made, moved and written as whole
-arrays: single numpy calls for each record would take longer than its tokens. Each array counts one
-of three things (`COUNTED`): records, tokens, or extensions, the largest sub of each id in each
-record that has any. So three numbers say where a run of records begins in all arrays, and records
-are put in another order (`take`), cut (`split`) and joined without looking at a single one.
+Records are encoded in chunks, and a chunk is handled as whole arrays: NumPy calls for each record
+would take longer than encoding it. Each array has one item per record, per token, or per extension
+(`COUNTED`); an extension is the largest sub of an id in a record, if above 0. So three numbers
+locate the beginning of a run of records in all arrays, and records are reordered (`take`), split
+and joined without visiting each one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cpm_bee.encoding import AnswerState, Encoder, TokenLists
 from cpm_bee.records import Record
 from cpm_bee.segments import SegmentTree, is_shuffled, outline
 
-# The arrays of an index by file name, with their types and what counts their items.
+# The arrays of an index by file name: their dtype, and what they have one item for.
 ARRAYS: dict[str, tuple[type, str]] = {
     "lengths": (np.int32, "records"),
     "num_targets": (np.int32, "records"),
@@ -36,7 +36,7 @@ ARRAYS: dict[str, tuple[type, str]] = {
     "extension_ids": (np.int32, "extensions"),
     "extension_subs": (np.uint16, "extensions"),
 }
-# The address of a record, known once it is in its dataset: number of the data file, byte offset.
+# A record's address, known once it is in a dataset: the number of its data file, the byte offset.
 ADDRESS_ARRAYS = ("files", "offsets")
 _CHUNK_ARRAYS = [name for name in ARRAYS if name not in ADDRESS_ARRAYS]
 COUNTED = ("records", "tokens", "extensions")
@@ -46,15 +46,15 @@ Arrays = dict[str, np.ndarray]
 
 
 def counts_of(arrays: Arrays) -> np.ndarray:
-    """How many of each of `COUNTED` there are, int64 [3]."""
+    """The numbers of records, tokens and extensions (see `COUNTED`), int64 [3]."""
     return np.array([len(arrays[name]) for name in ("lengths", "ids", "extension_ids")])
 
 
 class TokenChunk:
-    """Encodes records one by one and gives all arrays but `ADDRESS_ARRAYS` of them at once.
+    """Encodes records one by one; `arrays` returns all their arrays except `ADDRESS_ARRAYS`.
 
     Attributes:
-        trees: the distinct trees; array `trees` holds numbers in this list.
+        trees: the distinct trees; the array `trees` has indices into this list.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -64,7 +64,7 @@ class TokenChunk:
         self._num_segments = array("i")
         self._record_ends = array("q")  # in tokens
         self._shuffled: list[bool] = []
-        self._answers = bytearray()  # an `AnswerState` of each record
+        self._answers = bytearray()  # the `AnswerState` of each record
         self._tree_numbers = array("i")
         self._numbers: dict[int, int] = {}  # identity of a tree -> its number
         self.trees: list[SegmentTree] = []
@@ -80,7 +80,7 @@ class TokenChunk:
         """Encode a valid record; returns the state of its answer.
 
         Raises:
-            InputError: as `Encoder.encode`; the record is then left out.
+            InputError: see `Encoder.encode`; the record is left out.
         """
         texts, tree = segments = outline(record)
         extension = self._encoder.append(segments, self._tokens)
@@ -90,7 +90,7 @@ class TokenChunk:
         self._num_segments.append(len(texts))
         self._record_ends.append(len(self._tokens.ids))
         self._shuffled.append(is_shuffled(record))
-        number = self._numbers.get(id(tree))  # hashing the tree itself would take long
+        number = self._numbers.get(id(tree))  # hashing the tree itself would be slow
         if number is None:
             number = self._numbers[id(tree)] = len(self.trees)
             self.trees.append(tree)
@@ -131,7 +131,7 @@ class TokenChunk:
 def _largest_subs(
     record: np.ndarray, ids: np.ndarray, subs: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The largest sub of each id in each record, by record and id."""
+    """The largest sub of each id in each record, sorted by record and id."""
     order = np.lexsort((subs, ids, record))
     record, ids, subs = record[order], ids[order], subs[order]
     is_last = np.ones(len(order), dtype=np.bool_)
@@ -150,7 +150,7 @@ def take(arrays: Arrays, order: np.ndarray) -> Arrays:
 
 
 def _positions(lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """The positions of items that come in runs of `lengths`, after the runs are put in order."""
+    """The positions of the items of runs with `lengths`, with the runs reordered by `order`."""
     starts = np.cumsum(lengths, dtype=np.int32) - lengths
     lengths = lengths[order]
     shifts = starts[order] - (np.cumsum(lengths, dtype=np.int32) - lengths)
@@ -160,14 +160,14 @@ def _positions(lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 
 def split(arrays: Arrays, ends: np.ndarray) -> Iterator[Arrays]:
-    """Parts of the records, one after the other, that end before each of `ends` (see `ends_of`)."""
+    """Split into consecutive parts that end before each of `ends` (see `ends_of`)."""
     for begin, end in itertools.pairwise([[0] * len(COUNTED), *ends.tolist()]):
         part = dict(zip(COUNTED, map(slice, begin, end), strict=True))
         yield {name: values[part[ARRAYS[name][1]]] for name, values in arrays.items()}
 
 
 def ends_of(arrays: Arrays, sizes: Sequence[int]) -> np.ndarray:
-    """Where parts of so many records end, counted as in `COUNTED`; int64 [parts, 3]."""
+    """Where parts of `sizes` records end, counted as in `COUNTED`; int64 [parts, 3]."""
     records = np.cumsum(sizes, dtype=np.int64)
     counts = [arrays["lengths"], arrays["extension_counts"]]
     tokens, extensions = (np.concatenate([[0], np.cumsum(c, dtype=np.int64)]) for c in counts)

@@ -1,13 +1,14 @@
-"""The token index: a dataset's tokens, made once and memory-mapped beside it.
+"""Reads the token index: a dataset's tokens, encoded once and memory-mapped.
 
 The index is a folder of flat files, one array each (`arrays.ARRAYS`), and `index.json`. The ids of
-all records stand one after the other; the lengths of the records say where each begins. The segment
-trees, of which a dataset has few, are in `index.json`, and each record has the number of its tree.
-A batch is so made by taking slices out of mapped arrays: no record is parsed or tokenised while
-training, but for those whose answer is a dictionary to be shuffled, which are encoded anew.
+all records are concatenated; the records' lengths determine where each begins. A dataset has few
+distinct segment trees: they are in `index.json`, and each record has the number of its tree. A
+batch is made by slicing the mapped arrays. No record is parsed or tokenised during training, except
+those whose answer is a dictionary that training shuffles: these are encoded again.
 
-The index can always be rebuilt from the records, so a missing, stale or damaged one is simply made
-again. Its folder is named after the vocabulary; the dataset itself is never touched.
+An index can always be rebuilt from the records, so one that is missing, stale or damaged is simply
+made again. Its folder, inside the dataset's, is named after the vocabulary; the dataset's own files
+are never changed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from cpm_bee.files import BusyError, atomic_folder, exclusive
 from cpm_bee.records import Record
 from cpm_bee.tokenizer import Tokenizer
 
-# How the system refuses to write; a read-only file system gives no PermissionError.
+# The errors for a folder that cannot be written; EROFS is not a PermissionError.
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -50,16 +51,16 @@ class TokenIndex:
     """The encoded records of a dataset; open one with `TokenIndex.of`.
 
     Attributes:
-        lengths: tokens of each record, int32 [R].
-        num_targets: targets of each record, int32 [R].
-        answers: an `encoding.AnswerState` of each record, uint8 [R].
-        extension_vocabulary: the ids, sorted, that have a sub > 0 in some record, int64 [V].
+        lengths: the number of tokens of each record, int32 [R].
+        num_targets: the number of targets of each record, int32 [R].
+        answers: the `encoding.AnswerState` of each record, uint8 [R].
+        extension_vocabulary: the ids that have a sub > 0 in some record, sorted, int64 [V].
     """
 
     def __init__(self, folder: Path, dataset: BinaryDataset, tokenizer: Tokenizer) -> None:
         info = json.loads((folder / INFO).read_text(encoding="utf-8"))
         if info["dataset"] != dataset.fingerprint or info["vocabulary"] != tokenizer.fingerprint:
-            raise ValueError("made of other data")
+            raise ValueError("made from other data")
         arrays = {
             name: _map(folder / name, dtype, info[counted], scattered=counted != "records")
             for name, (dtype, counted) in ARRAYS.items()
@@ -78,7 +79,7 @@ class TokenIndex:
         self._extension_starts = _starts(arrays["extension_counts"])
         self._num_segments = np.array([len(s.depths) for s in self._trees], dtype=np.int64)
         self._segment_starts = _starts(self._num_segments)
-        # Whether a segment of a tree is given, for the segments of all trees; bool.
+        # Whether a segment is given (not predicted), for the concatenated segments of all trees.
         self._given = ~np.array([p for s in self._trees for p in s.predicted], dtype=np.bool_)
         self._encoder = Encoder(tokenizer)
         self._keep: Any = None  # a temporary folder lives as long as its index
@@ -96,7 +97,7 @@ class TokenIndex:
             refuse_busy: raise `BusyError` in that case.
 
         Raises:
-            InputError: records that cannot be encoded; all are listed.
+            InputError: some records cannot be encoded; all are listed.
         """
         if (existing := cls.open_existing(dataset, tokenizer)) is not None:
             return existing
@@ -147,24 +148,24 @@ class TokenIndex:
         return EncodedRecord(ids=ids, subs=a["subs"][tokens], segments=segments, tree=tree)
 
     def _require(self, sound: bool) -> None:
-        # Its arrays are read here and there for the first time when a batch is made.
+        # The token arrays are first read when batches are made, so damage shows up only then.
         if not sound:
             raise InputError(
-                f"{self._folder}: this token index is damaged; remove the folder, the next run "
-                "makes it again"
+                f"{self._folder}: this token index is damaged; remove the folder, and the next run "
+                "will make it again"
             )
 
     def source(self, number: int) -> Record:
-        """The record as the dataset has it."""
+        """The record in the dataset."""
         return self.dataset.read(*self.location(number))
 
     def unwritable_answer(self, number: int) -> str:
-        """Where a record is, and the parts of its answer that generation cannot write."""
+        """The location of a record and the parts of its answer that generation cannot write."""
         pieces = self._encoder.unwritable_pieces(self.source(number))
         return f"{self.dataset.where(*self.location(number))}: {', '.join(map(repr, pieces))}"
 
     def location(self, number: int) -> tuple[int, int]:
-        """A record's data file and the byte it begins at."""
+        """The number of a record's data file and the byte offset in it."""
         return int(self._arrays["files"][number]), int(self._arrays["offsets"][number])
 
     def stream(
@@ -174,12 +175,11 @@ class TokenIndex:
         *,
         as_generated: bool = False,
     ) -> Stream:
-        """The tokens of some records; with `rng_of` a record, answers are shuffled as in `record`.
-
-        The same as a stream of what `record` gives, without going through single records.
+        """The tokens of some records; equal to `Stream.of` their `record`s, but faster.
 
         Args:
-            as_generated: number each record's extension entries as generation does.
+            rng_of: returns the generator that shuffles the answer of a record, given its number.
+            as_generated: number each record's extension entries as in generation.
         """
         a = self._arrays
         chosen = np.asarray(numbers, dtype=np.int64)
@@ -206,27 +206,27 @@ class TokenIndex:
             relations=np.concatenate([np.empty(0, dtype=np.uint8), *relations]),
         )
         if rng_of is not None:
-            for place in np.flatnonzero(a["shuffled"][chosen]).tolist():
-                stream.replace(place, self.record(numbers[place], rng_of(numbers[place])))
+            for i in np.flatnonzero(a["shuffled"][chosen]).tolist():
+                stream.replace(i, self.record(numbers[i], rng_of(numbers[i])))
         if as_generated:
-            for place in np.flatnonzero(self.answers[chosen] & AnswerState.RENUMBERED).tolist():
-                record = self._encoder.encode_as_generated(self.source(numbers[place]))
-                size = self._num_segments[trees[place]]
-                self._require(len(record) == lengths[place] and len(record.tree.depths) == size)
-                stream.replace(place, record)
+            for i in np.flatnonzero(self.answers[chosen] & AnswerState.RENUMBERED).tolist():
+                record = self._encoder.encode_as_generated(self.source(numbers[i]))
+                size = self._num_segments[trees[i]]
+                self._require(len(record) == lengths[i] and len(record.tree.depths) == size)
+                stream.replace(i, record)
         return stream
 
     def _has_pairs(self, numbers: Sequence[int], ids: np.ndarray, subs: np.ndarray) -> bool:
-        """Whether `largest_subs` of some records knows the (id, sub) pairs of their tokens."""
-        places = np.flatnonzero(subs)
-        if not len(places):
+        """Whether the tokens' (id, sub) pairs are within the `largest_subs` of their records."""
+        positions = np.flatnonzero(subs)
+        if not len(positions):
             return True
         known = np.zeros(self._vocab_size, dtype=np.uint16)
         known[self.extension_vocabulary] = self.largest_subs(numbers)
-        return bool((subs[places] <= known[ids[places]]).all())
+        return bool((subs[positions] <= known[ids[positions]]).all())
 
     def largest_subs(self, numbers: Sequence[int]) -> list[int]:
-        """The largest sub of each id of `extension_vocabulary` in some records, 0 where none."""
+        """The largest sub of each id of `extension_vocabulary` in some records; 0 if none."""
         chosen = np.asarray(numbers, dtype=np.int64)
         counts = self._arrays["extension_counts"][chosen]
         own = _positions(self._extension_starts[chosen], counts)
@@ -240,15 +240,15 @@ class TokenIndex:
     def extension_pairs(self, largest_subs: Sequence[int]) -> list[Pair]:
         """The distinct (id, sub > 0) pairs, sorted, of records with these largest subs.
 
-        A record that has a sub has all smaller ones of that id too (docs/format.md §3), so the
-        largest of each id says which pairs occur.
+        A record with a sub also has all smaller subs of that id (docs/format.md §3), so the largest
+        sub of each id determines which pairs occur.
         """
         ids = self.extension_vocabulary.tolist()
         return [(i, s) for i, n in zip(ids, largest_subs, strict=True) for s in range(1, n + 1)]
 
 
 def _positions(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The positions of runs that begin at `starts` and have `counts` items, one after the other."""
+    """The concatenated positions of runs that begin at `starts` and have `counts` items."""
     ends = np.cumsum(counts, dtype=np.int64)
     total = int(ends[-1]) if len(ends) else 0
     return np.arange(total) + np.repeat(starts - (ends - counts), counts)
@@ -259,7 +259,7 @@ def _starts(counts: np.ndarray) -> np.ndarray:
 
 
 def _map(path: Path, dtype: type, count: int, *, scattered: bool) -> np.ndarray:
-    """A file as a read-only array. `scattered`: it is read here and there, in shuffled order."""
+    """A file as a read-only array; `scattered` if it will be read in random order."""
     if path.stat().st_size != count * np.dtype(dtype).itemsize:
         raise ValueError(f"{path}: wrong size")
     if not count:
@@ -267,6 +267,6 @@ def _map(path: Path, dtype: type, count: int, *, scattered: bool) -> np.ndarray:
     with open(path, "rb") as file:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if scattered and hasattr(mmap, "MADV_RANDOM"):
-        # Reading ahead, up to megabytes for each record, made the first step take seconds.
+        # Read-ahead, up to megabytes per record, would make the first step take seconds.
         memory.madvise(mmap.MADV_RANDOM)
-    return np.frombuffer(memory, dtype=dtype)  # unlike numpy.memmap, quick to slice
+    return np.frombuffer(memory, dtype=dtype)  # faster to slice than numpy.memmap

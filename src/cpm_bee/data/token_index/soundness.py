@@ -1,7 +1,7 @@
-"""Checks of the arrays of an index: the sizes, sums and ranges that other code relies on.
+"""Checks the arrays of an index: the sizes, sums and ranges that other code relies on.
 
-What has one item a record is checked when an index is opened. The arrays of tokens, which may have
-gigabytes, are checked as batches are made of them.
+Arrays with one item per record are checked when an index is opened. The arrays of tokens, which may
+have gigabytes, are checked when batches are made from them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from cpm_bee.data.token_index.arrays import ARRAYS
 from cpm_bee.segments import MAX_SEGMENTS, SegmentTree
 
-# What reading a damaged `index.json` raises.
+# The exceptions that reading a damaged `index.json` may raise.
 UNREADABLE: tuple[type[Exception], ...] = (
     ValueError, LookupError, TypeError, OverflowError, RecursionError, AttributeError,
 )  # fmt: skip
@@ -25,7 +25,7 @@ def is_within(values: np.ndarray, end: int) -> bool:
 
 
 def read_trees(info: dict[str, Any]) -> list[SegmentTree]:
-    """The trees of `index.json`. Raises `ValueError`, or another of `UNREADABLE`."""
+    """The trees in `index.json`; raises one of `UNREADABLE` if they are damaged."""
     trees = []
     for depths, predicted in info["trees"]:
         sound = 0 < len(depths) == len(predicted) <= MAX_SEGMENTS and depths[0] == 0
@@ -44,7 +44,7 @@ def check_arrays(
     num_files: int,
     vocab_size: int,
 ) -> None:
-    """Raise one of `UNREADABLE` where the arrays are not those of an index."""
+    """Raise one of `UNREADABLE` if the arrays are damaged."""
     lengths, targets = arrays["lengths"], arrays["num_targets"]
     vocabulary = np.array(info["extension_vocabulary"], dtype=np.int64)
     ends = {"files": num_files, "trees": num_trees, "offsets": 1 << 62}

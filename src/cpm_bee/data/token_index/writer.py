@@ -1,12 +1,12 @@
-"""Writing a token index, whose form `reader` describes.
+"""Writes a token index; see `reader` for its form.
 
-There are two ways. Preprocessing has the tokens of a bucket of records at a time, and writes each
-bucket to its place in the files (`write_arrays`, `write_info`). Where a dataset has no index,
-`build` goes through its records in order, encodes them in chunks and appends each chunk.
+There are two ways. Preprocessing has the tokens of one bucket of records at a time, and writes each
+bucket at its position in the files (`write_arrays`, `write_info`). For a dataset without an index,
+`build` reads the records in order, encodes them in chunks and appends each chunk.
 
-The numbers of segment trees are those of the sorted list of all trees, so that both ways give the
-same bytes. `build` knows that list only at its end: it numbers the trees as they come, and then
-goes through the file of numbers once more.
+Segment trees are numbered in the sorted list of all trees, so that both ways give the same bytes.
+`build` knows that list only at the end: it numbers the trees in order of appearance, and then
+renumbers them in the file.
 """
 
 from __future__ import annotations
@@ -34,21 +34,22 @@ from cpm_bee.progress import progress_bar
 from cpm_bee.segments import SegmentTree
 from cpm_bee.tokenizer import Tokenizer
 
-FORMAT = 3  # part of the folder's name: raise it when anything below changes
+FORMAT = 3  # part of the folder's name; increment it when the format changes
 
 INFO = "index.json"
 CHUNK_TOKENS = 1 << 18
 
 
 def folder_name(tokenizer: Tokenizer) -> str:
-    """The folder of an index within its dataset."""
+    """The name of an index's folder within its dataset."""
     return f"token_index-{FORMAT}-{tokenizer.fingerprint[:12]}"
 
 
 def write_arrays(folder: Path, arrays: Arrays, at: np.ndarray) -> None:
-    """Write arrays to their positions in the files of an index; files are made where missing.
+    """Write arrays into the files of an index, which are created if missing.
 
-    `at` is what lies before, counted as in `COUNTED`.
+    Args:
+        at: the numbers of items before them, counted as in `COUNTED`.
     """
     for name, values in arrays.items():
         dtype, counted = ARRAYS[name]
@@ -66,10 +67,10 @@ def write_info(
     trees: Sequence[SegmentTree],
     extension_vocabulary: Iterable[int],
 ) -> None:
-    """Write `index.json`, which makes a folder of arrays an index.
+    """Write `index.json`, which completes an index.
 
     Args:
-        counts: of the whole index, as in `COUNTED`.
+        counts: the numbers of items of the whole index, as in `COUNTED`.
         trees: all trees, by number.
         extension_vocabulary: the ids that have a sub > 0 in any record.
     """
@@ -87,7 +88,7 @@ def build(folder: Path, dataset: BinaryDataset, tokenizer: Tokenizer) -> None:
     """Write the index of a dataset into an existing folder.
 
     Raises:
-        InputError: records that cannot be encoded; all are listed.
+        InputError: some records cannot be encoded; all are listed.
     """
     encoder = Encoder(tokenizer)
     problems = Problems()
@@ -113,7 +114,7 @@ def build(folder: Path, dataset: BinaryDataset, tokenizer: Tokenizer) -> None:
 
 
 class _Builder:
-    """Writes chunks one after the other."""
+    """Appends chunks to the files of an index."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -134,7 +135,7 @@ class _Builder:
 
     def close(self, dataset: BinaryDataset, tokenizer: Tokenizer) -> None:
         trees = sorted(self._trees)
-        if trees:  # so far numbered as they came
+        if trees:  # so far numbered in order of appearance
             final = np.empty(len(trees), dtype=np.int32)
             final[[self._trees[tree] for tree in trees]] = np.arange(len(trees))
             stored = np.memmap(self._folder / "trees", dtype=np.int32, mode="r+")

@@ -1,1 +1,1 @@
-"""Layers whose weights are frozen: their own forward and backward pass."""
+"""Custom forward and backward passes for layers whose weights are frozen."""

@@ -1,22 +1,22 @@
-"""A layer whose weights are frozen (LoRA apart), as one autograd function.
+"""A layer whose weights are frozen, except for LoRA, as one autograd function.
 
-Autograd saves the input of every Linear, because the gradient of a weight needs it. A frozen
-weight has no gradient, and the gradient of its input, g W, needs W alone. So `_FrozenBlock` runs
-a layer without a graph and keeps, for the backward pass:
+Autograd saves the input of every Linear, because the gradient of the weight needs it. A frozen
+weight has no gradient, and the gradient of its input, g W, needs only W. So `_FrozenBlock` runs
+a layer without a graph and keeps for the backward pass:
 
-- of an attention its input h, the norm's 1/rms, and the graph of the attention function itself
-  (q, k, v and what the kernel saves); its output only if `attention_out` has a LoRA;
-- of a feed-forward its input h, the norm's 1/rms, and the two products of the gate;
-- with `recompute` (activation checkpointing) nothing but h, from which the rest is recomputed.
+- for the attention block, its input h, the norm's 1/rms, and the graph of the attention function
+  (q, k, v and what the kernel saves); its output only if `attention_out` has LoRA;
+- for the feed-forward block, its input h, the norm's 1/rms, and the two products of the gate;
+- with `recompute` (activation checkpointing), only h, from which the rest is recomputed.
 
 Everything else is recomputed, in place where possible: normed inputs from h and 1/rms, GELU from
 its input. 1/sqrt(dim_in) is folded into the norm's weight, 1/1.05 into the residual sums. These are
-the operations of `model/layers.py` in another order, so gradients equal autograd's up to rounding;
-tests/model/frozen compares them. `model/frozen/halves.py` has the mathematics of both halves,
-`model/frozen/linear.py` that of a Linear.
+the operations of `model/layers.py` in a different order, so gradients equal those of autograd up to
+rounding; tests/model/frozen compares them. `model/frozen/halves.py` explains the mathematics of
+both halves, `model/frozen/linear.py` that of a Linear.
 
 Hazards: gradients of norm and base weights are returned as None, so `is_frozen` must hold; there
-is no dropout; part of what is kept (the attention's graph) is held by the halves, not by
+is no dropout; the kept tensors are attributes of the halves and of `ctx`, not saved with
 `save_for_backward`, so in-place changes of h or of a weight between forward and backward are not
 detected, and a second backward pass fails.
 """
@@ -42,7 +42,7 @@ from cpm_bee.model.layers import (
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Whether nothing but LoRA is trained in a module, without dropout."""
+    """Whether a module trains nothing but LoRA and has no active dropout."""
     for child in module.modules():
         if isinstance(child, nn.Dropout) and child.p > 0 and child.training:
             return False
@@ -54,7 +54,7 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 class _Call(NamedTuple):
-    """The halves that a layer has, and what they are called with."""
+    """The blocks of a layer and the arguments of its forward pass."""
 
     attention: AttentionBlock | None
     feed_forward: FeedForwardBlock | None
@@ -77,7 +77,7 @@ class _Call(NamedTuple):
         return found
 
     def tensors(self) -> list[torch.Tensor]:
-        """The norm's weight of each half, then the operands and the LoRA of each Linear."""
+        """For each half, the norm's weight, then the operands and LoRA of each Linear."""
         found: list[torch.Tensor] = []
         for norm, linears in self.parts():
             found.append(norm.weight)
@@ -86,7 +86,7 @@ class _Call(NamedTuple):
         return found
 
     def halves(self, tensors: Sequence[torch.Tensor]) -> list[AttentionHalf | FeedForwardHalf]:
-        """The halves over tensors in the order of `tensors`, for one forward and backward."""
+        """Makes the halves from tensors in the order of `tensors`, for one forward and backward."""
         rest = iter(tensors)
         taken = []
         for _, linears in self.parts():
@@ -113,7 +113,7 @@ class _Call(NamedTuple):
 class _FrozenBlock(torch.autograd.Function):
     """Inputs: the call, whether to recompute, h [T, dim_model], and the tensors of the call.
 
-    The tensors are inputs because autograd returns gradients to inputs alone.
+    The tensors are inputs because autograd passes gradients only to inputs.
     """
 
     @staticmethod
@@ -139,7 +139,7 @@ class _FrozenBlock(torch.autograd.Function):
         g: torch.Tensor | None = gradients[0]
         found: Gradients = []
         while ctx.halves and g is not None:
-            # Popped, so that what a half kept is freed before the one below it begins.
+            # Popped, so that a half's kept tensors are freed before the one below it begins.
             half, input_needed = ctx.halves.pop(), ctx.input_needed.pop()
             g, of_half = half.backward(g, input_needed=input_needed)
             del half
@@ -150,7 +150,7 @@ class _FrozenBlock(torch.autograd.Function):
 def _input_gradients_needed(
     halves: Sequence[AttentionHalf | FeedForwardHalf], needed: bool
 ) -> list[bool]:
-    """Whether the gradient of each half's input is needed: something below it is trained."""
+    """Whether each half's input needs a gradient, because something below it is trained."""
     result = []
     for half in halves:
         result.append(needed)
@@ -181,10 +181,10 @@ def frozen_block(
     *,
     recompute: bool,
 ) -> torch.Tensor:
-    """h [T, dim_model] -> [T, dim_model], or [N, dim_model] at `queries`, through a frozen layer.
+    """Run a frozen layer: h [T, dim_model] -> [T, dim_model], or [N, dim_model] at `queries`.
 
     Args:
-        recompute: keep h alone and recompute the rest in the backward pass.
+        recompute: keep only h, and recompute the rest in the backward pass.
     """
     call = _Call(attention, feed_forward, layer, attend, queries)
     return _FrozenBlock.apply(call, recompute, h, *call.tensors())

@@ -1,20 +1,20 @@
 """A pool of CPU memory for the large tensors of a training step.
 
-A step makes the same dozen large tensors as the step before, each of a slightly different size, as
-batches differ by some tokens. malloc splits and merges freed blocks for these sizes until a fifth
-of the peak is fragments; returning each freed block to the system instead costs a fifth of the
-time, as its pages must be mapped and zeroed anew. `BufferPool.empty` therefore keeps the storages
-that it has allocated. A request takes the smallest storage that is not in use and at
-most a third larger; otherwise one is allocated with 3 % to spare, in place of an unused one that
-has become too small.
+Each step makes the same dozen large tensors, with slightly different sizes because batches differ
+by a few tokens. malloc splits and merges freed blocks for these sizes until a fifth of the peak is
+fragments; returning each freed block to the system costs a fifth of the time instead, because its
+pages must be mapped and zeroed again. `BufferPool` therefore keeps the storages that it allocates.
+A request gets the smallest unused storage that is large enough and at most a third larger;
+otherwise a new one is allocated with 3 % headroom, replacing an unused one that is slightly too
+small.
 
 Whether a storage is in use is read from its reference count (`torch._C._storage_Use_Count`): 1
-means that the pool alone holds it, because each tensor, view or saved tensor of autograd holds a
-reference. So nothing is ever handed back by the caller, and memory cannot be reused too early.
-Hazards: without that private function (another version of PyTorch) the pool falls back to ordinary
-allocation; a raw data pointer does not count as a reference; the pool is not thread-safe; and what
-it keeps is never freed. GPUs have an allocator that does the same, so their tensors, like tensor
-subclasses (fake, sharded), are made in the ordinary way.
+means that only the pool references it, because each tensor, view or saved tensor of autograd has a
+reference. So callers never return memory, and it cannot be reused too early. Hazards: if another
+version of PyTorch lacks that private function, the pool falls back to ordinary allocation; a raw
+data pointer does not count as a reference; the pool is not thread-safe; its memory is never freed.
+GPUs have a caching allocator, so their tensors, like tensor subclasses (fake, sharded), are
+allocated in the ordinary way.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import math
 
 import torch
 
-# The number of references to a storage; None where PyTorch does not tell.
+# Returns the number of references to a storage; None if this version of PyTorch lacks it.
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 _M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 # A storage is reused for a tensor that fills at least this share of it.
@@ -35,13 +35,13 @@ _HEADROOM = 1.03
 
 
 class BufferPool:
-    """Allocates tensors from storages of earlier tensors that no longer exist; see the module."""
+    """Allocates tensors in the storages of tensors that no longer exist; see the module."""
 
     def __init__(self) -> None:
         self._storages: list[torch.UntypedStorage] = []
 
     def empty(self, like: torch.Tensor, *shape: int) -> torch.Tensor:
-        """An uninitialised tensor of a shape, with the type and device of `like`."""
+        """Returns an uninitialised tensor with a shape, and the dtype and device of `like`."""
         plain = type(like) in (torch.Tensor, torch.nn.Parameter)
         if not plain or like.device.type != "cpu" or _use_count is None:
             return like.new_empty(shape)
@@ -58,7 +58,7 @@ class BufferPool:
         size = int(nbytes * _HEADROOM)
         near = (s for s in self._storages if _MIN_FILL * size <= s.nbytes() < nbytes)
         too_small = max(filter(_is_unused, near), key=lambda s: s.nbytes(), default=None)
-        if too_small is not None:  # replaced, so that the number of storages is bounded
+        if too_small is not None:  # replaced, to bound the number of storages
             self._storages.remove(too_small)
             del too_small
         self._storages.append(torch.UntypedStorage(size))
@@ -74,10 +74,10 @@ buffer_pool = BufferPool()
 
 
 def return_freed_memory() -> None:
-    """Let glibc's malloc return blocks larger than a mebibyte to the system once they are freed.
+    """Make glibc's malloc return freed blocks larger than 1 MiB to the system.
 
-    By default it raises this threshold to up to 32 MiB as a program runs. For programs whose large
-    tensors come from `buffer_pool`; with others it costs time.
+    By default, malloc raises this threshold to up to 32 MiB as a program runs. Use this in programs
+    whose large tensors come from `buffer_pool`; in others it costs time.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)

@@ -1,24 +1,25 @@
-"""The halves of a frozen layer, attention and feed-forward: forward and backward by hand.
+"""The halves of a frozen layer, attention and feed-forward, with a manual backward pass.
 
-Each object serves one forward and one backward pass. With L(x) = x Wᵀ, s = 1/sqrt(dim_in) and
+Each object is used for one forward and one backward pass. With L(x) = x Wᵀ, s = 1/sqrt(dim_in) and
 c = 1/1.05 (`RESIDUAL_SCALE`), a half computes
 
-    x  = RMSNorm(h) s                    the factor of the Linears after the norm, folded into it
+    x  = RMSNorm(h) s                    s, the factor of the next Linears, is folded into the norm
     h' = c h + c s_out L_out(f(x))       f: attention of L_q x, L_k x, L_v x, or GELU(L_0 x) * L_1 x
 
-Backward, with g the gradient of h': that of f(x) is c s_out g W_out; that of x is the sum of gy W
-over the Linears that read x, gy being the gradient of their output; that of h is the norm's plus
-c g from the residual. The norm's is, with r = 1/rms, gx the gradient of x and u = gx * weight,
+Backward, where g is the gradient of h': the gradient of f(x) is c s_out g W_out; the gradient of x
+is the sum of gy W over the Linears that read x, where gy is the gradient of their output; the
+gradient of h is that of the norm plus c g from the residual. With r = 1/rms, gx the gradient of x
+and u = gx * weight, the gradient of the norm is
 
     r u - h r³ mean(u h)                 (mean over the features)
 
-Attention is differentiated by autograd: its q, k and v begin a graph (`_Begin`), which is kept and
-run in `backward`. Where `queries` are given, q and the residual have only these N of T positions.
+Attention is differentiated by autograd: q, k and v begin a graph (`_Begin`), which is kept and
+run in `backward`. With `queries`, q and the residual have only these N of T positions.
 
-Every step equals autograd's of `model/layers.py` up to rounding. Hazards: tensors are overwritten
-as soon as they have been used for the last time (`out=`, methods that end in `_`), so the order of
-statements matters; names are deleted early so that memory is free for the next product; where the
-input needs no gradient (`input_needed`), only those of q, k or v with a LoRA get one.
+Every step equals autograd of `model/layers.py` up to rounding. Hazards: tensors are overwritten
+after their last use (`out=`, methods that end in `_`), so the order of statements matters; names
+are deleted early to free memory for the next product; if the input needs no gradient
+(`input_needed`), only those of q, k and v whose Linear has LoRA get one.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ from cpm_bee.model.layers import (
     RMSNorm,
 )
 
-# Gradients of a half's tensors: the norm's weight, then each Linear's operands and LoRA.
+# The gradients of a half's tensors: the norm's weight, then each Linear's operands and LoRA.
 Gradients = list[torch.Tensor | None]
 
 
 class _Norm:
-    """RMS norm whose weight includes the factor s of the Linears after it."""
+    """RMS norm whose weight includes the factor s of the next Linears."""
 
     def __init__(self, norm: RMSNorm, weight: torch.Tensor, scale: float) -> None:
         self._eps = norm.eps
@@ -56,7 +57,7 @@ class _Norm:
         return self.recompute(h)
 
     def recompute(self, h: torch.Tensor) -> torch.Tensor:
-        """The output of `forward` again, so that the caller need not keep it."""
+        """Recompute the output of `forward`, so that the caller need not keep it."""
         if h.dtype == torch.float32:
             return torch.mul(h, self._rstd, out=buffer_pool.empty(h, *h.shape)).mul_(self._weight)
         return buffer_pool.empty(h, *h.shape).copy_((h * self._rstd).mul_(self._weight))
@@ -68,7 +69,7 @@ class _Norm:
         g: torch.Tensor,
         queries: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The gradient of h through x and through the residual; overwrites gx [T, dim_model]."""
+        """The gradient of h through x and the residual; overwrites gx [T, dim_model]."""
         wide = h.float()
         u = gx.mul_(self._weight) if gx.dtype == torch.float32 else gx.float() * self._weight
         product = torch.mul(u, wide, out=buffer_pool.empty(u, *h.shape))
@@ -85,7 +86,7 @@ def _gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 class _Begin(torch.autograd.Function):
-    """Begins a graph at a tensor without keeping the tensor, as a leaf of a graph would."""
+    """Begins a graph at a tensor without keeping the tensor, unlike a leaf of a graph."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
@@ -131,7 +132,7 @@ class AttentionHalf:
     def _attend_with_graph(
         self, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, input_needed: bool
     ) -> torch.Tensor:
-        """q [N, H, D], k and v [T, H, D] -> [N, H, D]; keeps the graph in between."""
+        """q [N, H, D], k and v [T, H, D] -> [N, H, D]; keeps the graph of the attention."""
         anchor = torch.zeros((), requires_grad=True)
         self._edges: list[GradientEdge | None] = []
         inputs = []
@@ -144,7 +145,7 @@ class AttentionHalf:
         self._h = h
         self._result = get_gradient_edge(attended) if attended.requires_grad else None
         attended = attended.detach()
-        self._attended = attended.flatten(-2) if self._out.lora else h  # read for a LoRA only
+        self._attended = attended.flatten(-2) if self._out.lora else h  # read only for LoRA
         return attended
 
     def backward(

@@ -1,20 +1,20 @@
 """A frozen Linear with LoRA: products with W' and their gradients.
 
-A Linear and its LoRA together multiply by W' = W + k B A, with k = alpha/rank * sqrt(dim_in): the
-layer divides the product with W' by sqrt(dim_in) as a whole, but the LoRA's is not to be divided
-(docs/format.md §7). All methods leave out that 1/sqrt(dim_in); callers fold it into what is there
-already (`model/frozen/halves.py`).
+A Linear with LoRA multiplies by W' = W + k B A, where k = alpha/rank * sqrt(dim_in): the layer
+divides the whole product by sqrt(dim_in), but LoRA is not divided (docs/format.md §7). The methods
+leave out the factor 1/sqrt(dim_in) unless they say otherwise; callers fold it into other factors
+(`model/frozen/halves.py`).
 
-In fp32, B A is added to a piece of W before its product, so that one product does both. In 16 bit
-this would round small updates of B A away, so the two low-rank products are computed beside the one
-with W. W comes in pieces (`Linear.pieces`): a quantised one is dequantised piece by piece, in the
-forward pass and again in the backward pass, and never exists as a whole.
+In fp32, B A is added to a piece of W, so that one product computes both. In 16 bit this would round
+away small updates of B A, so the two low-rank products are computed separately. W comes in pieces
+(`Linear.pieces`): a quantised W is dequantised piece by piece, in the forward pass and again in the
+backward pass, and never exists as a whole.
 
-Saved are only W's operands and the LoRA, as they are. With y = x W'ᵀ the gradients are autograd's:
+Only the operands of W and LoRA are kept. With y = x W'ᵀ the gradients are
 
     of x: gy W'        of A: k (gy B)ᵀ x        of B: k gyᵀ (x Aᵀ)        of W: none, it is frozen
 
-Hazard: `x` for the gradients must be the input that `forward` got, so callers recompute it.
+Hazard: `x` for the gradients must be the input of `forward`, so callers recompute it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cpm_bee.model.layers import RESIDUAL_SCALE, Linear
 
 
 class FrozenLinear(NamedTuple):
-    """A Linear with its tensors in one pass: the operands of W, and the LoRA."""
+    """A Linear with the tensors it uses in one pass: the operands of W, and LoRA."""
 
     linear: Linear
     operands: tuple[torch.Tensor, ...]
@@ -42,12 +42,12 @@ class FrozenLinear(NamedTuple):
 
     @property
     def _factor(self) -> float:
-        # W is divided by sqrt(dim_in) later, B A is not to be (docs/format.md §7).
+        # The product is divided by sqrt(dim_in) later, but B A must not be (docs/format.md §7).
         assert self.linear.lora is not None
         return self.linear.lora.scale / self.linear.scale
 
     def _pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-        """W' in fp32, W in other types: rows and their values [rows, dim_in]."""
+        """Yields (rows, values [rows, dim_in]) of W' in fp32, of W in other dtypes."""
         for rows, weight in self.linear.pieces(self.operands, dtype):
             if self._merges(dtype):
                 a, b = self.lora
@@ -55,18 +55,18 @@ class FrozenLinear(NamedTuple):
             yield rows, weight
 
     def _merges(self, dtype: torch.dtype) -> bool:
-        # In a 16-bit W small updates would be rounded away.
+        # In 16 bit, adding to W would round away small updates.
         return bool(self.lora) and dtype == torch.float32
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, dim_in], divided by sqrt(dim_in) already -> x W'ᵀ [T, dim_out]."""
+        """x [T, dim_in], already divided by sqrt(dim_in) -> x W'ᵀ [T, dim_out]."""
         y = buffer_pool.empty(x, len(x), self.linear.dim_out)
         for rows, weight in self._pieces(x.dtype):
             torch.mm(x, weight.T, out=y[:, rows])
         return self._with_lora(y, x, 1.0)
 
     def residual(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """(h + Linear(x)) * RESIDUAL_SCALE for h [T, dim_out] and an undivided x [T, dim_in]."""
+        """(h + Linear(x)) * RESIDUAL_SCALE, h [T, dim_out], x [T, dim_in]; scales by itself."""
         alpha = RESIDUAL_SCALE * self.linear.scale
         y = buffer_pool.empty(h, *h.shape)
         for rows, weight in self._pieces(x.dtype):
@@ -107,14 +107,14 @@ class FrozenLinear(NamedTuple):
 
         Args:
             x: the input of `forward`, [T, dim_in].
-            scale: the factor of the product in the output that gy belongs to.
+            scale: the factor of the product in the output whose gradient is gy.
         """
         frozen: list[torch.Tensor | None] = [None] * len(self.operands)
         if not self.lora or gy is None:
             return frozen
         a, b = (p.to(x.dtype) for p in self.lora)
         factor = scale * self._factor
-        # With the slim matrices contiguous along their long side, a CPU takes half the time.
+        # A CPU takes half the time if the narrow matrices are contiguous along their long side.
         grad_a = (F.linear(gy, b.T.contiguous()).T @ x).mul_(factor)  # (r, dim_in)
         grad_b = (F.linear(x, a).T @ gy).mul_(factor).T.contiguous()  # (dim_out, r)
         return [*frozen, grad_a.to(self.lora[0].dtype), grad_b.to(self.lora[1].dtype)]
