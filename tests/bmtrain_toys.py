@@ -261,8 +261,7 @@ def whole_while_it_computes(bmt: Any, make: Any) -> Any:
     seen: list[list[bool]] = []
 
     def note(*_: Any) -> None:
-        whole = [layer.self_att.self_attention.project_q.weight.dim() == 2 for layer in layers]
-        seen.append(whole)
+        seen.append([layer.self_att.self_attention.project_q.weight.dim() == 2 for layer in layers])
 
     for layer in layers:
         layer.ffn.register_forward_pre_hook(note)

@@ -62,7 +62,7 @@ def reading(engine: TorchEngine, folder: Path) -> None:
     base = replace(base, tensors=lambda: iter(entries.items()))
     engine.load_model(base, "fsdp", offload=False)
     whole = sum(4 * math.prod(entry.shape) for entry in entries.values())
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = memory("VmRSS")
     base.model.requires_grad_(False)
     engine.prepare(base.model, SETTINGS)
@@ -84,23 +84,23 @@ def run(engine: TorchEngine, folder: Path, way: str) -> dict[str, Any]:
     engine.load_model(base, "ddp" if way == "ddp" else "fsdp", offload=way == "offload")
     engine.prepare(base.model, SETTINGS)
     batch = collate(tiny.encode(RECORDS), tiny.TOKENIZER)
-    told: dict[str, Any] = {"results": []}
+    found: dict[str, Any] = {"results": []}
     for step in range(4):
         weight = math.inf if step == 0 and engine.rank == 0 else 0.1 + engine.rank
         with engine.autocast():
             loss = base.model.loss(batch) * weight / batch.num_targets
         engine.backward(loss)
         result = engine.step(0.05)
-        told["results"].append((result.skipped, engine.loss_scale))
+        found["results"].append((result.skipped, engine.loss_scale))
         if step:
-            told[f"norm {step}"] = torch.tensor(result.grad_norm)
+            found[f"norm {step}"] = torch.tensor(result.grad_norm)
         if step == 2:
-            told["state"] = copy.deepcopy(engine.training_state())
+            found["state"] = copy.deepcopy(engine.training_state())
     for s in engine.statistics():
-        told[s.name] = torch.tensor([s.mean, s.std, s.grad_norm])
-        told["results"].append(s.shape)
-    told |= {f"trained {name}": tensor for name, tensor in engine.trained_tensors().items()}
-    return told
+        found[s.name] = torch.tensor([s.mean, s.std, s.grad_norm])
+        found["results"].append(s.shape)
+    found |= {f"trained {name}": tensor for name, tensor in engine.trained_tensors().items()}
+    return found
 
 
 def spreading(engine: TorchEngine, folder: Path) -> None:

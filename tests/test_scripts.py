@@ -87,7 +87,7 @@ def test_tutorial_word_for_word(checkout: Path) -> None:
     shorten(checkout / "raw_data" / "eval.jsonl", 20)
     done = run_tutorial(checkout, "--max-steps", "2")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "ckpts/pytorch_model.bin is not there" in done.stdout
+    assert "ckpts/pytorch_model.bin does not exist" in done.stdout
     results = checkout / "src" / "results"
     assert (results / "cpm_bee_finetune-delta-best.pt").is_file()
     assert (results / "cpm_bee_finetune-delta-last.pt").is_file()
@@ -124,7 +124,7 @@ def test_settings_come_from_the_environment(checkout: Path) -> None:
         OMP_NUM_THREADS="1",
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "is not there" not in done.stdout
+    assert "does not exist" not in done.stdout
     events = read_log(checkout / "src" / "elsewhere" / "mine-log.jsonl")
     assert events[0]["world_size"] == 2
     assert [e["lr"] for e in events if e["event"] == "train"] == [0.5]

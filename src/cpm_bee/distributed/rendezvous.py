@@ -67,15 +67,15 @@ def _resolve(address: str, port: int) -> set[str]:
 def _wait_for_host(address: str, port: int, seconds: float) -> str:
     """Wait until something listens there; returns this machine's address on that connection."""
     begin = time.monotonic()
-    told = False
+    announced = False
     while time.monotonic() < begin + seconds:
         with (
             contextlib.suppress(OSError),
             socket.create_connection((address, port), timeout=5) as connection,
         ):
             return str(connection.getsockname()[0])
-        if not told and time.monotonic() > begin + min(_QUIET, seconds / 2):
-            told = True
+        if not announced and time.monotonic() > begin + min(_QUIET, seconds / 2):
+            announced = True
             text = f"waiting up to {seconds:.0f} seconds for {address}:{port}, the first machine"
             print(text, file=sys.stderr, flush=True)
         time.sleep(0.2)

@@ -126,7 +126,7 @@ def generate_file(
     Args:
         output: a file, named `output`.partial until it is complete; "-" is standard output.
         resume: continue after the records that an interrupted call left in `output`.partial.
-        escaped: the texts were escaped by `read_records`; they are written plain, as they were.
+        escaped: `read_records` has escaped the texts, and they are written as plain texts again.
 
     Raises:
         InputError: records cannot be encoded (all are listed); or as `resumable_file`.

@@ -91,8 +91,8 @@ class TextGenerationOptions(GenerationOptions, CommandOptions):
     )
     escape: bool = FILES.option(
         False,
-        "take all texts as plain, as in preprocess_dataset.py: a literal `<` needs no escaping, "
-        "and the output has none",
+        "treat all texts as plain text, as in preprocess_dataset.py: a literal `<` needs no "
+        "escaping, and the output has none",
         "把所有文本当作普通文本，与 preprocess_dataset.py 相同：字面的 `<` 无需转义，输出也不转义",
     )
     load: str = MODEL.option(

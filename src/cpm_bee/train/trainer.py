@@ -108,7 +108,7 @@ class Trainer:
         return reason
 
     def _fault_of_base(self) -> str:
-        """What is wrong with the values of the base model, which training does not change."""
+        """Returns what is wrong with the values of the base model; "" if they are finite."""
         names = not_finite(self._model, only_frozen=self.state.step > 0)
         if not names:
             return ""
