@@ -69,6 +69,11 @@ def escape(text: str) -> str:
     return text.replace("<", "<<")
 
 
+def unescape(text: str) -> str:
+    """The plain text of an escaped one; special tokens stay as they are."""
+    return text.replace("<<", "<")
+
+
 class ExtensionTable:
     """Ids at or above the vocabulary size, in order of first appearance within one record."""
 

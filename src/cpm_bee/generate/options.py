@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from cpm_bee import hints, quantize
 from cpm_bee.cli import positive, real_number
@@ -87,6 +89,14 @@ class TextGenerationOptions(GenerationOptions, CommandOptions):
         "`OUTPUT.partial`",
         "接着上次中断时留在 `OUTPUT.partial` 中的记录继续生成（命令须与上次相同）",
     )
+    escape: bool = FILES.option(
+        False,
+        "take all texts as plain: a literal `<` (HTML, C++) is not written `<<` in the input, nor "
+        "in the output, whose answers are plain too; `<mask_N>`, `<option_N>` and tokens that are "
+        "keys of the record stay special",
+        "把所有文本当作普通文本：输入中字面的 `<`（HTML、C++）不写成 `<<`，"
+        "输出（包括答案）中也不写成 `<<`；`<mask_N>`、`<option_N>` 以及作为记录键名的 token 仍为特殊 token",
+    )
     load: str = MODEL.option(
         "ckpts/pytorch_model.bin",
         "checkpoint of the base model, or of a fully fine-tuned one",
@@ -143,3 +153,20 @@ class TextGenerationOptions(GenerationOptions, CommandOptions):
         super().__post_init__()
         if self.delta_alpha is not None and self.delta is None:
             raise InputError("--delta-alpha: needs --delta")
+
+    def files_read(self) -> Iterator[str | Path]:
+        """The files that this command reads, as far as they are known before it opens them."""
+        given = (self.input, self.load, self.model_config, self.vocab, self.delta)
+        yield from (path for path in given if path is not None)
+        yield from (Path(path).with_suffix(".json") for path in (self.load, self.delta) if path)
+        load = Path(self.load)
+        folder = load if load.is_dir() else load.parent
+        for pattern in (
+            "*.bin",
+            "*.pt",
+            "*.safetensors",
+            "*.index.json",
+            "config.json",
+            "vocab.txt",
+        ):
+            yield from folder.glob(pattern)
