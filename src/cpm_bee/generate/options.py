@@ -95,7 +95,8 @@ class TextGenerationOptions(GenerationOptions, CommandOptions):
         "in the output, whose answers are plain too; `<mask_N>`, `<option_N>` and tokens that are "
         "keys of the record stay special",
         "把所有文本当作普通文本：输入中字面的 `<`（HTML、C++）不写成 `<<`，"
-        "输出（包括答案）中也不写成 `<<`；`<mask_N>`、`<option_N>` 以及作为记录键名的 token 仍为特殊 token",
+        "输出（包括答案）中也不写成 `<<`；`<mask_N>`、`<option_N>` 以及作为记录键名的 token "
+        "仍为特殊 token",
     )
     load: str = MODEL.option(
         "ckpts/pytorch_model.bin",
