@@ -94,9 +94,8 @@ class TextGenerationOptions(GenerationOptions, CommandOptions):
         "take all texts as plain: a literal `<` (HTML, C++) is not written `<<` in the input, nor "
         "in the output, whose answers are plain too; `<mask_N>`, `<option_N>` and tokens that are "
         "keys of the record stay special",
-        "把所有文本当作普通文本：输入中字面的 `<`（HTML、C++）不写成 `<<`，"
-        "输出（包括答案）中也不写成 `<<`；`<mask_N>`、`<option_N>` 以及作为记录键名的 token "
-        "仍为特殊 token",
+        "把所有文本当作普通文本：字面的 `<`（HTML、C++）在输入和输出（包括答案）中都不写成 `<<`；"
+        "`<mask_N>`、`<option_N>` 以及作为记录键名的 token 仍为特殊 token",
     )
     load: str = MODEL.option(
         "ckpts/pytorch_model.bin",
