@@ -38,7 +38,7 @@ PLACES = [ROOT, ROOT / "src", TUTORIAL]
 GENERATED = [
     "*bee_data/*.jsonl", "bee_data/NAME", "*bin_data/*", "meta.bin", "*vocab.txt", "bee.txt",
     "config.json", "*pytorch_model.bin", "ckpts/nothing.bin", "src/results*", "results/*",
-    "cpm_bee_finetune-*", "answers.jsonl", "train.jsonl", "eval.jsonl", "*my_records*",
+    "cpm_bee_finetune-*", "answers.jsonl*", "train.jsonl", "eval.jsonl", "*my_records*",
     "../shared/golden", ".venv/bin/*",
 ]  # fmt: skip
 # Words with a slash or an ending that are no paths.

@@ -13,7 +13,7 @@ from cpm_bee import json_lines, records
 from cpm_bee.errors import InputError
 from cpm_bee.json_lines import parse_line, read_lines
 from cpm_bee.records import MAX_NESTING, validate
-from cpm_bee.tokenizer import escape
+from cpm_bee.tokenizer import escape, unescape
 
 texts = st.text(st.sampled_from("a<>春 \n") | st.characters(exclude_categories=["Cs"])).map(escape)
 trees = st.recursive(texts, lambda inner: st.dictionaries(texts, inner, max_size=3), max_leaves=12)
@@ -206,7 +206,7 @@ def test_escaped_texts_are_plain(text: str) -> None:
     record = {"input": text, "deep": {"key<<": text}, "<ans>": text}
     escaped = records.escape_texts(record)
     assert validate(escaped) == []
-    assert records.unescape_texts(escaped) == record
+    assert unescape(escaped["deep"]["key<<"]) == text
 
 
 def test_escape_keeps_special_tokens_that_are_meant() -> None:

@@ -2,6 +2,9 @@
 
 import json
 import os
+import random
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "src" / "text_generation.py"
+TINY = ROOT / "src" / "ckpts" / "cpm-bee-tiny"
 SHARED = ROOT.parent / "shared"
 GOLDEN = SHARED / "golden"
 
@@ -161,6 +165,106 @@ def test_missing_files_are_named(tmp_path):
     assert_refused(done, "ckpts/pytorch_model.bin")
 
 
+@pytest.mark.parametrize("link", ["itself", "symbolic", "hard"])
+def test_an_output_that_is_the_input_is_refused_before_the_model_is_looked_for(tmp_path, link):
+    source = write(tmp_path / "in.jsonl", [{"<ans>": "kept"}])
+    output = tmp_path / "out.jsonl"
+    if link == "symbolic":
+        output.symlink_to("in.jsonl")
+    elif link == "hard":
+        output.hardlink_to(source)
+    else:
+        output = "../" + tmp_path.name + "/in.jsonl"
+    done = run("--input", source, "--output", output, "--load", "absent", cwd=tmp_path)
+    assert_refused(done, f"this is the file {source} itself")
+    assert read(source.read_text("utf-8")) == [{"<ans>": "kept"}]
+
+
+def start(*arguments, cwd):
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        cwd=cwd,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_lines(process, partial, count):
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if partial.exists() and partial.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_with_the_same_file(tmp_path):
+    """kill -9 at random moments, loading included; each start goes on after the records done."""
+    records = [{"input": f"写第{i}首 <b>长诗", "<ans>": ""} for i in range(60)]
+    flags = ["--load", TINY, "--input", write(tmp_path / "in.jsonl", records), "--escape"]
+    flags += ["--max-length", 6, "--beam-size", 2, "--output"]
+    assert run(*flags, "whole.jsonl", cwd=tmp_path).returncode == 0
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    assert [record["input"] for record in read(whole.decode())] == [r["input"] for r in records]
+    folder = tmp_path / "made"
+    partial, output = folder / "out.jsonl.partial", folder / "out.jsonl"
+    rng = random.Random()
+    kills, before = 0, 0
+    for _ in range(6):
+        process = start(*flags, output, "--resume", cwd=tmp_path)
+        wait_for_lines(process, partial, before + rng.randrange(12))
+        time.sleep(rng.random() * 0.2)
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+        names = [path.name for path in folder.iterdir()] if folder.exists() else []
+        assert not any(name.startswith(".") for name in names)
+        if output.exists():
+            break
+        content = partial.read_bytes() if partial.exists() else b""
+        assert whole.startswith(content[: content.rfind(b"\n") + 1])
+        assert content.count(b"\n") >= before
+        before = content.count(b"\n")
+    assert kills >= 2 and before
+    assert run(*flags, output, "--resume", cwd=tmp_path).returncode == 0
+    assert output.read_bytes() == whole
+    assert list(folder.iterdir()) == [output]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75)]
+)
+def test_a_signal_keeps_the_records_and_prints_the_command_that_goes_on(tmp_path, number, status):
+    folder = tmp_path / "my 文件"
+    folder.mkdir()
+    records = [{"input": f"写第{i}首长诗", "<ans>": ""} for i in range(80)]
+    flags = ["--load", TINY, "--input", write(folder / "in.jsonl", records), "--beam-size", 1]
+    partial, output = folder / "out.jsonl.partial", folder / "out.jsonl"
+    process = start(*flags, "--output", output, cwd=tmp_path)
+    wait_for_lines(process, partial, 2)
+    process.send_signal(number)
+    message = process.communicate()[1]
+    assert process.returncode == status and "Traceback" not in message
+    done = partial.read_bytes().count(b"\n")
+    assert f"{done} of 80 records are in {partial}" in message
+    again = run(*flags, "--output", output, cwd=tmp_path)
+    assert_refused(again, f"{partial}: holds {done} records", f"to begin anew: rm '{partial}'")
+    [command] = [line.partition("after them: ")[2] for line in again.stderr.splitlines()[1:2]]
+    assert command in message and command.endswith("--resume")
+    other = run(*flags, "--output", output, "--resume", "--max-length", 7, cwd=tmp_path)
+    assert_refused(other, "--max-length: was 100, now it is 7")
+    finished = subprocess.run(
+        shlex.split(command), cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=300
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert f"resuming after {done} records" in finished.stderr
+    assert len(read(output.read_text("utf-8"))) == 80
+    assert sorted(folder.iterdir()) == [folder / "in.jsonl", output]
+
+
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
@@ -183,6 +287,7 @@ def test_help_answers_at_once(tmp_path):
     assert done.returncode == 0
     for flag in (
         *("--model-config", "--load", "--vocab", "--delta", "--input", "--output", "--beam-size"),
+        *("--resume", "--escape"),
         *("--max-length", "--repetition-penalty", "--repetition-window", "--dtype", "--device"),
     ):
         assert flag in done.stdout

@@ -7,6 +7,7 @@ import difflib
 import io
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
@@ -150,6 +151,11 @@ def real_number(minimum: float, *, exclusive: bool = False) -> Callable[[str], f
 
 def comma_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def command_line(*flags: str) -> str:
+    """The command that started this process, quoted for a shell; adds the `flags` that it lacks."""
+    return shlex.join([*sys.orig_argv, *(f for f in flags if f not in sys.orig_argv)])
 
 
 class _MessageHandler(logging.Handler):

@@ -61,13 +61,6 @@ def escape_texts(record: Any) -> Any:
     return escaped(record)
 
 
-def unescape_texts(node: Any) -> Any:
-    """Write the texts of a record as they were before `escape_texts`; keys stay as they are."""
-    if isinstance(node, dict):
-        return {key: unescape_texts(value) for key, value in node.items()}
-    return node.replace("<<", "<") if isinstance(node, str) else node
-
-
 def _keys(node: Any) -> Iterator[str]:
     if isinstance(node, dict):
         for key, value in node.items():

@@ -72,6 +72,11 @@ def escape(text: str) -> str:
     return text.replace("<", "<<")
 
 
+def unescape(text: str) -> str:
+    """The plain text of an escaped one; special tokens stay as they are."""
+    return text.replace("<<", "<")
+
+
 class ExtensionTable:
     """Assigns ids from the vocabulary size on, in order of first appearance in one record."""
 

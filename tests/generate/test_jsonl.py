@@ -1,11 +1,15 @@
 import io
 import json
+import os
 
 import pytest
 
+from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError
 from cpm_bee.generate import jsonl
 from cpm_bee.generate.beam_search import GenerationOptions, Generator
+from cpm_bee.generate.options import TextGenerationOptions
+from cpm_bee.tokenizer import unescape
 
 OPTIONS = GenerationOptions(beam_size=2, max_length=2)
 
@@ -60,7 +64,7 @@ def test_results_are_written_in_order_and_scored(tmp_path, tiny_model, tiny_toke
         jsonl.InputRecord("f:3", {**prompts[2], "<ans>": {"x": "another"}}),
     ]
     output = tmp_path / "out.jsonl"
-    score = jsonl.generate_file(generator, placed, OPTIONS, str(output))
+    score = jsonl.generate_file(generator, placed, OPTIONS, str(output), {})
     assert [json.loads(line) for line in output.read_text("utf-8").splitlines()] == results
     assert score == (1, 2)
     assert str(score) == "exact match: 1 of 2 answers (50.0%)"
@@ -76,7 +80,7 @@ def test_what_the_vocabulary_lacks_is_listed_and_nothing_written(
     ]
     generator = Generator(tiny_model, tiny_tokenizer)
     with pytest.raises(InputError) as error:
-        jsonl.generate_file(generator, placed, OPTIONS, str(tmp_path / "out.jsonl"))
+        jsonl.generate_file(generator, placed, OPTIONS, str(tmp_path / "out.jsonl"), {})
     assert "2 records" in str(error.value)
     assert "f:1: special token <wrong_1>" in str(error.value) and "f:3: " in str(error.value)
     assert not any(tmp_path.iterdir())
@@ -93,12 +97,89 @@ def test_an_output_that_is_one_of_the_inputs_is_refused(tmp_path, link):
         output.symlink_to(source)
     else:
         output.hardlink_to(source)
-    with pytest.raises(InputError, match=r"is the input file .*in\.jsonl"):
-        jsonl.check_output(str(output), (None, "-", source))
+    with pytest.raises(InputError, match=r"is the file .*in\.jsonl itself"):
+        jsonl.check_output(str(output), ("-", source))
+
+
+@pytest.mark.parametrize("suffix", [".partial", ".partial.json"])
+def test_an_input_that_would_be_written_on_the_way_is_refused(tmp_path, suffix):
+    source = write(tmp_path / f"out.jsonl{suffix}", '{"<ans>": ""}')
+    with pytest.raises(InputError, match=r"is written to .* first, which is the file"):
+        jsonl.check_output(str(tmp_path / "out.jsonl"), (source,))
+
+
+def test_standard_input_that_is_the_output_is_refused(tmp_path, monkeypatch):
+    source = write(tmp_path / "in.jsonl", '{"<ans>": ""}')
+    fstat = os.fstat
+    monkeypatch.setattr(
+        os, "fstat", lambda number: os.stat(source) if not number else fstat(number)
+    )
+    with pytest.raises(InputError, match="is the file standard input itself"):
+        jsonl.check_output(source, ("-",))
+    jsonl.check_output(str(tmp_path / "out.jsonl"), ("-",))
+
+
+def test_all_files_of_the_model_are_read(tmp_path):
+    names = ["model.bin", "model.json", "config.json", "vocab.txt", "some-delta.pt"]
+    names += ["some-delta.json", "own.txt", "own.json"]
+    for name in names:
+        write(tmp_path / name)
+    flags = {"load": "model.bin", "delta": "some-delta.pt", "vocab": "own.txt"}
+    flags = {name: str(tmp_path / path) for name, path in flags.items()}
+    options = TextGenerationOptions(
+        input="-", output="o", model_config=str(tmp_path / "own.json"), **flags
+    )
+    for name in names:
+        with pytest.raises(InputError, match="itself, which is read"):
+            jsonl.check_output(str(tmp_path / name), options.files_read())
+    folder = TextGenerationOptions(input="-", output="o", load=str(tmp_path))
+    with pytest.raises(InputError, match="itself, which is read"):
+        jsonl.check_output(str(tmp_path / "model.bin"), folder.files_read())
+    jsonl.check_output(write(tmp_path / "old.jsonl"), options.files_read())
+
+
+class Echo:
+    """Answers with what it was given, as the model would write it: escaped."""
+
+    def __init__(self, encoder):
+        self.encoder = encoder
+
+    def generate(self, record, options):
+        return {**record, "<ans>": {"x": record["input"], "y": None}}
+
+
+PLAIN = [
+    {"input": "<p>甲 << 乙</p> <option_0> <", "<ans>": {"x": "a<b", "y": ""}},
+    {"input": "<<<option_1>", "<ans>": {"x": "<s>", "y": ""}},
+]
+
+
+def test_with_escape_plain_texts_come_out_as_they_went_in(tmp_path, tiny_tokenizer):
+    source = write(tmp_path / "in.jsonl", *(json.dumps(record) for record in PLAIN))
+    with pytest.raises(InputError, match="or give --escape"):
+        jsonl.read_records(source)
+    inputs = jsonl.read_records(source, escape=True)
+    assert [record for _, record in inputs] == PLAIN
+    output = tmp_path / "out.jsonl"
+    echo = Echo(Encoder(tiny_tokenizer))
+    jsonl.generate_file(echo, inputs, OPTIONS, str(output), {}, escape=True)
+    results = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    assert results == [{**r, "<ans>": {"x": r["input"], "y": None}} for r in PLAIN]
+
+
+def test_with_escape_plain_answers_are_compared(tmp_path, tiny_model, tiny_tokenizer):
+    generator = Generator(tiny_model, tiny_tokenizer)
+    result = generator.generate({"input": "甲 << 乙", "<ans>": ""}, OPTIONS)
+    given = {"input": "甲 < 乙", "<ans>": unescape(result["<ans>"])}
+    output = tmp_path / "out.jsonl"
+    placed = [jsonl.InputRecord("f:1", given)]
+    score = jsonl.generate_file(generator, placed, OPTIONS, str(output), {}, escape=True)
+    assert score == (1, 1)
+    assert json.loads(output.read_text("utf-8")) == given
 
 
 def test_an_output_of_its_own_is_accepted(tmp_path):
     source = write(tmp_path / "in.jsonl", '{"<ans>": ""}')
     jsonl.check_output("-", (source,))
-    jsonl.check_output(str(tmp_path / "new.jsonl"), (source, "-", None))
+    jsonl.check_output(str(tmp_path / "new.jsonl"), (source, "-"))
     jsonl.check_output(write(tmp_path / "old.jsonl"), (source,))

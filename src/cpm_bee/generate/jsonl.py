@@ -6,26 +6,27 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cpm_bee import json_lines, records
 from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.generate.beam_search import Generator
 from cpm_bee.generate.options import GenerationOptions
-from cpm_bee.generate.output import Output, resumable_file
+from cpm_bee.generate.output import Output, check_partial, names_in_use, resumable_file
 from cpm_bee.generate.prompt import Prompt
 from cpm_bee.progress import progress_bar
 from cpm_bee.records import ANSWER, Record
+from cpm_bee.tokenizer import unescape
 
 STANDARD = "-"  # names standard input and output
 
 
 class InputRecord(NamedTuple):
-    """A record and its location, as file:line."""
+    """A record as it was given, and its location, as file:line."""
 
     where: str
     record: Record
@@ -46,10 +47,10 @@ def read_records(path: str, *, escape: bool = False) -> list[InputRecord]:
     """Read the records of a file, or of standard input if `path` is "-".
 
     Args:
-        escape: treat all texts as plain (see `records.escape_texts`).
+        escape: their texts are plain; they are checked as `records.escape_texts` makes them.
 
     Raises:
-        InputError: with the problems of all lines.
+        InputError: with all problems of all lines.
     """
     if path != STANDARD and Path(path).is_file():
         json_lines.check_is_lines(Path(path))
@@ -58,14 +59,15 @@ def read_records(path: str, *, escape: bool = False) -> list[InputRecord]:
     name = "standard input" if path == STANDARD else path
     for number, line in _lines(path):
         value, reason = json_lines.parse_line(line)
-        value = records.escape_texts(value) if escape else value
-        found = [reason] if reason else records.validate(value)
+        checked = records.escape_texts(value) if escape else value
+        found = [reason] if reason else records.validate(checked)
         problems.extend(f"{name}:{number}", found)
         if not found:
             inputs.append(InputRecord(f"{name}:{number}", value))
     problems.raise_if_any(
         f"{name}: {problems.count} problems, nothing was written",
-        'a record is one line: {"input": "...", "<ans>": ""}, a literal < written <<',
+        'a record is one line: {"input": "...", "<ans>": ""}, a literal < written <<'
+        + (" (or give --escape)" if not escape else ""),
     )
     if not inputs:
         raise InputError(f"{name}: holds no records")
@@ -95,21 +97,41 @@ def check_vocabulary(inputs: Sequence[InputRecord], encoder: Encoder) -> None:
     problems.raise_if_any(f"{problems.count} records cannot be encoded, nothing was written")
 
 
-def check_output(output: str, inputs: Iterable[str | None]) -> None:
-    """Raise `InputError` if the output is one of the inputs, directly or through a link."""
+def check_output(output: str, inputs: Iterable[str | Path]) -> None:
+    """Raise `InputError` if the output would replace a file that is read, also through a link."""
+    if output == STANDARD:
+        return
+    written = names_in_use(Path(output))
     for path in inputs:
-        if path not in (None, STANDARD) and output != STANDARD and _is_same_file(path, output):
-            raise InputError(
-                f"--output {output}: is the input file {path}, which it would replace; give "
-                "another --output"
-            )
+        name = "standard input" if path == STANDARD else path
+        for place in written:
+            if place.is_file() and _is_same_file(path, place):
+                raise InputError(
+                    f"--output {output}: this is the file {name} itself, which is read; its "
+                    "contents would be replaced: give another --output"
+                    if place == written[0]
+                    else f"--output {output}: is written to {place} first, which is the file "
+                    f"{name} itself, which is read: give another --output"
+                )
 
 
-def _is_same_file(path: str, other: str) -> bool:
+def check_resume(output: str, inputs: Sequence[InputRecord], *, resume: bool) -> None:
+    """Raise `InputError` for what an interrupted start has left, before a model is loaded.
+
+    It is there and `resume` is false, or it does not belong to these records.
+    """
+    if output != STANDARD:
+        check_partial(Path(output), [record for _, record in inputs], resume=resume)
+    elif resume:
+        raise InputError("--resume: standard output cannot be resumed, give a file as --output")
+
+
+def _is_same_file(path: str | Path, other: Path) -> bool:
     try:
-        return os.path.samefile(path, other)
+        stat = os.fstat(0) if path == STANDARD else os.stat(path)
+        return os.path.samestat(stat, other.stat())
     except OSError:
-        return False  # one of them does not exist
+        return False  # one of them is not there
 
 
 def generate_file(
@@ -117,44 +139,55 @@ def generate_file(
     inputs: Sequence[InputRecord],
     options: GenerationOptions,
     output: str,
+    settings: Mapping[str, Any],
     *,
     resume: bool = False,
-    escaped: bool = False,
+    escape: bool = False,
 ) -> Score:
     """Write each record with the model's answer in place of its own, one per line.
 
     Args:
         output: a file, named `output`.partial until it is complete; "-" is standard output.
+        settings: what decides the answers, by flag; it must be the same to resume.
         resume: continue after the records that an interrupted call left in `output`.partial.
-        escaped: `read_records` has escaped the texts, and they are written as plain texts again.
+        escape: the texts are plain, and so are the answers that are written.
 
     Raises:
-        InputError: records cannot be encoded (all are listed); or as `resumable_file`.
-        InterruptedRun: a signal ended it; the records written so far are kept.
+        InputError: a record cannot be encoded (all are listed); or as `resumable_file`.
+        InterruptedRun, KeyboardInterrupt: as `resumable_file`.
     """
-    check_vocabulary(inputs, generator.encoder)
-    written = records.unescape_texts if escaped else (lambda record: record)
-    given = [written(record) for _, record in inputs]
-    with _output(output, given, resume) as (file, done):
+    check_resume(output, inputs, resume=resume)
+    given = [record for _, record in inputs]
+    prompts = [records.escape_texts(record) for record in given] if escape else given
+    places = [where for where, _ in inputs]
+    check_vocabulary(list(map(InputRecord, places, prompts)), generator.encoder)
+    with _output(output, given, settings, resume) as (file, done):
         correct = answered = 0
-        bar = progress_bar(inputs, description="generating", unit="records")
-        for i, (_, record) in enumerate(bar):
+        for i, record in enumerate(progress_bar(given, description="generating", unit="records")):
             if i < len(done):
                 result = done[i]
             else:
-                result = written(generator.generate(record, options))
+                result = generator.generate(prompts[i], options)
+                if escape:
+                    result = {**record, ANSWER: _unescaped(result[ANSWER])}
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
                 file.flush()  # a kill loses no record
-            if records.has_answer(given[i][ANSWER]):
+            if records.has_answer(record[ANSWER]):
                 answered += 1
-                correct += result[ANSWER] == given[i][ANSWER]
+                correct += result[ANSWER] == record[ANSWER]
     return Score(correct, answered)
 
 
-def _output(path: str, given: Sequence[Record], resume: bool) -> AbstractContextManager[Output]:
+def _unescaped(answer: Any) -> Any:
+    if isinstance(answer, dict):
+        return {key: _unescaped(value) for key, value in answer.items()}
+    return None if answer is None else unescape(answer)
+
+
+def _output(
+    path: str, given: Sequence[Record], settings: Mapping[str, Any], resume: bool
+) -> AbstractContextManager[Output]:
     if path != STANDARD:
-        return resumable_file(Path(path), given, resume=resume)
-    if resume:
-        raise InputError("--resume: standard output cannot be resumed, give a file as --output")
+        return resumable_file(Path(path), given, settings, resume=resume)
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     return contextlib.nullcontext(Output(sys.stdout, ()))

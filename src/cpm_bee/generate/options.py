@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from cpm_bee import hints, quantize
 from cpm_bee.cli import positive, real_number
@@ -151,3 +153,20 @@ class TextGenerationOptions(GenerationOptions, CommandOptions):
         super().__post_init__()
         if self.delta_alpha is not None and self.delta is None:
             raise InputError("--delta-alpha: needs --delta")
+
+    def files_read(self) -> Iterator[str | Path]:
+        """The files that this command reads, as far as they are known before it opens them."""
+        given = (self.input, self.load, self.model_config, self.vocab, self.delta)
+        yield from (path for path in given if path is not None)
+        yield from (Path(path).with_suffix(".json") for path in (self.load, self.delta) if path)
+        load = Path(self.load)
+        folder = load if load.is_dir() else load.parent
+        for pattern in (
+            "*.bin",
+            "*.pt",
+            "*.safetensors",
+            "*.index.json",
+            "config.json",
+            "vocab.txt",
+        ):
+            yield from folder.glob(pattern)

@@ -1,136 +1,250 @@
-"""The output file of answered records. An interruption loses none of them.
+"""The file of answered records, of which an interruption loses none.
 
-Records are written to `OUTPUT.partial`, one line at a time, and the file is renamed when it is
-complete. If generation ends early, even by a kill, `OUTPUT.partial` keeps its records. `--resume`
-compares them with those of the input and continues after them.
+Records are written to `OUTPUT.partial`, a line at a time, and the file takes its own name when all
+are there. `OUTPUT.partial.json`, which is written before them, holds what decides the answers:
+model, delta and flags. Whatever ends generation early, also a kill, leaves both; `--resume` goes on
+after the records, if they and the settings are those of the present command.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shlex
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from cpm_bee import json_lines
-from cpm_bee.errors import InputError, InterruptedRun
-from cpm_bee.files import exclusive
+from cpm_bee.cli import command_line
+from cpm_bee.errors import InputError, InterruptedRun, Problems, shown
+from cpm_bee.files import exclusive, refuse_if_held
+from cpm_bee.progress import silence_terminal
 from cpm_bee.records import ANSWER, Record
 
 _LOGGER = logging.getLogger(__name__)
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Output(NamedTuple):
-    """An open file, and the answered records that an interrupted run has already written to it."""
+    """An open file, and the answered records that an earlier, interrupted start wrote to it."""
 
     file: IO[str]
     done: Sequence[Record]
 
 
+class Names(NamedTuple):
+    """The files of one generation. None is hidden: a kill leaves all but the first."""
+
+    output: Path
+    partial: Path
+    settings: Path
+    lock: Path
+
+
+def names_in_use(path: Path) -> Names:
+    """The files that generation writes for the output `path`."""
+    output = path.resolve()  # a link stays a link, its target is replaced
+    partial = output.with_name(f"{output.name}.partial")
+    return Names(
+        output,
+        partial,
+        partial.with_name(f"{partial.name}.json"),
+        partial.with_name(f"{partial.name}.lock"),
+    )
+
+
+def check_partial(path: Path, inputs: Sequence[Record], *, resume: bool) -> None:
+    """Raise what `resumable_file` would raise, as far as no model is needed to know it."""
+    _refuse_folder(path)
+    if path.exists() and not path.is_file():
+        return
+    names = names_in_use(path)
+    refuse_if_held(names.lock, _busy(names))
+    _records_done(names.partial, inputs, resume)
+
+
 @contextmanager
-def resumable_file(path: Path, inputs: Sequence[Record], *, resume: bool) -> Iterator[Output]:
-    """Open a file for the answered records, and rename it to `path` when the block ends.
+def resumable_file(
+    path: Path, inputs: Sequence[Record], settings: Mapping[str, Any], *, resume: bool
+) -> Iterator[Output]:
+    """A file for the answered records, which takes the name `path` when the block ends.
 
     Args:
         path: destination; an existing file is replaced. A device or pipe is written to directly.
-        inputs: the records to answer, in the order of the output.
-        resume: continue after the records in `path`.partial, if there are any.
+        inputs: the records of which the answered ones are written, in order.
+        settings: what decides the answers, by flag.
+        resume: go on after the records of `path`.partial, where there are any.
 
     Raises:
-        InputError: `path` is a folder; an interrupted run has left records but `resume` is false;
-            or the records that it left do not match `inputs`.
+        InputError: `path` is a folder; an interrupted generation has left records and `resume` is
+            false; or what it left does not belong to `inputs` and `settings`.
         BusyError: another process is writing it.
-        InterruptedRun: a signal ended the block.
+        KeyboardInterrupt: Ctrl-C ended the block.
+        InterruptedRun: another signal ended it.
     """
-    if path.is_dir():
-        raise InputError(f"{path}: this is a folder; a file is needed")
+    _refuse_folder(path)
     if path.exists() and not path.is_file():
         with open(path, "w", encoding="utf-8", newline="\n") as file:
             yield Output(file, ())
         return
-    path = path.resolve()  # a link stays a link, its target is replaced
-    partial = path.with_name(f"{path.name}.partial")
-    lock = path.with_name(f".{path.name}.lock")
-    busy = f"is writing {path}; wait for it to end, or give another --output"
-    with exclusive(lock, busy), _signals_raise():
-        done = _take_up(partial, inputs, resume)
+    names = names_in_use(path)
+    with exclusive(names.lock, _busy(names)), _signals_raise():
+        done, length = _records_done(names.partial, inputs, resume)
+        if done:
+            _check_settings(names, settings)
+            _LOGGER.info("resuming after %s records of %s", f"{len(done):,}", names.partial)
+            os.truncate(names.partial, length)
+        else:
+            names.partial.write_bytes(b"")
         try:
-            with open(partial, "a", encoding="utf-8", newline="\n") as file:
+            if not done:
+                _write_settings(names.settings, settings)
+            with open(names.partial, "a", encoding="utf-8", newline="\n") as file:
                 yield Output(file, done)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException as error:
-            kept = _keep(partial, len(inputs))
-            if isinstance(error, KeyboardInterrupt):
-                raise InterruptedRun(f"interrupted{kept and f': {kept}'}") from error
-            if kept:
-                _LOGGER.warning(kept)
+            os.replace(names.partial, names.output)
+            names.settings.unlink(missing_ok=True)
+        except BaseException:
+            _keep(names, len(inputs))
             raise
 
 
-def _take_up(partial: Path, inputs: Sequence[Record], resume: bool) -> list[Record]:
-    if not partial.exists() or not partial.stat().st_size:
-        return []
-    if not resume:
+def _refuse_folder(path: Path) -> None:
+    if path.is_dir():
+        raise InputError(f"{path}: this is a folder; a file is needed")
+
+
+def _busy(names: Names) -> str:
+    return f"is writing {names.output}; wait for its end, or give another --output"
+
+
+def _records_done(
+    partial: Path, inputs: Sequence[Record], resume: bool
+) -> tuple[list[Record], int]:
+    """The records of the whole lines of a partial file, and the bytes that these lines take.
+
+    A kill may have cut a line after them.
+    """
+    content = partial.read_bytes() if partial.exists() else b""
+    length = content.rfind(b"\n") + 1
+    lines = content[:length].decode("utf-8", "replace").split("\n")[:-1]
+    if lines and not resume:
         raise InputError(
-            f"{partial}: holds the records of an interrupted generation; add --resume to continue "
-            "after them, or remove the file"
+            f"{partial}: holds {len(lines):,} records of an interrupted generation\n"
+            f"to go on after them: {command_line('--resume')}\n{_removal(partial)}"
         )
-    complete = _cut_to_whole_lines(partial)
     done: list[Record] = []
-    for number, line in enumerate(complete, start=1):
+    for number, line in enumerate(lines, start=1):
         record, reason = json_lines.parse_line(line)
         given = inputs[number - 1] if number <= len(inputs) else None
-        if reason or not isinstance(record, dict) or {**record, ANSWER: None} != _blank(given):
+        if reason or _without_answers(record) != _without_answers(given):
             raise InputError(
-                f"{partial}:{number}: {reason or f'does not match record {number} of --input'}; "
-                "give the same --input as before, or remove the file to start again"
+                f"{partial}:{number}: {reason or 'is not the record of that number in --input'}\n"
+                f"to go on, give the input that generation began with; {_removal(partial)}"
             )
         done.append(record)
-    _LOGGER.info("resuming after %s records of %s", f"{len(done):,}", partial)
-    return done
+    return done, length
 
 
-def _blank(record: Record | None) -> dict[str, Any] | None:
-    return None if record is None else {**record, ANSWER: None}
+def _without_answers(record: Any) -> str:
+    """The text of a record with empty answers, as JSON: the order of the keys counts too."""
+
+    def empty(node: Any) -> Any:
+        return {k: empty(v) for k, v in node.items()} if isinstance(node, dict) else None
+
+    if isinstance(record, dict) and ANSWER in record:
+        record = {**record, ANSWER: empty(record[ANSWER])}
+    return json.dumps(record)
 
 
-def _cut_to_whole_lines(partial: Path) -> list[str]:
-    """Returns the complete lines of the file, and removes a last one that a kill cut short."""
-    content = partial.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    os.truncate(partial, len(whole))
-    return whole.decode("utf-8", "replace").split("\n")[:-1]
+def _removal(partial: Path) -> str:
+    return f"to begin anew: rm {shlex.quote(str(partial))}"
 
 
-def _keep(partial: Path, total: int) -> str:
-    """Remove a partial file without records; returns a sentence about one with records."""
-    with open(partial, "rb") as file:
-        count = sum(line.endswith(b"\n") for line in file)
-    if not count:
-        partial.unlink()
-        return ""
-    return (
-        f"{count:,} of {total:,} records are in {partial}; add --resume to the same command to "
-        "continue after them"
+def _write_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(settings, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _check_settings(names: Names, settings: Mapping[str, Any]) -> None:
+    """Raise `InputError` with all settings that differ from those of the partial file."""
+    try:
+        before = json.loads(names.settings.read_bytes())
+        if not isinstance(before, dict):
+            raise ValueError("a JSON object is expected")
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{names.settings}: cannot be read ({error}), so that it is not known which model and "
+            f"flags the records of {names.partial} are from\n{_removal(names.partial)}"
+        ) from None
+    problems = Problems()
+    now = json.loads(json.dumps(settings))
+    for flag in {**before, **now}:
+        if before.get(flag) != now.get(flag):
+            was, is_ = (shown(values.get(flag)) for values in (before, now))
+            problems.add(str(flag), f"was {was}, now it is {is_}")
+    problems.raise_if_any(
+        f"{names.partial}: its records were made with other settings:",
+        f"to go on, give the same as before; {_removal(names.partial)}",
     )
+
+
+def _keep(names: Names, total: int) -> None:
+    """Remove a partial file without records; say what another one holds."""
+    count = 0
+    if names.partial.exists():
+        with open(names.partial, "rb") as file:
+            count = sum(line.endswith(b"\n") for line in file)
+    if count:
+        _LOGGER.warning(
+            "%s of %s records are in %s; to go on after them: %s",
+            f"{count:,}",
+            f"{total:,}",
+            names.partial,
+            command_line("--resume"),
+        )
+        return
+    names.partial.unlink(missing_ok=True)
+    names.settings.unlink(missing_ok=True)
 
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Make SIGTERM and a closed terminal raise KeyboardInterrupt, as Ctrl-C does."""
+    """The first Ctrl-C, SIGTERM or closed terminal raises; the second one ends the process at once.
+
+    Under nohup the terminal may be closed.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    old = {number: signal.signal(number, signal.default_int_handler) for number in _SIGNALS}
+    handled = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        handled.append(signal.SIGHUP)
+    received: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        received.append(number)
+        for each in handled:
+            signal.signal(each, signal.SIG_DFL)
+        if number == signal.SIGHUP:
+            silence_terminal()
+        # Of this type for all signals: libraries catch an `Exception` here and there.
+        raise KeyboardInterrupt
+
+    old = {number: signal.signal(number, stop) for number in handled}
     try:
         yield
+    except KeyboardInterrupt as error:
+        if received and received[0] != signal.SIGINT:
+            raise InterruptedRun(f"ended by {signal.Signals(received[0]).name}") from error
+        raise
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
