@@ -183,7 +183,7 @@ def train(config: ModelConfig, training: TrainingSetup, batch: Batch, steps: int
     model.encoder.set_checkpointing(training.checkpointing)
     engine = TorchEngine(torch.device("cpu"), training.dtype)
     engine.prepare(model, OptimizerSettings(0.01, 1.0, 1.0, 2.0, 512))
-    forget_peak()  # of quantising
+    forget_peak()  # of quantizing
     for _ in range(steps):
         engine.backward(model.loss(batch) / batch.num_targets)
         engine.step(1e-3)

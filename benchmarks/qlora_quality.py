@@ -1,4 +1,4 @@
-"""Compare the losses of LoRA on a quantised base with those on the same base in fp32.
+"""Compare the losses of LoRA on a quantized base with those on the same base in fp32.
 
     python benchmarks/qlora_quality.py --data BEE.jsonl --vocab bee.txt [--model 512x8]
 

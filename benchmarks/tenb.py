@@ -4,7 +4,7 @@
 
 There are four phases, each in a separate process:
   checkpoint   writes random weights in the native fp16 format (19 GB)
-  quantize     quantises them to 4 bit, beside the checkpoint (5 GB)
+  quantize     quantizes them to 4 bit, beside the checkpoint (5 GB)
   train        trains LoRA on one fixed batch of real records; the loss must fall at each step
   generate     generates one answer with the trained delta
 An interrupted run continues with the first unfinished phase; results are in FOLDER/results.json. At

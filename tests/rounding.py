@@ -106,7 +106,7 @@ def nudge(tensors: Mapping[str, torch.Tensor], seed: int) -> None:
     """Move the last bit of each fp32 value up, down or not at all, by chance."""
     generator = torch.Generator().manual_seed(seed)
     for tensor in tensors.values():
-        if tensor.dtype != torch.float32:  # codes of quantised weights
+        if tensor.dtype != torch.float32:  # codes of quantized weights
             continue
         # Zeros stay: a LoRA's B has to begin with them.
         steps = torch.randint(-1, 2, tensor.shape, generator=generator) * (tensor != 0)

@@ -61,7 +61,7 @@ class LoRA(nn.Module):
         super().__init__()
         dim_in, dim_out = linear.dim_in, linear.dim_out
         # Always fp32: in 16 bit, most updates at a small learning rate would round to nothing.
-        device = linear.operands()[0].device  # a quantised layer has no weight
+        device = linear.operands()[0].device  # a quantized layer has no weight
         if device.type == "meta":
             device = torch.device("cpu")  # the base is loaded later, but these values are set now
         self.lora_A = nn.Parameter(torch.empty(config.rank, dim_in, device=device))

@@ -154,7 +154,7 @@ def _refuse_larger_than_memory(model: CPMBee, source: str) -> None:
 
 
 def _set_type(model: CPMBee, dtype: torch.dtype) -> None:
-    """Set the dtype of all parameters of a model on the meta device, except quantised ones."""
+    """Set the dtype of all parameters of a model on the meta device, except quantized ones."""
     for module in model.modules():
         if not isinstance(module, QuantizedLinear):
             for leaf, p in list(module.named_parameters(recurse=False)):

@@ -115,7 +115,7 @@ def initial_deviations(page: Json) -> Rows:
 
 
 @example
-def quantised(page: Json) -> Rows:
+def quantized(page: Json) -> Rows:
     w = torch.zeros(1, 64)
     w[0, :4] = torch.tensor([0.5, -2.0, 0.1, 1.2])
     rows = []

@@ -483,7 +483,7 @@ def read_state(seed_files: Seeds, content: bytes) -> None:
     TrainingState(**progress)
 
 
-# ------------------------------------------------------------------ the quantised base
+# ------------------------------------------------------------------ the quantized base
 
 
 class QuantizedBase:

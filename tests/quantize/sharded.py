@@ -1,4 +1,4 @@
-"""Run under torchrun: a quantised model in shards against the same model whole, on each rank."""
+"""Run under torchrun: a quantized model in shards against the same model whole, on each rank."""
 
 from __future__ import annotations
 

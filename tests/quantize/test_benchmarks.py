@@ -1,4 +1,4 @@
-"""The benchmarks of quantised models, in sizes of seconds; and the commands that they stand for."""
+"""The benchmarks of quantized models, in sizes of seconds; and the commands that they stand for."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_qlora_quality(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_generation_on_a_quantised_base(tmp_path: Path, kind: str) -> None:
+def test_generation_on_a_quantized_base(tmp_path: Path, kind: str) -> None:
     model = Path(shutil.copytree(BASE, tmp_path / "model"))
     record = {"input": "边关，菊花开了。", "question": "q", "<ans>": ""}
     (tmp_path / "in.jsonl").write_text(json.dumps(record) + "\n")
@@ -113,4 +113,4 @@ def test_generation_on_a_quantised_base(tmp_path: Path, kind: str) -> None:
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout).keys() == record.keys()  # messages go elsewhere
         assert (model / f"pytorch_model.{kind}.safetensors").is_file()
-    assert "quantising" not in done.stderr
+    assert "quantizing" not in done.stderr

@@ -1,4 +1,4 @@
-"""The file of a quantised base: when it is made, made again, used, and done without."""
+"""The file of a quantized base: when it is made, made again, used, and done without."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def beside(checkpoint: Path, kind: str = "nf4") -> Path:
 
 
 def check_values(model: CPMBee, checkpoint: Path, kind: str = "nf4") -> None:
-    """Every tensor is that of the checkpoint, quantised or not."""
+    """Every tensor is that of the checkpoint, quantized or not."""
     state = torch.load(checkpoint, weights_only=True)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     assert len(layers) == 2 * 7
@@ -75,9 +75,9 @@ def check_values(model: CPMBee, checkpoint: Path, kind: str = "nf4") -> None:
         assert torch.equal(model.get_parameter(name), tensor.float())
 
 
-def forbid_quantising(monkeypatch: pytest.MonkeyPatch) -> None:
+def forbid_quantizing(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: object, weight: torch.Tensor) -> None:
-        raise AssertionError("quantised again")
+        raise AssertionError("quantized again")
 
     for format in FORMATS.values():
         monkeypatch.setattr(type(format), "quantize", refuse)
@@ -96,7 +96,7 @@ def test_it_is_made_once(
     checkpoint: Path, kind: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = load(checkpoint, kind)
-    assert "quantising" in caplog.text
+    assert "quantizing" in caplog.text
     caplog.clear()
     assert first.fingerprint == load(checkpoint, "none").fingerprint
     names = {p.name for p in checkpoint.parent.iterdir()}
@@ -105,7 +105,7 @@ def test_it_is_made_once(
         assert file.metadata() == {
             "format": kind, "format_version": "1", "base_fingerprint": first.fingerprint,
         }  # fmt: skip
-    forbid_quantising(monkeypatch)
+    forbid_quantizing(monkeypatch)
     second = load(checkpoint, kind)
     assert caplog.text == ""
     monkeypatch.undo()
@@ -183,7 +183,7 @@ def test_a_damaged_one(checkpoint: Path, spoil, caplog: pytest.LogCaptureFixture
     caplog.clear()
     spoil(beside(checkpoint))
     base = load(checkpoint)
-    assert "quantising" in caplog.text
+    assert "quantizing" in caplog.text
     check_values(base.model, checkpoint)
     assert beside(checkpoint).read_bytes() == whole
 
@@ -194,7 +194,7 @@ def test_that_of_another_base(checkpoint: Path, caplog: pytest.LogCaptureFixture
     os.utime(checkpoint, (0, 0))  # the fingerprint alone must tell
     caplog.clear()
     check_values(load(checkpoint).model, checkpoint)
-    assert "quantising" in caplog.text
+    assert "quantizing" in caplog.text
 
 
 def test_a_change_that_the_fingerprint_does_not_see(
@@ -210,7 +210,7 @@ def test_a_change_that_the_fingerprint_does_not_see(
     after = load(checkpoint)
     assert after.fingerprint == before.fingerprint
     check_values(after.model, checkpoint)
-    forbid_quantising(monkeypatch)  # though the checkpoint's time lies in the future
+    forbid_quantizing(monkeypatch)  # though the checkpoint's time lies in the future
     load(checkpoint)
 
 
@@ -318,7 +318,7 @@ def test_of_several_processes_at_once_one_makes_it(checkpoint: Path) -> None:
     results = [p.communicate(timeout=300) for p in processes]
     assert [p.returncode for p in processes] == [0, 0, 0], results
     assert len({output for output, _ in results}) == 1
-    assert sum("quantising" in errors for _, errors in results) == 1
+    assert sum("quantizing" in errors for _, errors in results) == 1
     assert len(list(checkpoint.parent.iterdir())) == 4
 
 
@@ -342,7 +342,7 @@ def loss_of(base: PretrainedModel) -> float:
 
 
 @kinds
-def test_a_delta_goes_from_a_quantised_base_to_the_full_one_and_back(
+def test_a_delta_goes_from_a_quantized_base_to_the_full_one_and_back(
     checkpoint: Path, tmp_path: Path, kind: str
 ) -> None:
     path = tmp_path / "delta.pt"

@@ -58,7 +58,7 @@ def test_nf4_is_the_nearest_value_of_a_block(dtype: torch.dtype) -> None:
 
 @given(st.integers(0, 2**32 - 1), st.floats(1e-6, 1e6))
 @examples(30)
-def test_a_quantised_matrix_stays_as_it_is(seed: int, scale: float) -> None:
+def test_a_quantized_matrix_stays_as_it_is(seed: int, scale: float) -> None:
     w = matrix(4, 128, seed=seed) * scale
     for format in FORMATS.values():
         once = format.quantize(w)

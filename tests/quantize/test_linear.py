@@ -1,4 +1,4 @@
-"""A Linear over quantised weights, alone and in a model: results, gradients, what is kept."""
+"""A Linear over quantized weights, alone and in a model: results, gradients, what is kept."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_under_autocast(format: Format) -> None:
 
 
 def make_model(format: Format) -> CPMBee:
-    """A quantised model with LoRA."""
+    """A quantized model with LoRA."""
     model = tiny.make_model(2, **SIZES)
     quantize_(model, format)
     delta.insert(model, delta.DeltaConfig(rank=3, targets=delta.TARGETS), 0)
@@ -171,7 +171,7 @@ def test_generation(format: Format) -> None:
     assert answers[0] == answers[1]
 
 
-def test_parameters_are_counted_as_if_none_were_quantised() -> None:
+def test_parameters_are_counted_as_if_none_were_quantized() -> None:
     model = tiny.make_model(0, **SIZES)
     before = sum(p.numel() for p in model.parameters())
     quantize_(model, FORMATS["nf4"])

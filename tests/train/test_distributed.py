@@ -55,7 +55,7 @@ class Course:
     """The runs of this file, each in a folder of its own."""
 
     def __init__(self, workspace: Workspace, folder: Path) -> None:
-        # Of its own: a quantised base is kept beside it.
+        # Of its own: a quantized base is kept beside it.
         model = shutil.copytree(workspace.model, folder / "model")
         self._few = [
             train_support.make_dataset(folder, name, train_support.records(1, seed))

@@ -232,12 +232,12 @@ def _checkpoint_without_a_tensor(bench: Bench) -> tuple[dict[str, Any], list[str
 
 
 @mistake
-def _quantisation_that_does_not_fit(bench: Bench) -> tuple[dict[str, Any], list[str]]:
+def _quantization_that_does_not_fit(bench: Bench) -> tuple[dict[str, Any], list[str]]:
     return {"quantize": "nf4"}, ["--quantize nf4 does not fit this model"]
 
 
 @mistake
-def _full_training_of_a_quantised_base(bench: Bench) -> tuple[dict[str, Any], list[str]]:
+def _full_training_of_a_quantized_base(bench: Bench) -> tuple[dict[str, Any], list[str]]:
     return {"quantize": "int8", "use_delta": None}, ["needs --use-delta"]
 
 

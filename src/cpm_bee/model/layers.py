@@ -44,7 +44,7 @@ class Linear(nn.Module):
         self.lora: Any = None  # a delta.LoRA
 
     def operands(self) -> tuple[torch.Tensor, ...]:
-        """The tensors from which `dense` computes W; a quantised layer has others."""
+        """The tensors from which `dense` computes W; a quantized layer has others."""
         return (self.weight,)
 
     def dense(self, operands: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Quantises a base once, tensor by tensor, into a safetensors file beside its checkpoint.
+"""Quantizes a base once, tensor by tensor, into a safetensors file beside its checkpoint.
 
 The file has `NAME.codes` and `NAME.absmax` for each Linear of the layers; embedding, norms and
 bias table are copied from the checkpoint. The metadata have the fingerprint of the base.
@@ -59,7 +59,7 @@ def cache_path(checkpoint: Path, fmt: Format) -> Path:
 
 
 def quantized_entries(model: CPMBee, checkpoint: Checkpoint, kind: str) -> dict[str, LazyTensor]:
-    """Replace the Linears of a model by quantised ones and return the model's tensors.
+    """Replace the Linears of a model by quantized ones and return the model's tensors.
 
     The tensors come from the file beside the checkpoint, which is made if it is missing, stale or
     damaged. If it cannot be written, a warning is logged and they are made in memory.
@@ -101,7 +101,7 @@ def _from_cache(
         found = _open(path, checkpoint.path, notes, stored)
         if found is not None:
             return found
-        logger.info(f"quantising {checkpoint.path} to {fmt.name}, once")
+        logger.info(f"quantizing {checkpoint.path} to {fmt.name}, once")
         try:
             if locked:  # files left by a killed run are not in use
                 for left in path.parent.glob(f".{path.name}.partial-*"):
@@ -114,7 +114,7 @@ def _from_cache(
         except OSError as error:
             logger.warning(
                 f"{path} cannot be written ({(error.strerror or str(error)).lower()}): "
-                "quantising in memory, in this run and every run until it can be written"
+                "quantizing in memory, in this run and every run until it can be written"
             )
             return None
         return _open(path, checkpoint.path, notes, stored)
@@ -122,7 +122,7 @@ def _from_cache(
 
 @contextlib.contextmanager
 def _alone(checkpoint: Path) -> Iterator[bool]:
-    """Hold a lock, so that only one of several processes quantises and the others use its file.
+    """Hold a lock, so that only one of several processes quantizes and the others use its file.
 
     Yields false if the file system has no locks: then each process makes the file, and the last
     one replaces the others.
@@ -190,7 +190,7 @@ def _values(
     """Yields all tensors of the file; reads one tensor of the checkpoint at a time."""
     total = sum(torch.Size(e.shape).numel() * e.dtype.itemsize for e in checkpoint.entries.values())
     names = {s.name for s in stored}
-    with progress_bar(total=total, description="quantising", unit="B") as bar:
+    with progress_bar(total=total, description="quantizing", unit="B") as bar:
         for name, entry in checkpoint.entries.items():
             value = entry.read()
             if name in names:

@@ -1,6 +1,6 @@
-"""Formats of weights in 4 and 8 bit: quantisation to codes and scales, and dequantisation.
+"""Formats of weights in 4 and 8 bit: quantization to codes and scales, and dequantization.
 
-NF4 is the data type of QLoRA (Dettmers et al., 2023, section 3) without double quantisation, with
+NF4 is the data type of QLoRA (Dettmers et al., 2023, section 3) without double quantization, with
 the same bytes as in bitsandbytes: blocks of 64 values of a row, the first value of a pair in the
 high half of its byte.
 """
@@ -70,7 +70,7 @@ class Format(ABC):
         return codes, absmax
 
     def dense(self, codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Dequantise: returns the matrix [dim_out, dim_in] in a dtype."""
+        """Dequantize: returns the matrix [dim_out, dim_in] in a dtype."""
         dim_out, dim_in = len(codes), self.dim_in(codes)
         out = torch.empty(dim_out, dim_in, dtype=dtype, device=codes.device)
         chunk = _CHUNK if codes.device.type == "cpu" else out.numel()

@@ -21,7 +21,7 @@ _FEW_ROWS = 16
 
 
 class QuantizedLinear(Linear):
-    """A Linear with `codes` and `absmax` instead of W, which is dequantised piece by piece.
+    """A Linear with `codes` and `absmax` instead of W, which is dequantized piece by piece.
 
     Both are parameters without gradient: they move to a device and are sharded like others.
     `absmax` must stay fp32 (no `model.to(dtype)`).
@@ -41,7 +41,7 @@ class QuantizedLinear(Linear):
 
     @classmethod
     def of(cls, linear: Linear, fmt: Format) -> QuantizedLinear:
-        """Quantise a Linear that has values; keeps its LoRA."""
+        """Quantize a Linear that has values; keeps its LoRA."""
         result = cls(linear.dim_in, linear.dim_out, fmt)
         codes, absmax = fmt.quantize(linear.weight.detach().cpu())
         device = linear.weight.device
@@ -91,7 +91,7 @@ def _frozen(tensor: torch.Tensor) -> nn.Parameter:
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ; saves only the operands of W and dequantises W again for the gradient of x."""
+    """x Wᵀ; saves only the operands of W and dequantizes W again for the gradient of x."""
 
     @staticmethod
     def forward(
@@ -117,7 +117,7 @@ class _Product(torch.autograd.Function):
 
 
 def quantize_(model: nn.Module, fmt: Format) -> None:
-    """Quantise each Linear of a model that has values, in place.
+    """Quantize each Linear of a model that has values, in place.
 
     Raises:
         InputError: the format does not support the sizes of some layers; each kind is listed once.
@@ -152,7 +152,7 @@ def _replace(model: nn.Module, fmt: Format, make: Callable[[Linear], QuantizedLi
 
 
 def num_weights(model: nn.Module) -> int:
-    """The number of a model's parameters before quantisation."""
+    """The number of a model's parameters before quantization."""
     total = sum(p.numel() for p in model.parameters())
     for layer in model.modules():
         if isinstance(layer, QuantizedLinear):

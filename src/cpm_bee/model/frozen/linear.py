@@ -7,7 +7,7 @@ leave out the factor 1/sqrt(dim_in) unless they say otherwise; callers fold it i
 
 In fp32, B A is added to a piece of W, so that one product computes both. In 16 bit this would round
 away small updates of B A, so the two low-rank products are computed separately. W comes in pieces
-(`Linear.pieces`): a quantised W is dequantised piece by piece, in the forward pass and again in the
+(`Linear.pieces`): a quantized W is dequantized piece by piece, in the forward pass and again in the
 backward pass, and never exists as a whole.
 
 Only the operands of W and LoRA are kept. With y = x W'ᵀ the gradients are
