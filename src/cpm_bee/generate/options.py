@@ -18,7 +18,20 @@ MACHINE = Group("machine", "运行环境")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
+class AnswerOptions:
+    """The flag for the length of answers."""
+
+    max_length: int = SEARCH.option(
+        100,
+        "maximum number of tokens to write for a record, over all its answers (up to two more are "
+        "possible)",
+        "每条记录最多生成的 token 数，所有答案合计（可能多出至多两个）",
+        type=positive,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions(AnswerOptions):
     """The flags of the beam search.
 
     Raises:
@@ -27,13 +40,6 @@ class GenerationOptions:
 
     beam_size: int = SEARCH.option(
         3, "number of beams; 1 is greedy decoding", "束的个数；1 为贪心解码", type=positive
-    )
-    max_length: int = SEARCH.option(
-        100,
-        "maximum number of tokens to write for a record, over all its answers (up to two more are "
-        "possible)",
-        "每条记录最多生成的 token 数，所有答案合计（可能多出至多两个）",
-        type=positive,
     )
     # Keskar et al. 2019, CTRL, section 4.1, for logits of either sign.
     repetition_penalty: float = SEARCH.option(
@@ -55,48 +61,9 @@ class GenerationOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextGenerationOptions(GenerationOptions, CommandOptions):
-    """The flags of text_generation.py."""
+class LoadedModelOptions:
+    """The flags for the model that answers, and where it runs."""
 
-    script = "text_generation.py"
-    description = (
-        "Answer records with a model: reads a file of records and writes the same records with "
-        'the text under "<ans>" replaced by the model\'s answer (null if the model reached '
-        "--max-length before that answer). If the input has answers, it prints the share of exact "
-        "matches."
-    )
-    chinese = (
-        "用模型回答记录：读入一个记录文件，写出同样的记录，其中 `<ans>` 下的文本换成模型的答案"
-        "（如果写到该答案之前已达到 `--max-length`，则为 `null`）。"
-        "若输入中带有答案，还会打印完全一致的比例。"
-    )
-    groups = (FILES, MODEL, SEARCH, MACHINE)
-    hints = hints.GENERATE
-
-    input: str = FILES.option(
-        REQUIRED,
-        "records, one JSON object per line; `-` is standard input",
-        "记录文件，每行一个 JSON 对象；`-` 为标准输入",
-        metavar="FILE",
-    )
-    output: str = FILES.option(
-        REQUIRED,
-        "file for the answered records; `-` is standard output",
-        "写入作答后的记录的文件；`-` 为标准输出",
-        metavar="FILE",
-    )
-    resume: bool = FILES.option(
-        False,
-        "continue after the records that an interrupted run of the same command left in "
-        "`OUTPUT.partial`",
-        "接着上次中断时留在 `OUTPUT.partial` 中的记录继续生成（命令须与上次相同）",
-    )
-    escape: bool = FILES.option(
-        False,
-        "treat all texts as plain text, as in preprocess_dataset.py: a literal `<` needs no "
-        "escaping, and the output has none",
-        "把所有文本当作普通文本，与 preprocess_dataset.py 相同：字面的 `<` 无需转义，输出也不转义",
-    )
     load: str = MODEL.option(
         "ckpts/pytorch_model.bin",
         "checkpoint of the base model, or of a fully fine-tuned one",
@@ -150,13 +117,13 @@ class TextGenerationOptions(GenerationOptions, CommandOptions):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        check_values(self)
         if self.delta_alpha is not None and self.delta is None:
             raise InputError("--delta-alpha: needs --delta")
 
-    def files_read(self) -> Iterator[str | Path]:
-        """The files that this command reads, as far as they are known before it opens them."""
-        given = (self.input, self.load, self.model_config, self.vocab, self.delta)
+    def model_files(self) -> Iterator[str | Path]:
+        """The files of the model, as far as they are known before they are opened."""
+        given = (self.load, self.model_config, self.vocab, self.delta)
         yield from (path for path in given if path is not None)
         yield from (Path(path).with_suffix(".json") for path in (self.load, self.delta) if path)
         load = Path(self.load)
@@ -170,3 +137,56 @@ class TextGenerationOptions(GenerationOptions, CommandOptions):
             "vocab.txt",
         ):
             yield from folder.glob(pattern)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextGenerationOptions(GenerationOptions, LoadedModelOptions, CommandOptions):
+    """The flags of text_generation.py."""
+
+    script = "text_generation.py"
+    description = (
+        "Answer records with a model: reads a file of records and writes the same records with "
+        'the text under "<ans>" replaced by the model\'s answer (null if the model reached '
+        "--max-length before that answer). If the input has answers, it prints the share of exact "
+        "matches."
+    )
+    chinese = (
+        "用模型回答记录：读入一个记录文件，写出同样的记录，其中 `<ans>` 下的文本换成模型的答案"
+        "（如果写到该答案之前已达到 `--max-length`，则为 `null`）。"
+        "若输入中带有答案，还会打印完全一致的比例。"
+    )
+    groups = (FILES, MODEL, SEARCH, MACHINE)
+    hints = hints.GENERATE
+
+    input: str = FILES.option(
+        REQUIRED,
+        "records, one JSON object per line; `-` is standard input",
+        "记录文件，每行一个 JSON 对象；`-` 为标准输入",
+        metavar="FILE",
+    )
+    output: str = FILES.option(
+        REQUIRED,
+        "file for the answered records; `-` is standard output",
+        "写入作答后的记录的文件；`-` 为标准输出",
+        metavar="FILE",
+    )
+    resume: bool = FILES.option(
+        False,
+        "continue after the records that an interrupted run of the same command left in "
+        "`OUTPUT.partial`",
+        "接着上次中断时留在 `OUTPUT.partial` 中的记录继续生成（命令须与上次相同）",
+    )
+    escape: bool = FILES.option(
+        False,
+        "treat all texts as plain text, as in preprocess_dataset.py: a literal `<` needs no "
+        "escaping, and the output has none",
+        "把所有文本当作普通文本，与 preprocess_dataset.py 相同：字面的 `<` 无需转义，输出也不转义",
+    )
+
+    def __post_init__(self) -> None:
+        LoadedModelOptions.__post_init__(self)
+
+    def files_read(self) -> Iterator[str | Path]:
+        """The files that this command reads, as far as they are known before it opens them."""
+        yield self.input
+        yield from self.model_files()
