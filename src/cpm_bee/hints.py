@@ -86,6 +86,16 @@ _PREPROCESS = {
 }
 
 
+_EVALUATE = _MODEL | {
+    "--dataset": "input input-file eval-dataset validation-file test-file tasks data-path",
+    "--output": "output-path output-dir save",
+    "--delta": _GENERATE["--delta"],
+    "--max-length": _GENERATE["--max-length"],
+    "--train-dataset": "train-file train-data",
+    "--limit": "max-samples max-eval-samples num-samples",
+}
+
+
 def _by_foreign_flag(table: Mapping[str, str]) -> dict[str, str]:
     return {f"--{name}": ours for ours, names in table.items() for name in names.split()}
 
@@ -93,4 +103,5 @@ def _by_foreign_flag(table: Mapping[str, str]) -> dict[str, str]:
 # Flag of another tool, with hyphens -> what to write here.
 FINETUNE = _by_foreign_flag(_FINETUNE)
 GENERATE = _by_foreign_flag(_GENERATE)
+EVALUATE = _by_foreign_flag(_EVALUATE)
 PREPROCESS = _by_foreign_flag(_PREPROCESS)

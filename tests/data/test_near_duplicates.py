@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from cpm_bee.data.near_duplicates import THRESHOLD, NearDuplicates, between
 
-CHARACTERS = "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动同工也能下过子说产种面而方后多定行学法所民得经"
+CHARACTERS = "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会"
 
 
 def record(text, answer=""):

@@ -8,8 +8,8 @@ from cpm_bee.evaluate.classes import (
     are_labels,
     is_choice,
     macro_f1,
-    options_of,
 )
+from cpm_bee.records import options_of
 
 CHOICE = {
     "input": "问",

@@ -73,5 +73,7 @@ def test_only_the_records_that_count_are_counted():
 
 
 def test_rouge_l_counts_words_not_characters():
-    (rouge,) = [s for s in text_statistics(["天气很好"], ["天气不好"], [True])[0] if s.key[:2] == "ro"]
+    (rouge,) = [
+        s for s in text_statistics(["天气很好"], ["天气不好"], [True])[0] if s.key[:2] == "ro"
+    ]
     assert np.isclose(rouge.figure, rouge_l(["天气", "很", "好"], ["天气", "不好"]))

@@ -56,7 +56,7 @@ class NearDuplicates:
         return number
 
     def find(self, record: Record) -> Iterator[tuple[int, float]]:
-        """Yields (number, similarity) of the near-duplicates of a record, the most similar first."""
+        """Yields (number, similarity) of a record's near-duplicates, the most similar first."""
         grams = _grams(record)
         numbers = {n for bucket in self._buckets_of(grams) for n in self._buckets.get(bucket, ())}
         found = [(n, _jaccard(grams, self._grams[n])) for n in sorted(numbers)]

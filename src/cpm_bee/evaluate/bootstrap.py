@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +49,10 @@ class Statistics:
     @property
     def figure(self) -> float:
         return self.value(self.rows.sum(axis=0))
+
+    def of(self, chosen: np.ndarray) -> Statistics:
+        """The figure of some records only; `chosen` is bool [n]."""
+        return replace(self, rows=self.rows[chosen])
 
     @property
     def counted(self) -> int:

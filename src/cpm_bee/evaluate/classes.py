@@ -8,38 +8,18 @@ account for all of them.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from cpm_bee.evaluate.bootstrap import Statistics
-from cpm_bee.records import ANSWER, Record, Tree
+from cpm_bee.records import ANSWER, Record, options_of
 
-_OPTION = re.compile("<option_[0-9]+>")
 OTHER = "(other)"
 _MOST_LABELS = 30
 _RECORDS_PER_LABEL = 5
-
-
-def options_of(record: Record) -> dict[str, str]:
-    """The options of a record, by their special token; empty if it has none."""
-    for key, value in record.items():
-        if key != ANSWER:
-            for node in _dictionaries(value):
-                texts = {k: v for k, v in node.items() if isinstance(v, str)}
-                if len(texts) == len(node) > 1 and all(map(_OPTION.fullmatch, node)):
-                    return texts
-    return {}
-
-
-def _dictionaries(node: Tree) -> Iterator[dict[str, Tree]]:
-    if isinstance(node, dict):
-        yield node
-        for value in node.values():
-            yield from _dictionaries(value)
 
 
 def is_choice(record: Record) -> bool:
@@ -93,7 +73,6 @@ class Confusion:
         return found
 
 
-
 def macro_f1(right: Sequence[str | None], given: Sequence[str | None]) -> Statistics:
     """The mean F1 of the classes.
 
@@ -110,7 +89,7 @@ def macro_f1(right: Sequence[str | None], given: Sequence[str | None]) -> Statis
         rows[i, number[own], 0] = own == other
         rows[i, number[own], 1] = 1
         if other in number:
-            rows[i, number[other], 2] = 1  # type: ignore[index]  # None is in no dictionary
+            rows[i, number[other], 2] = 1
 
     def value(sums: np.ndarray) -> float:
         correct, of_class, given_class = sums.reshape(-1, 3).T

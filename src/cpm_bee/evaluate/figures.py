@@ -10,8 +10,8 @@ import numpy as np
 
 from cpm_bee.evaluate.bootstrap import Statistics, share
 from cpm_bee.evaluate.classes import are_labels, is_choice, macro_f1
-from cpm_bee.evaluate.scoring import RecordScores
 from cpm_bee.evaluate.text_metrics import text_statistics
+from cpm_bee.generate.scoring import RecordScores
 from cpm_bee.records import ANSWER, Record, Tree
 
 
