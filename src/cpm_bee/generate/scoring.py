@@ -56,7 +56,10 @@ def score_records(
     max_tokens: int,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> RecordScores:
-    """Score the answers of records, as evaluation during training does.
+    """Score the answers of records; exact matches are those of evaluation during training.
+
+    The scores of a record do not depend on the others. Hazard: the loss during training does,
+    slightly, because there the extension entries of all records of a step compete.
 
     Args:
         max_tokens: the most tokens in a batch; a longer record is a batch of its own.
@@ -89,5 +92,9 @@ def score_records(
 
 def _batch(records: Sequence[EncodedRecord], encoder: Encoder) -> Any:
     return make_batch(
-        Stream.of(records), encoder.tokenizer, extension_pairs(records), as_generated=True
+        Stream.of(records),
+        encoder.tokenizer,
+        extension_pairs(records),
+        as_generated=True,
+        own_extension=True,
     )

@@ -104,6 +104,9 @@ class CPMBee(nn.Module):
                 self._output_head(batch),
                 batch.targets,
                 _candidates(batch),
+                batch.extension_is_own[batch.target_records]
+                if batch.extension_is_own is not None
+                else None,
             )
 
     def prefill(self, prompt: Batch, answers: Sequence[int], cache: KeyValueCache) -> Prefill:
