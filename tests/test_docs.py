@@ -39,7 +39,7 @@ GENERATED = [
     "*bee_data/*.jsonl", "bee_data/NAME", "*bin_data/*", "meta.bin", "*vocab.txt", "bee.txt",
     "config.json", "*pytorch_model.bin", "ckpts/nothing.bin", "src/results*", "results/*",
     "cpm_bee_finetune-*", "answers.jsonl*", "train.jsonl", "eval.jsonl", "*my_records*",
-    "../shared/golden", ".venv/bin/*",
+    "../shared/golden", ".venv/bin/*", "results_DATE.json", "samples_NAME_DATE.jsonl",
 ]  # fmt: skip
 # Words with a slash or an ending that are no paths.
 NOT_PATHS = {
@@ -65,7 +65,7 @@ TAKES_FLAGS = {
     "finetune_cpm_bee.py": FINETUNE, "finetune_cpm_bee.sh": FINETUNE, "quickstart.sh": FINETUNE,
     "slurm_finetune.sh": FINETUNE, "data_reformat.py": REFORMAT,
     "preprocess_dataset.py": "src/preprocess_dataset.py",
-    "text_generation.py": "src/text_generation.py",
+    "text_generation.py": "src/text_generation.py", "evaluate.py": "src/evaluate.py",
 }  # fmt: skip
 
 
