@@ -17,7 +17,7 @@ def main() -> None:
     # Imported late, with torch: --help and wrong usage answer at once.
     from cpm_bee import delta, pretrained
     from cpm_bee.engine.device import choose_device, choose_dtype
-    from cpm_bee.generate.beam_search import Generator
+    from cpm_bee.generate.generator import Generator
     from cpm_bee.generate.jsonl import (
         STANDARD,
         check_output,
@@ -49,6 +49,7 @@ def main() -> None:
         settings,
         resume=options.resume,
         escape=options.escape,
+        max_tokens=options.max_tokens,
     )
     messages = sys.stderr if options.output == STANDARD else sys.stdout
     print(f"{len(records):,} records written", file=messages)

@@ -221,7 +221,7 @@ class BeamSearch:
         )
 
     def _fill_gaps(self) -> None:
-        """Move the last records into slots that stayed free, so that the slots in use are 0 to n-1."""
+        """Move the last records into slots that stayed free: slots 0 to n - 1 are in use then."""
         for slot in [i for i, job in enumerate(self._running) if job is None]:
             while self._running and self._running[-1] is None:
                 self._running.pop()
@@ -235,7 +235,7 @@ class BeamSearch:
     # ------------------------------------------------------------------ the search
 
     def _continue(self, states: torch.Tensor, slots: np.ndarray, log_p: np.ndarray) -> list[Job]:
-        """Make the next beams of records from the states of the present ones; see `Decoder.best`."""
+        """Make the next beams of records from the present ones' states; see `Decoder.best`."""
 
         def penalize(logits: torch.Tensor, part: slice) -> None:
             if self._options.repetition_penalty != 1:
@@ -276,7 +276,7 @@ class BeamSearch:
         step = int(self._beams.last[slot])
         if job.finished.cannot_improve(float(found.log_p[row, 0]), step):
             return True
-        for column in np.flatnonzero(choice.finished[row]):
+        for column in np.flatnonzero(choice.finished[row]).tolist():
             # Each token so far, `<s>` included, has predicted the next one.
             score = float(found.log_p[row, column]) / (step + 1)
             job.finished.add(score, self._beams.hypothesis(slot, found, row, column))

@@ -1,8 +1,8 @@
 """The most probable next tokens, from logits of any number of rows at once.
 
 Ties are decided by number, the lower one first, so that an answer does not depend on which records
-share a batch, nor on how a kernel breaks ties. `torch.topk` promises no order of equal values. It is
-therefore given keys that are never equal: the value's bits in the upper half of an int64, in an
+share a batch, nor on how a kernel breaks ties. `torch.topk` promises no order of equal values, so
+it is given keys that are never equal: the value's bits in the upper half of an int64, in an
 order-preserving form, and the position, counted down, in the lower half.
 
 To do that with all logits would take longer than the product that computes them. So each row is
@@ -62,8 +62,8 @@ def best_of_beams(rows: Best, log_p: torch.Tensor, k: int) -> tuple[torch.Tensor
         log_p: of the beams so far, fp32 [R, B].
 
     Returns:
-        Their summed log probabilities, [R, k], with inf for NaN, and their positions among the B * k candidates of
-        the record's beams, which are in the order of (beam, rank).
+        Their summed log probabilities, [R, k], with inf for NaN, and their positions among the
+        B * k candidates of the record's beams, which are in the order of (beam, rank).
     """
     total = rows.log_p.unflatten(0, log_p.shape) + log_p[:, :, None]  # (R, B, k)
     # NaN comes first, so that it is found.

@@ -102,13 +102,13 @@ class Decoder:
             self._relations = np.pad(self._relations, ((0, 0), (0, 0), (0, missing)))
 
     def step(self, beams: Beams, num_slots: int) -> torch.Tensor:
-        """Run the newest token of each beam; returns the states that predict the next, [R * B, dim].
+        """Run each beam's newest token; returns the states that predict the next, [R * B, dim].
 
         Call it once for each token: it writes the token's keys and values.
         """
         newest, written = beams.newest(num_slots), beams.written(num_slots)
         answers = newest[:, :, ANSWER]
-        for slot in np.flatnonzero((answers != self._answers[:num_slots]).any(axis=1)):
+        for slot in np.flatnonzero((answers != self._answers[:num_slots]).any(axis=1)).tolist():
             self._set_answers(slot, answers[slot])
         relations = np.take_along_axis(
             self._relations[:num_slots], written[..., ANSWER].astype(np.int64), axis=2
@@ -118,9 +118,7 @@ class Decoder:
         # Each beam has a column of each step, one after the other.
         beam = np.arange(newest.shape[1])
         first = self.shape.prompt_columns + (beams.last[:num_slots] - 1) * len(beam)
-        rows = self._rows(
-            np.arange(num_slots).repeat(len(beam)), (first[:, None] + beam).flatten()
-        )
+        rows = self._rows(np.arange(num_slots).repeat(len(beam)), (first[:, None] + beam).flatten())
         columns = self._columns(beams, np.arange(num_slots))
         attend = BeamAttention(self._cache, rows, self._bias, num_slots, columns)
         ids, subs = self._to_device(newest[:, :, ID].flatten(), newest[:, :, SUB].flatten())

@@ -54,8 +54,17 @@ class Generator:
     ) -> Iterator[dict]:
         """Yields a copy of each valid record, in order, with the model's answers.
 
-        An answer that was not reached is None. The record's own answers are ignored. The answers do
-        not depend on which records are generated together.
+        An answer that was not reached is None. The record's own answers are ignored. Args and
+        errors as in `search`.
+        """
+        return (output.filled() for output in self.search(records, options, max_tokens))
+
+    def search(
+        self, records: Iterable[Record], options: GenerationOptions, max_tokens: int | None = None
+    ) -> Iterator[Output]:
+        """Yields each valid record, in order, with its ended job.
+
+        The results do not depend on which records are generated together.
 
         Args:
             records: are read as they are needed.
@@ -74,7 +83,7 @@ class Generator:
             if not search.num_waiting:
                 outputs += self._read_ahead(search, remaining, max_tokens)
             while outputs and (outputs[0].job is None or outputs[0].job.has_ended):
-                yield outputs.popleft().filled()
+                yield outputs.popleft()
             if not outputs:
                 return
             search.step()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 
 from cpm_bee.model.cached_attention import KeyValue
@@ -39,9 +42,15 @@ class SlotCache:
             size = (self._num_tokens * self._heads, self._dim)
             self._memory = {}  # frees the old memory first
             for layer in self._layers:
-                # Zeros: pages of the system that are not written yet take no memory.
-                k, v = (torch.zeros(size, dtype=self._dtype, device=self._device) for _ in "kv")
-                self._memory[layer] = KeyValue(k, v)
+                self._memory[layer] = KeyValue(self._zeros(size), self._zeros(size))
+
+    def _zeros(self, size: tuple[int, int]) -> torch.Tensor:
+        if self._device.type != "cpu":
+            return torch.zeros(size, dtype=self._dtype, device=self._device)
+        # Unlike torch.zeros, NumPy leaves it to the system to zero pages when they are first used:
+        # those that no record needs take no memory.
+        values = np.zeros(math.prod(size) * self._dtype.itemsize, dtype=np.uint8)
+        return torch.from_numpy(values).view(self._dtype).view(size)
 
     def rows(self, slots: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """The rows of all heads of tokens in slots [N] and columns [N]; [N * H]."""

@@ -1,10 +1,10 @@
 """Attention of one decoding step, for the beams of several records at once.
 
-Each record has a slot in the cache of keys and values. Its keys are, in this order: the prompt, with
-the `<s>` of the first answer as its last token; then one key for each beam and step. All beams of a
-record attend to all keys of its slot in one product, so each key is read once per step, and the
-bias says what a beam sees: it is -inf for keys of other beams that are not its ancestors. Keys and
-values are therefore never copied or reordered when a beam continues another one. Only the bias
+Each record has a slot in the cache of keys and values. Its keys are, in this order: the prompt,
+with the `<s>` of the first answer as its last token; then one key for each beam and step. All beams
+of a record attend to all keys of its slot in one product, so each key is read once per step, and
+the bias says what a beam sees: it is -inf for keys of other beams that are not its ancestors. Keys
+and values are therefore never copied or reordered when a beam continues another one. Only the bias
 changes, which is small.
 
 Prompts are aligned to the right: in every slot the prompt ends at column `prompt_columns`, so the

@@ -122,7 +122,6 @@ class Embedding(nn.Module):
         table = self(extension_ids, extension_subs)  # (E, dim_model), already scaled
         return torch.cat([vocabulary, F.linear(h, table.to(h.dtype))], dim=-1)
 
-
     def vocabulary_logits(self, h: torch.Tensor, out: torch.Tensor) -> None:
         """Write the logits of the vocabulary for h [N, dim_model] into out [N, vocab_size]."""
         h = h * self.scale
