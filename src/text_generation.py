@@ -12,7 +12,7 @@ from cpm_bee.options import flags_of
 def main() -> None:
     options = TextGenerationOptions.parse()
     # Imported late, with torch: --help and wrong usage answer at once.
-    from cpm_bee.generate.beam_search import Generator
+    from cpm_bee.generate.generator import Generator
     from cpm_bee.generate.jsonl import (
         STANDARD,
         check_output,
@@ -38,6 +38,7 @@ def main() -> None:
         settings,
         resume=options.resume,
         escape=options.escape,
+        max_tokens=options.max_tokens,
     )
     messages = sys.stderr if options.output == STANDARD else sys.stdout
     print(f"{len(records):,} records written", file=messages)

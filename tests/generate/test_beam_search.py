@@ -17,13 +17,10 @@ from cpm_bee import delta
 from cpm_bee.data.batch import collate, extension_pairs
 from cpm_bee.encoding import EncodedRecord, Encoder
 from cpm_bee.errors import InputError, RunError
-from cpm_bee.generate.beam_search import (
-    FinishedHypotheses,
-    GenerationOptions,
-    Generator,
-    penalize_repetition,
-)
+from cpm_bee.generate.beam_search import FinishedHypotheses, penalize_repetition_
 from cpm_bee.generate.decoder import Decoder
+from cpm_bee.generate.generator import Generator
+from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt, fill_answers
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.network import CPMBee
@@ -250,15 +247,17 @@ def test_a_record_without_answer_leaves_comes_back_as_it_is(tiny_model, tiny_tok
 
 
 def test_finished_hypotheses_take_no_place_in_the_beam(tiny_model, tiny_tokenizer, monkeypatch):
-    eos, original, widths = tiny_tokenizer.eos, Decoder.logits, []
+    eos, original, widths = tiny_tokenizer.eos, Decoder.best, []
 
-    def eager_to_end(decoder, beams, parents):
-        widths.append(len(beams))
-        logits = original(decoder, beams, parents)
-        logits[:, eos] = logits.amax(dim=1) + 0.1
-        return logits
+    def eager_to_end(decoder, states, slots, log_p, k, change):
+        def to_end(logits, part):
+            change(logits, part)
+            logits[:, eos] = logits.amax(dim=1) + 0.1
 
-    monkeypatch.setattr(Decoder, "logits", eager_to_end)
+        widths.append((log_p > -math.inf).sum())
+        return original(decoder, states, slots, log_p, k, to_end)
+
+    monkeypatch.setattr(Decoder, "best", eager_to_end)
     options = GenerationOptions(beam_size=4, max_length=4)
     Generator(tiny_model, tiny_tokenizer).generate({"input": "甲", "<ans>": ""}, options)
     assert len(widths) > 1 and widths == [1] + [4] * (len(widths) - 1)
@@ -315,21 +314,18 @@ def test_broken_weights_are_reported(tiny_tokenizer, tiny_model):
         Generator(model, tiny_tokenizer).generate({"<ans>": ""}, GenerationOptions())
 
 
-def test_penalty_is_applied_once_an_id_and_only_in_the_window():
+def test_penalty_is_applied_once_an_id():
     logits = torch.tensor([[2.0, -2.0, 4.0, 0.0, -1.0]])
-    ids = torch.tensor([[4, 2, 1, 1]])
-    penalized = penalize_repetition(logits, ids, 2.0, None)
-    assert penalized.tolist() == [[2.0, -4.0, 2.0, 0.0, -2.0]]
-    assert penalize_repetition(logits, ids, 2.0, 3).tolist() == [[2.0, -4.0, 2.0, 0.0, -1.0]]
-    assert penalize_repetition(logits, ids, 1.0, None) is logits
+    penalize_repetition_(logits, torch.tensor([[4, 2, 1, 1]]), 2.0)
+    assert logits.tolist() == [[2.0, -4.0, 2.0, 0.0, -2.0]]
 
 
 def test_finished_keeps_the_best_and_knows_when_to_stop():
-    finished = FinishedHypotheses(2)
-    finished.add(-1.0, ("first",))
+    finished, (first, second, third) = FinishedHypotheses(2), np.zeros((3, 1, 5), dtype=np.int32)
+    finished.add(-1.0, first)
     assert not finished.cannot_improve(-100.0, 1)
-    finished.add(-3.0, ("third",))
-    finished.add(-1.0, ("equal to the first",))
-    assert finished.best() == ("first",)
+    finished.add(-3.0, third)
+    finished.add(-1.0, second)  # equal to the first
+    assert [hypothesis.tokens is first for hypothesis in finished.hypotheses] == [True, False]
     assert finished.cannot_improve(-4.0, 4)
     assert not finished.cannot_improve(-3.9, 4)

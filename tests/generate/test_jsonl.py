@@ -7,8 +7,8 @@ import pytest
 from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError
 from cpm_bee.generate import jsonl
-from cpm_bee.generate.beam_search import GenerationOptions, Generator
-from cpm_bee.generate.options import TextGenerationOptions
+from cpm_bee.generate.generator import Generator
+from cpm_bee.generate.options import GenerationOptions, TextGenerationOptions
 from cpm_bee.tokenizer import unescape
 
 OPTIONS = GenerationOptions(beam_size=2, max_length=2)
@@ -144,8 +144,8 @@ class Echo:
     def __init__(self, encoder):
         self.encoder = encoder
 
-    def generate(self, record, options):
-        return {**record, "<ans>": {"x": record["input"], "y": None}}
+    def stream(self, records, options, max_tokens):
+        return ({**record, "<ans>": {"x": record["input"], "y": None}} for record in records)
 
 
 PLAIN = [

@@ -24,8 +24,8 @@ from cpm_bee.evaluate.classes import Confusion
 from cpm_bee.evaluate.figures import Figures, Kinds, Outcome, classes_given, figures_of, text_of
 from cpm_bee.evaluate.harness import samples_of, write_results
 from cpm_bee.evaluate.options import EvaluateOptions
-from cpm_bee.generate.beam_search import Generator
 from cpm_bee.generate.choices import choose
+from cpm_bee.generate.generator import Generator
 from cpm_bee.generate.loaded_model import LoadedModel, load_base
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.scoring import score_records
@@ -75,10 +75,13 @@ def run_model(
     limits = GenerationOptions(beam_size=1, max_length=options.max_length)
     scores = score_records(model, generator.encoder, records, max_tokens=MAX_TOKENS)
     choices = choose(model, generator.encoder, records, max_tokens=MAX_TOKENS)
-    answers = [
-        generator.generate(record, limits)[ANSWER]
-        for record in progress_bar(records, description="answering", unit="records")
-    ]
+    outputs = progress_bar(
+        generator.stream(records, limits),
+        total=len(records),
+        description="answering",
+        unit="records",
+    )
+    answers = [output[ANSWER] for output in outputs]
     best = [choice and choice.best for choice in choices]
     return Outcome(scores, answers, np.ones(len(records), dtype=bool), best)
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from cpm_bee import json_lines, records
 from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError, Problems
-from cpm_bee.generate.beam_search import Generator
+from cpm_bee.generate.generator import Generator
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.output import Output, check_partial, names_in_use, resumable_file
 from cpm_bee.generate.prompt import Prompt
@@ -143,6 +143,7 @@ def generate_file(
     *,
     resume: bool = False,
     escape: bool = False,
+    max_tokens: int | None = None,
 ) -> Score:
     """Write each record with the model's answer in place of its own, one per line.
 
@@ -151,6 +152,7 @@ def generate_file(
         settings: what decides the answers, by flag; it must be the same to resume.
         resume: continue after the records that an interrupted call left in `output`.partial.
         escape: the texts are plain, and so are the answers that are written.
+        max_tokens: how many tokens are held at once, see `Generator.stream`.
 
     Raises:
         InputError: a record cannot be encoded (all are listed); or as `resumable_file`.
@@ -162,12 +164,13 @@ def generate_file(
     places = [where for where, _ in inputs]
     check_vocabulary(list(map(InputRecord, places, prompts)), generator.encoder)
     with _output(output, given, settings, resume) as (file, done):
+        results = generator.stream(prompts[len(done) :], options, max_tokens)
         correct = answered = 0
         for i, record in enumerate(progress_bar(given, description="generating", unit="records")):
             if i < len(done):
                 result = done[i]
             else:
-                result = generator.generate(prompts[i], options)
+                result = next(results)
                 if escape:
                     result = {**record, ANSWER: _unescaped(result[ANSWER])}
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")

@@ -116,6 +116,17 @@ class LoadedModelOptions:
         metavar="DEVICE",
     )
 
+    max_tokens: int | None = MACHINE.option(
+        None,
+        "number of tokens to hold in memory at once, of which a record needs those of its prompt "
+        "and `--max-length` for each beam; records are generated together as far as they fit, one "
+        "at least. It does not change the answers. When not given, what a quarter of the free "
+        "memory holds",
+        "同时保存在内存中的 token 数；每条记录占用其提示的 token 数，再加上每个束各 `--max-length` "
+        "个。放得下的记录一起生成，至少一条。不影响答案。不指定时为四分之一可用内存所能容纳的数目",
+        type=positive,
+    )
+
     def __post_init__(self) -> None:
         check_values(self)
         if self.delta_alpha is not None and self.delta is None:

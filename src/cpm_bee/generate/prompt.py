@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from cpm_bee.data.batch import Pair
 from cpm_bee.encoding import EncodedRecord, Encoder
 from cpm_bee.records import ANSWER, Record, Tree
@@ -44,6 +46,17 @@ class Prompt:
     def has_unknown(self) -> bool:
         """Whether the context has text that the vocabulary lacks, which `<unk>` then represents."""
         return (self._tokenizer.unk, 0) in self._extension_numbers
+
+    @property
+    def started(self) -> EncodedRecord:
+        """The context followed by the `<s>` of the first answer."""
+        encoded, bos = self.encoded, self._tokenizer.bos
+        return EncodedRecord(
+            ids=np.append(encoded.ids, np.int32(bos)),
+            subs=np.append(encoded.subs, np.uint16(0)),
+            segments=np.append(encoded.segments, np.uint16(self.answers[0])),
+            tree=encoded.tree,
+        )
 
     def text(self, tokens: Sequence[Pair]) -> str:
         """Returns the text of (id, sub) pairs; extension entries mean what they do in the record.
