@@ -95,6 +95,18 @@ _EVALUATE = _MODEL | {
     "--limit": "max-samples max-eval-samples num-samples",
 }
 
+_SERVE = _MODEL | {
+    "--delta": _GENERATE["--delta"],
+    "--beam-size": _GENERATE["--beam-size"],
+    "--max-length": _GENERATE["--max-length"],
+    "--repetition-penalty": _GENERATE["--repetition-penalty"],
+    "--host": "server-name bind listen",
+    "--port": "server-port",
+    "--served-model-name": "model-alias alias",
+    "--max-prompt-tokens": "max-model-len max-prompt-len",
+    "--max-waiting": "max-queue-size queue-size max-num-seqs",
+}
+
 
 def _by_foreign_flag(table: Mapping[str, str]) -> dict[str, str]:
     return {f"--{name}": ours for ours, names in table.items() for name in names.split()}
@@ -104,4 +116,5 @@ def _by_foreign_flag(table: Mapping[str, str]) -> dict[str, str]:
 FINETUNE = _by_foreign_flag(_FINETUNE)
 GENERATE = _by_foreign_flag(_GENERATE)
 EVALUATE = _by_foreign_flag(_EVALUATE)
+SERVE = _by_foreign_flag(_SERVE)
 PREPROCESS = _by_foreign_flag(_PREPROCESS)

@@ -34,10 +34,17 @@ _PREFILL_TOKENS = 4096
 
 
 class Hypothesis(NamedTuple):
-    """A finished hypothesis: mean log probability, and tokens (see `beams`) with their `<s>`."""
+    """A finished hypothesis.
+
+    Attributes:
+        score: mean log probability of the tokens.
+        tokens: (n, 5), see `beams`; with the `<s>` of answers.
+        is_whole: whether all answers ended; else it was cut off at the limit.
+    """
 
     score: float
-    tokens: np.ndarray  # (n, 5)
+    tokens: np.ndarray
+    is_whole: bool
 
 
 class FinishedHypotheses:
@@ -47,8 +54,8 @@ class FinishedHypotheses:
         self._size = size
         self.hypotheses: list[Hypothesis] = []  # best first
 
-    def add(self, score: float, tokens: np.ndarray) -> None:
-        self.hypotheses.append(Hypothesis(score, tokens))
+    def add(self, score: float, tokens: np.ndarray, is_whole: bool = True) -> None:
+        self.hypotheses.append(Hypothesis(score, tokens, is_whole))
         # The sort is stable: among equal scores, the first found stays first.
         self.hypotheses.sort(key=lambda hypothesis: -hypothesis.score)
         del self.hypotheses[self._size :]
@@ -67,14 +74,23 @@ class Job:
         self.finished = FinishedHypotheses(beam_size)
         self.has_ended = False
 
+    @property
+    def was_cut(self) -> bool:
+        """Whether the best hypothesis was cut off at the limit."""
+        return not self.finished.hypotheses[0].is_whole
+
     def answers(self) -> list[list[Pair]]:
         """The (id, sub) pairs of each answer reached, without `<s>` and `</s>`."""
-        tokens = self.finished.hypotheses[0].tokens
-        answers: list[list[Pair]] = [[] for _ in range(tokens[-1, ANSWER] + 1)]
-        for token in tokens.tolist():
-            if token[POSITION] > 0:  # position 0 is `<s>`
-                answers[token[ANSWER]].append((token[ID], token[SUB]))
-        return answers
+        return _answers(self.finished.hypotheses[0].tokens)
+
+
+def _answers(tokens: np.ndarray) -> list[list[Pair]]:
+    """The (id, sub) pairs of each answer that has begun in tokens [n, 5]."""
+    answers: list[list[Pair]] = [[] for _ in range(tokens[-1, ANSWER] + 1)]
+    for token in tokens.tolist():
+        if token[POSITION] > 0:  # position 0 is `<s>`
+            answers[token[ANSWER]].append((token[ID], token[SUB]))
+    return answers
 
 
 def penalize_repetition_(logits: torch.Tensor, ids: torch.Tensor, penalty: float) -> None:
@@ -136,6 +152,16 @@ class BeamSearch:
             self._waiting.remove(job)
         else:
             self._running[self._running.index(job)] = None
+
+    def answers_so_far(self, job: Job) -> list[list[Pair]]:
+        """The (id, sub) pairs that the best beam of a running job has written; [] if it waits.
+
+        With one beam, later steps only append to them.
+        """
+        if job not in self._running:
+            return []
+        slot = self._running.index(job)
+        return _answers(self._beams.tokens[slot, 0, : self._beams.last[slot] + 1])
 
     @torch.inference_mode()
     def step(self) -> list[Job]:
@@ -279,5 +305,8 @@ class BeamSearch:
         for column in np.flatnonzero(choice.finished[row]).tolist():
             # Each token so far, `<s>` included, has predicted the next one.
             score = float(found.log_p[row, column]) / (step + 1)
-            job.finished.add(score, self._beams.hypothesis(slot, found, row, column))
+            tokens = self._beams.hypothesis(slot, found, row, column)
+            reached = tokens[-1, ANSWER] + 1 == len(job.prompt.answers)
+            is_whole = bool(reached and choice.closes[row, column])
+            job.finished.add(score, tokens, is_whole)
         return not choice.taken[row].any()

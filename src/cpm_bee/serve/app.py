@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from importlib import resources
 from typing import Any
 
@@ -31,10 +32,12 @@ from cpm_bee.serve.scheduler import Ticket
 _EVENTS = "text/event-stream"
 
 
-def make_app(answering: Answering) -> FastAPI:
-    """Returns the application; its scheduler is started by whoever runs it."""
+def make_app(
+    answering: Answering, lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]
+) -> FastAPI:
+    """Returns the application; `lifespan` starts its scheduler and stops it."""
     options = answering.options
-    app = FastAPI(title="CPM-Bee", docs_url=None, redoc_url=None)
+    app = FastAPI(title="CPM-Bee", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_middleware(BodyLimit, max_body=options.max_body)
     _handle_errors(app, answering)
     key, started = options.key, int(time.time())

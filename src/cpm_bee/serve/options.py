@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from cpm_bee import hints
@@ -40,9 +40,7 @@ class ServeOptions(GenerationOptions, LoadedModelOptions, CommandOptions):
         "监听地址；`0.0.0.0` 允许其他机器访问（此时应设置 `--api-key`）",
         metavar="ADDRESS",
     )
-    port: int = SERVER.option(
-        8000, "port to listen on", "监听端口", type=positive, metavar="PORT"
-    )
+    port: int = SERVER.option(8000, "port to listen on", "监听端口", type=positive, metavar="PORT")
     api_key: str | None = SERVER.option(
         None,
         f"key that requests must give (`Authorization: Bearer KEY`); `{KEY_VARIABLE}` in the "
@@ -79,6 +77,12 @@ class ServeOptions(GenerationOptions, LoadedModelOptions, CommandOptions):
 
     def __post_init__(self) -> None:
         LoadedModelOptions.__post_init__(self)
+
+    @property
+    def generation(self) -> GenerationOptions:
+        """The options of a request that gives none."""
+        names = (field.name for field in fields(GenerationOptions))
+        return GenerationOptions(**{name: getattr(self, name) for name in names})
 
     @property
     def key(self) -> str | None:

@@ -108,7 +108,9 @@ def options_of(request: CommonRequest, default: GenerationOptions) -> Generation
             )
         changes["max_length"] = limit
     names = ("temperature", "top_p", "top_k", "min_p", "seed", "beam_size", "repetition_penalty")
-    changes |= {name: getattr(request, name) for name in names if getattr(request, name) is not None}
+    changes |= {
+        name: getattr(request, name) for name in names if getattr(request, name) is not None
+    }
     if changes.get("temperature") is not None and request.beam_size is None:
         changes["beam_size"] = 1
     try:

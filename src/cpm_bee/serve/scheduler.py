@@ -200,7 +200,8 @@ class Scheduler:
                 ticket.put(self._update(ticket, job))
 
     def _update(self, ticket: Ticket, job: Job, *, ended: bool = False) -> Update:
-        answers = job.answers() if ended else job.answers_so_far()
+        search = self._searches[ticket.options]
+        answers = job.answers() if ended else search.answers_so_far(job)
         texts: list[str | None] = [None] * len(ticket.prompt.answers)
         for i, pairs in enumerate(answers):
             texts[i] = ticket.prompt.text(pairs)
