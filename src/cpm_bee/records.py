@@ -17,6 +17,10 @@ from cpm_bee.errors import shown
 from cpm_bee.tokenizer import MarkupError, split_markup
 
 ANSWER = "<ans>"
+# What an answered record may have besides: whether its answer was cut off, all its answers, and the
+# probabilities of its options. The vocabulary has no such tokens, so no field has these names.
+CUT, CANDIDATES, CHOICES = "<cut>", "<candidates>", "<choices>"
+MARKS = (CUT, CANDIDATES, CHOICES)
 Tree: TypeAlias = "str | dict[str, Tree]"
 Record: TypeAlias = dict[str, Tree]
 

@@ -76,14 +76,17 @@ def run_model(
     scores = score_records(model, generator.encoder, records, max_tokens=MAX_TOKENS)
     choices = choose(model, generator.encoder, records, max_tokens=MAX_TOKENS)
     outputs = progress_bar(
-        generator.stream(records, limits),
+        generator.search(records, limits),
         total=len(records),
         description="answering",
         unit="records",
     )
-    answers = [output[ANSWER] for output in outputs]
+    answers, ended = [], []
+    for output in outputs:
+        answers.append(output.filled()[ANSWER])
+        ended.append(not output.was_cut)
     best = [choice and choice.best for choice in choices]
-    return Outcome(scores, answers, np.ones(len(records), dtype=bool), best)
+    return Outcome(scores, answers, np.array(ended, dtype=bool), best)
 
 
 @dataclass(frozen=True)

@@ -5,25 +5,28 @@ token for each beam of all running records and returns the records that have end
 ends frees its slot, and the next step begins with the prompts of waiting records in all free slots.
 Records only share products, so their answers do not depend on each other.
 
-What another way to write an answer (sampling) would change: which continuations `Decoder.best`
-returns, and `FinishedHypotheses`. The rest, from here to the cache, does not know how a
-continuation was chosen.
+With a temperature, the beams of a record are independent samples instead (`generate/sampling.py`):
+each is continued by one drawn token, and the record ends with the last of them. The rest, from here
+to the cache, does not know how a continuation was chosen.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from cpm_bee.data.batch import Pair
 from cpm_bee.errors import RunError
-from cpm_bee.generate.beams import ANSWER, ID, POSITION, SUB, Beams, Choice, Continuations
+from cpm_bee.generate.beams import ANSWER, Beams, Choice, Continuations
+from cpm_bee.generate.candidates import best_continuations
 from cpm_bee.generate.decoder import Decoder, Shape
+from cpm_bee.generate.job import Job, answers_of
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt
+from cpm_bee.generate.sampling import sample
 from cpm_bee.model.network import CPMBee
 from cpm_bee.tokenizer import Tokenizer
 
@@ -31,66 +34,6 @@ from cpm_bee.tokenizer import Tokenizer
 _MAX_BEAMS = 256
 # So many tokens of prompts are run at once.
 _PREFILL_TOKENS = 4096
-
-
-class Hypothesis(NamedTuple):
-    """A finished hypothesis.
-
-    Attributes:
-        score: mean log probability of the tokens.
-        tokens: (n, 5), see `beams`; with the `<s>` of answers.
-        is_whole: whether all answers ended; else it was cut off at the limit.
-    """
-
-    score: float
-    tokens: np.ndarray
-    is_whole: bool
-
-
-class FinishedHypotheses:
-    """The best `size` finished hypotheses, by mean log probability of their tokens."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self.hypotheses: list[Hypothesis] = []  # best first
-
-    def add(self, score: float, tokens: np.ndarray, is_whole: bool = True) -> None:
-        self.hypotheses.append(Hypothesis(score, tokens, is_whole))
-        # The sort is stable: among equal scores, the first found stays first.
-        self.hypotheses.sort(key=lambda hypothesis: -hypothesis.score)
-        del self.hypotheses[self._size :]
-
-    def cannot_improve(self, best_log_p: float, step: int) -> bool:
-        """Whether `size` are found, and the worst scores at least `best_log_p / step`."""
-        full = len(self.hypotheses) == self._size
-        return full and self.hypotheses[-1].score >= best_log_p / step
-
-
-class Job:
-    """A record that is generated; `finished` has its hypotheses so far."""
-
-    def __init__(self, prompt: Prompt, beam_size: int) -> None:
-        self.prompt = prompt
-        self.finished = FinishedHypotheses(beam_size)
-        self.has_ended = False
-
-    @property
-    def was_cut(self) -> bool:
-        """Whether the best hypothesis was cut off at the limit."""
-        return not self.finished.hypotheses[0].is_whole
-
-    def answers(self) -> list[list[Pair]]:
-        """The (id, sub) pairs of each answer reached, without `<s>` and `</s>`."""
-        return _answers(self.finished.hypotheses[0].tokens)
-
-
-def _answers(tokens: np.ndarray) -> list[list[Pair]]:
-    """The (id, sub) pairs of each answer that has begun in tokens [n, 5]."""
-    answers: list[list[Pair]] = [[] for _ in range(tokens[-1, ANSWER] + 1)]
-    for token in tokens.tolist():
-        if token[POSITION] > 0:  # position 0 is `<s>`
-            answers[token[ANSWER]].append((token[ID], token[SUB]))
-    return answers
 
 
 def penalize_repetition_(logits: torch.Tensor, ids: torch.Tensor, penalty: float) -> None:
@@ -118,6 +61,7 @@ class BeamSearch:
     ) -> None:
         self._decoder = Decoder(model, tokenizer)
         self._tokenizer, self._options, self._max_tokens = tokenizer, options, max_tokens
+        self._num_beams = options.num_beams
         self._last_step = options.max_length + 1
         self._waiting: deque[Job] = deque()
         self._running: list[Job | None] = []  # by slot; None is a free slot among them
@@ -130,7 +74,7 @@ class BeamSearch:
     @property
     def max_records(self) -> int:
         """How many records may run at once, where `max_tokens` allows it."""
-        return max(_MAX_BEAMS // self._options.beam_size, 1)
+        return max(_MAX_BEAMS // self._num_beams, 1)
 
     @property
     def is_idle(self) -> bool:
@@ -138,11 +82,18 @@ class BeamSearch:
 
     def num_tokens(self, prompt: Prompt) -> int:
         """How many keys and values a record needs, compare `max_tokens`."""
-        return self.prompt_columns(prompt) + self._last_step * self._options.beam_size
+        return self.prompt_columns(prompt) + self._last_step * self._num_beams
 
-    def add(self, prompt: Prompt) -> Job:
-        """Queue a prompt that has answers to write; it may be waited for in any order."""
-        job = Job(prompt, self._options.beam_size)
+    def add(self, prompt: Prompt, options: GenerationOptions | None = None, number: int = 0) -> Job:
+        """Queue a prompt that has answers to write; it may be waited for in any order.
+
+        Args:
+            options: of this record; they may differ from those of the search in all but the number
+                of hypotheses, and in the length only downwards.
+            number: of the record; samples depend on it and on the seed.
+        """
+        job = Job(prompt, options or self._options, number)
+        assert job.options.num_beams == self._num_beams and job.last_step <= self._last_step
         self._waiting.append(job)
         return job
 
@@ -161,7 +112,7 @@ class BeamSearch:
         if job not in self._running:
             return []
         slot = self._running.index(job)
-        return _answers(self._beams.tokens[slot, 0, : self._beams.last[slot] + 1])
+        return answers_of(self._beams.tokens[slot, 0, : self._beams.last[slot] + 1])
 
     @torch.inference_mode()
     def step(self) -> list[Job]:
@@ -222,8 +173,7 @@ class BeamSearch:
         return len(prompt.encoded) + 1  # and `<s>`
 
     def _shape_for(self, prompt_columns: int) -> Shape:
-        beam_size = self._options.beam_size
-        answer_columns = self._last_step * beam_size
+        answer_columns = self._last_step * self._num_beams
         num_slots = self._max_tokens // (prompt_columns + answer_columns)
         num_slots = max(min(num_slots, self.max_records), 1)
         # What is left makes slots longer, so that later records fit as well.
@@ -237,10 +187,10 @@ class BeamSearch:
         shape = self._shape_for(self.prompt_columns(self._waiting[0].prompt))
         first = list(self._waiting)[: shape.num_slots]
         self._shape = self._shape_for(max(self.prompt_columns(job.prompt) for job in first))
-        self._decoder.divide(self._shape, self._options.beam_size)
+        self._decoder.divide(self._shape, self._num_beams)
         self._beams = Beams(
             self._shape.num_slots,
-            self._options.beam_size,
+            self._num_beams,
             self._last_step + 1,
             self._tokenizer.bos,
             self._tokenizer.eos,
@@ -261,30 +211,35 @@ class BeamSearch:
     # ------------------------------------------------------------------ the search
 
     def _continue(self, states: torch.Tensor, slots: np.ndarray, log_p: np.ndarray) -> list[Job]:
-        """Make the next beams of records from the present ones' states; see `Decoder.best`."""
+        """Make the next beams of records from the present ones' states.
 
-        def penalize(logits: torch.Tensor, part: slice) -> None:
-            if self._options.repetition_penalty != 1:
-                recent = self._beams.recent_ids(slots[part], self._options.repetition_window)
-                ids = torch.from_numpy(recent[:, : log_p.shape[1]].astype(np.int64))
-                ids = ids.flatten(0, 1).to(logits.device)
-                penalize_repetition_(logits, ids, self._options.repetition_penalty)
+        Args:
+            states: see `Decoder.continuations`, as for the others.
+        """
+        jobs = [job for slot in slots if (job := self._running[slot]) is not None]
+        k = self._num_beams if self._options.is_sampling else 2 * self._num_beams
 
-        k = 2 * self._options.beam_size
-        found = self._decoder.best(states, slots, log_p, k, penalize)
-        if not (np.isfinite(found.log_p[:, 0])).all():
+        def choose(
+            logits: torch.Tensor, before: torch.Tensor, part: slice
+        ) -> tuple[torch.Tensor, ...]:
+            self._penalize_repetition(logits, jobs[part], slots[part], before.shape[1])
+            if self._options.is_sampling:
+                return self._sampled(logits, before, jobs[part])
+            return best_continuations(logits, before, k)
+
+        found = self._decoder.continuations(states, slots, log_p, k, choose)
+        if not np.isfinite(found.log_p[:, 0]).all():
             raise RunError(
                 "the model's logits are not finite: the weights are broken, or the range of "
                 "--dtype is too small for them (--dtype fp32 has the largest)"
             )
-        jobs = [self._running[slot] for slot in slots]
-        num_answers = np.array([len(job.prompt.answers) for job in jobs if job])
-        is_last = self._beams.last[slots] == self._last_step
+        num_answers = np.array([len(job.prompt.answers) for job in jobs])
+        is_last = self._beams.last[slots] == [job.last_step for job in jobs]
         choice = self._beams.choose(slots, found, num_answers, is_last)
         ended = [
             job
             for row, job in enumerate(jobs)
-            if job and self._has_ended(job, slots[row], row, found, choice)
+            if self._has_ended(job, slots[row], row, found, choice)
         ]
         going = np.array([job not in ended for job in jobs])
         for slot, job in zip(slots[~going], ended, strict=True):
@@ -295,16 +250,43 @@ class BeamSearch:
             self._beams.advance(slots[going], Continuations(*parts[0]), Choice(*parts[1]))
         return ended
 
+    def _penalize_repetition(
+        self, logits: torch.Tensor, jobs: Sequence[Job], slots: np.ndarray, width: int
+    ) -> None:
+        """Penalize the tokens that the beams of these records have written, in place."""
+        of_records = logits.unflatten(0, (len(jobs), width))
+        for row, job in enumerate(jobs):
+            if job.options.repetition_penalty != 1:
+                window = job.options.repetition_window
+                recent = self._beams.recent_ids(slots[row : row + 1], window)[0, :width]
+                ids = torch.from_numpy(recent.astype(np.int64)).to(logits.device)
+                penalize_repetition_(of_records[row], ids, job.options.repetition_penalty)
+
+    def _sampled(
+        self, logits: torch.Tensor, before: torch.Tensor, jobs: Sequence[Job]
+    ) -> tuple[torch.Tensor, ...]:
+        """One continuation of each sample; at the first token, all samples of the first beam."""
+        num_records, width = before.shape
+        draws = self._num_beams // width  # from each row
+        uniforms = np.stack([job.rng.random(self._num_beams) for job in jobs])
+        options = [job.options for job in jobs for _ in range(width)]
+        log_p, numbers = sample(logits, options, uniforms.reshape(-1, draws))
+        total = log_p.unflatten(0, (num_records, width)) + before[:, :, None]
+        parents = torch.arange(width, device=logits.device).repeat_interleave(draws)
+        shape = (num_records, self._num_beams)
+        return total.flatten(1), parents.expand(shape), numbers.reshape(shape)
+
     def _has_ended(
         self, job: Job, slot: int, row: int, found: Continuations, choice: Choice
     ) -> bool:
         """Adds the hypotheses that a record has finished in this step; whether the search ends."""
         step = int(self._beams.last[slot])
-        if job.finished.cannot_improve(float(found.log_p[row, 0]), step):
+        is_sampling = self._options.is_sampling
+        if not is_sampling and job.finished.cannot_improve(float(found.log_p[row, 0]), step):
             return True
         for column in np.flatnonzero(choice.finished[row]).tolist():
             # Each token so far, `<s>` included, has predicted the next one.
-            score = float(found.log_p[row, column]) / (step + 1)
+            score = job.finished.score(float(found.log_p[row, column]), step + 1)
             tokens = self._beams.hypothesis(slot, found, row, column)
             reached = tokens[-1, ANSWER] + 1 == len(job.prompt.answers)
             is_whole = bool(reached and choice.closes[row, column])

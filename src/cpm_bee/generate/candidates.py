@@ -70,3 +70,21 @@ def best_of_beams(rows: Best, log_p: torch.Tensor, k: int) -> tuple[torch.Tensor
     total = total.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
     positions = best_positions(total.flatten(1), k)
     return total.flatten(1).gather(1, positions), positions
+
+
+def best_continuations(
+    logits: torch.Tensor, log_p: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The k best continuations of R records with B beams each.
+
+    Args:
+        logits: fp32 [R * B, C].
+        log_p: of the beams so far, fp32 [R, B].
+
+    Returns:
+        Summed log probabilities, parents (beams) and numbers of the candidates, each [R, k].
+    """
+    best = best_of_rows(logits, k)
+    total, positions = best_of_beams(best, log_p, k)
+    numbers = best.numbers.unflatten(0, log_p.shape).flatten(1).gather(1, positions)
+    return total, positions // k, numbers

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cpm_bee.data.batch import collate, extension_pairs
 from cpm_bee.generate.beams import ANSWER, ID, POSITION, SUB, WRITER, Beams, Continuations
-from cpm_bee.generate.candidates import GROUP, best_of_beams, best_of_rows
+from cpm_bee.generate.candidates import GROUP
 from cpm_bee.generate.kv_cache import SlotCache
 from cpm_bee.generate.prompt import Prompt
 from cpm_bee.model.cached_attention import BeamAttention, BeamBias, KeyValue
@@ -20,6 +20,11 @@ from cpm_bee.tokenizer import Tokenizer
 
 # Logits are computed for so many beams at once: with 86,583 tokens they take 0.33 MiB a beam.
 _LOGITS_ROWS = 128
+
+
+# From the logits [r * B, C] of a slice of records and the log p of their beams [r, B] to k
+# continuations of each, [r, k]: their summed log p, parents, and numbers of candidates.
+Choose = Callable[[torch.Tensor, torch.Tensor, slice], tuple[torch.Tensor, ...]]
 
 
 class Shape(NamedTuple):
@@ -140,36 +145,32 @@ class Decoder:
         beam_size = beams.log_p.shape[1]
         return slice(begin - longest, begin + int(beams.last[slots].max()) * beam_size)
 
-    def best(
+    def continuations(
         self,
         states: torch.Tensor,
         slots: np.ndarray,
         log_p: np.ndarray,
         k: int,
-        change: Callable[[torch.Tensor, slice], None],
+        choose: Choose,
     ) -> Continuations:
-        """The k best continuations of each record.
+        """Continuations of each record, as `choose` finds them in the logits.
 
         Args:
             states: of R * B beams, from `prefill` (B is 1) or `step`.
             slots: of the R records.
             log_p: of their beams, [R, B].
-            change: is called with the logits [r * B, C] of each slice of records, to change them.
+            k: the least number of candidates, which is made up by such with the logit -inf.
         """
         width = log_p.shape[1]
         found = []
         for part in _slices(len(slots), max(_LOGITS_ROWS // width, 1)):
             rows = slice(part.start * width, part.stop * width)
             logits = self._next_logits(states[rows], slots[part], k)
-            change(logits, part)
-            best = best_of_rows(logits, k)
             [before] = self._to_device(log_p[part], dtype=torch.float32)
-            total, positions = best_of_beams(best, before, k)
-            numbers = best.numbers.unflatten(0, before.shape).flatten(1).gather(1, positions)
-            found.append((total, positions // k, numbers))
+            found.append(choose(logits, before, part))
         parts = (torch.cat(arrays).cpu().numpy() for arrays in zip(*found, strict=True))
-        total_, parents, numbers_ = parts
-        return Continuations(total_, parents, *self._pairs(slots, numbers_))
+        total, parents, numbers = parts
+        return Continuations(total, parents, *self._pairs(slots, numbers))
 
     def _next_logits(self, states: torch.Tensor, slots: np.ndarray, k: int) -> torch.Tensor:
         """The logits fp32 [R * B, C] of candidates, and -inf for all else; a shared buffer."""

@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 from cpm_bee.encoding import Encoder
 from cpm_bee.engine.device import free_memory
-from cpm_bee.generate.beam_search import BeamSearch, Job
+from cpm_bee.generate.beam_search import BeamSearch
+from cpm_bee.generate.job import Hypothesis, Job, answers_of
 from cpm_bee.generate.kv_cache import bytes_per_token
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt, fill_answers
 from cpm_bee.model.network import CPMBee
-from cpm_bee.records import Record
+from cpm_bee.records import ANSWER, CANDIDATES, CUT, Record
 from cpm_bee.tokenizer import Tokenizer
 
 # The share of the free memory that keys and values may take if `max_tokens` is not given.
@@ -29,11 +30,34 @@ class Output(NamedTuple):
     prompt: Prompt
     job: Job | None
 
+    @property
+    def was_cut(self) -> bool:
+        """Whether the answer was cut off at the limit of tokens."""
+        return self.job is not None and self.job.was_cut
+
     def filled(self) -> dict:
+        """Returns a copy of the record with its best answer; None for a text that was not reached.
+
+        It is marked by `CUT` if it was cut off. If several answers are wanted, all are listed under
+        `CANDIDATES`, best first, each with the score it is ordered by.
+        """
+        if self.job is None:
+            return dict(self.record)
+        filled = [self._filled(hypothesis) for hypothesis in self.job.best]
+        result = filled[0]
+        if self.was_cut:
+            result[CUT] = True
+        if self.job.options.num_return > 1:
+            result[CANDIDATES] = [
+                {ANSWER: own[ANSWER], "score": hypothesis.score}
+                for own, hypothesis in zip(filled, self.job.best, strict=True)
+            ]
+        return result
+
+    def _filled(self, hypothesis: Hypothesis) -> dict:
         texts: list[str | None] = [None] * len(self.prompt.answers)
-        if self.job is not None:
-            for i, pairs in enumerate(self.job.answers()):
-                texts[i] = self.prompt.text(pairs)
+        for i, pairs in enumerate(answers_of(hypothesis.tokens)):
+            texts[i] = self.prompt.text(pairs)
         return fill_answers(self.record, texts)
 
 
@@ -50,17 +74,25 @@ class Generator:
         return next(self.stream([record], options, max_tokens=1))  # room for one record
 
     def stream(
-        self, records: Iterable[Record], options: GenerationOptions, max_tokens: int | None = None
+        self,
+        records: Iterable[Record],
+        options: GenerationOptions,
+        max_tokens: int | None = None,
+        first_number: int = 0,
     ) -> Iterator[dict]:
         """Yields a copy of each valid record, in order, with the model's answers.
 
-        An answer that was not reached is None. The record's own answers are ignored. Args and
-        errors as in `search`.
+        See `Output.filled`. The record's own answers are ignored. Args and errors as in `search`.
         """
-        return (output.filled() for output in self.search(records, options, max_tokens))
+        outputs = self.search(records, options, max_tokens, first_number)
+        return (output.filled() for output in outputs)
 
     def search(
-        self, records: Iterable[Record], options: GenerationOptions, max_tokens: int | None = None
+        self,
+        records: Iterable[Record],
+        options: GenerationOptions,
+        max_tokens: int | None = None,
+        first_number: int = 0,
     ) -> Iterator[Output]:
         """Yields each valid record, in order, with its ended job.
 
@@ -69,6 +101,7 @@ class Generator:
         Args:
             records: are read as they are needed.
             max_tokens: see `BeamSearch`; by default, what a quarter of the free memory holds.
+            first_number: the number of the first record, for its samples.
 
         Raises:
             InputError: a special token of a record has a name that the vocabulary lacks.
@@ -77,7 +110,7 @@ class Generator:
         self.model.eval()
         max_tokens = max_tokens or self.default_max_tokens()
         search = BeamSearch(self.model, self.tokenizer, options, max_tokens)
-        remaining = iter(records)
+        remaining = enumerate(records, start=first_number)
         outputs: deque[Output] = deque()
         while True:
             if not search.num_waiting:
@@ -94,14 +127,16 @@ class Generator:
         return int(memory) // max(bytes_per_token(self.model.config, weight.dtype), 1)
 
     def _read_ahead(
-        self, search: BeamSearch, records: Iterator[Record], max_tokens: int
+        self, search: BeamSearch, records: Iterator[tuple[int, Record]], max_tokens: int
     ) -> list[Output]:
         """Reads records and adds them to the search, longest first; returns them as read."""
         read: list[tuple[Record, Prompt]] = []
+        numbers: list[int] = []
         num_tokens = 0
-        for record in records:
+        for number, record in records:
             prompt = Prompt.of(record, self.encoder)
             read.append((record, prompt))
+            numbers.append(number)
             num_tokens += search.num_tokens(prompt)
             full = num_tokens >= _READ_AHEAD * max_tokens
             if full or len(read) >= _READ_AHEAD * search.max_records:
@@ -109,5 +144,5 @@ class Generator:
         jobs: dict[int, Job] = {}
         for i in sorted(range(len(read)), key=lambda i: -len(read[i][1].encoded)):
             if read[i][1].answers:
-                jobs[i] = search.add(read[i][1])
+                jobs[i] = search.add(read[i][1], number=numbers[i])
         return [Output(*given, jobs.get(i)) for i, given in enumerate(read)]

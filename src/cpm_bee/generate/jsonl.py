@@ -19,7 +19,7 @@ from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.output import Output, check_partial, names_in_use, resumable_file
 from cpm_bee.generate.prompt import Prompt
 from cpm_bee.progress import progress_bar
-from cpm_bee.records import ANSWER, Record
+from cpm_bee.records import ANSWER, CANDIDATES, Record
 from cpm_bee.tokenizer import unescape
 
 STANDARD = "-"  # names standard input and output
@@ -164,7 +164,7 @@ def generate_file(
     places = [where for where, _ in inputs]
     check_vocabulary(list(map(InputRecord, places, prompts)), generator.encoder)
     with _output(output, given, settings, resume) as (file, done):
-        results = generator.stream(prompts[len(done) :], options, max_tokens)
+        results = generator.stream(prompts[len(done) :], options, max_tokens, len(done))
         correct = answered = 0
         for i, record in enumerate(progress_bar(given, description="generating", unit="records")):
             if i < len(done):
@@ -172,13 +172,21 @@ def generate_file(
             else:
                 result = next(results)
                 if escape:
-                    result = {**record, ANSWER: _unescaped(result[ANSWER])}
+                    result = _as_plain(record, result)
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
                 file.flush()  # a kill loses no record
             if records.has_answer(record[ANSWER]):
                 answered += 1
                 correct += result[ANSWER] == record[ANSWER]
     return Score(correct, answered)
+
+
+def _as_plain(record: Record, result: dict) -> dict:
+    """An answered record with the plain texts of `record`, and its answers as plain texts."""
+    marks = {key: value for key, value in result.items() if key not in record}
+    if CANDIDATES in marks:
+        marks[CANDIDATES] = [{**own, ANSWER: _unescaped(own[ANSWER])} for own in marks[CANDIDATES]]
+    return {**record, ANSWER: _unescaped(result[ANSWER]), **marks}
 
 
 def _unescaped(answer: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpm_bee import hints, quantize
-from cpm_bee.cli import positive, real_number
+from cpm_bee.cli import not_negative, positive, real_number, share
 from cpm_bee.errors import InputError
 from cpm_bee.options import REQUIRED, CommandOptions, Group, check_values
 
@@ -38,8 +38,25 @@ class GenerationOptions(AnswerOptions):
         InputError: a value is out of range; names the flag.
     """
 
-    beam_size: int = SEARCH.option(
-        3, "number of beams; 1 is greedy decoding", "束的个数；1 为贪心解码", type=positive
+    beam_size: int | None = SEARCH.option(
+        None,
+        "number of beams; 1 is greedy decoding; 3 when not given; not with `--temperature`",
+        "束的个数；1 为贪心解码；不指定时为 3；不能与 `--temperature` 同用",
+        type=positive,
+    )
+    num_return: int = SEARCH.option(
+        1,
+        "number of answers to write for a record: the best hypotheses of the beam search, or "
+        "independent samples; all are listed under `<candidates>`",
+        "每条记录写出的答案数：束搜索中最好的几个，或相互独立的采样；全部列在 `<candidates>` 下",
+        type=positive,
+    )
+    length_penalty: float = SEARCH.option(
+        1.0,
+        "exponent of the length by which a hypothesis's log probability is divided: larger values "
+        "prefer longer answers, 0 is no division",
+        "候选的对数概率除以其长度的该次幂：值越大越偏向长答案，0 为不除",
+        type=real_number(0),
     )
     # Keskar et al. 2019, CTRL, section 4.1, for logits of either sign.
     repetition_penalty: float = SEARCH.option(
@@ -56,8 +73,61 @@ class GenerationOptions(AnswerOptions):
         type=positive,
     )
 
+    temperature: float | None = SEARCH.option(
+        None,
+        "draw tokens at random, with their logits divided by this, instead of a beam search; 0 is "
+        "greedy decoding",
+        "按概率随机采样（logits 除以该值），而不用束搜索；0 为贪心解码",
+        type=real_number(0),
+    )
+    top_k: int | None = SEARCH.option(
+        None,
+        "draw from the K most probable tokens; needs `--temperature`",
+        "只在概率最大的 K 个 token 中采样；需要 `--temperature`",
+        type=positive,
+    )
+    top_p: float | None = SEARCH.option(
+        None,
+        "draw from the fewest tokens that have this share of the probability; needs "
+        "`--temperature`",
+        "只在概率之和达到该值的最少 token 中采样；需要 `--temperature`",
+        type=share(exclusive=True),
+    )
+    min_p: float | None = SEARCH.option(
+        None,
+        "draw from the tokens that have at least this share of the probability of the most "
+        "probable one; needs `--temperature`",
+        "只在概率不低于最大概率该比例的 token 中采样；需要 `--temperature`",
+        type=share(),
+    )
+    seed: int = SEARCH.option(0, "seed of the samples", "采样的随机种子", type=not_negative)
+
     def __post_init__(self) -> None:
         check_values(self)
+        problems = []
+        for name in ("top_k", "top_p", "min_p"):
+            if getattr(self, name) is not None and not self.is_sampling:
+                problems.append(f"--{name.replace('_', '-')}: needs --temperature above 0")
+        if self.beam_size not in (None, 1) and self.temperature is not None:
+            problems.append("--beam-size: not used with --temperature; leave one of them out")
+        if not self.is_sampling and self.num_return > self.num_beams:
+            problems.append(
+                f"--num-return {self.num_return}: needs --beam-size {self.num_return} or more, or "
+                "--temperature"
+            )
+        if problems:
+            raise InputError("\n".join(problems))
+
+    @property
+    def is_sampling(self) -> bool:
+        return bool(self.temperature)
+
+    @property
+    def num_beams(self) -> int:
+        """The number of hypotheses that run side by side: beams, or samples."""
+        if self.is_sampling:
+            return self.num_return
+        return 1 if self.temperature == 0 else self.beam_size or 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +265,7 @@ class TextGenerationOptions(GenerationOptions, LoadedModelOptions, CommandOption
     )
 
     def __post_init__(self) -> None:
+        GenerationOptions.__post_init__(self)
         LoadedModelOptions.__post_init__(self)
 
     def files_read(self) -> Iterator[str | Path]:

@@ -120,7 +120,7 @@ class Answering:
         body.check_supported()
         options = options_of(body, self.options.generation)
         prompts = [self._prompt(record, i) for i, record in enumerate(records)]
-        streams = body.stream and options.beam_size == 1
+        streams = body.stream and options.num_beams == 1
         tickets: list[Ticket] = []
         try:
             for prompt in prompts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from importlib import resources
 from typing import Any
@@ -139,7 +139,8 @@ async def _while_connected(
     wanted = asyncio.gather(*(answering.answer(ticket) for ticket in tickets))
     left = asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait([wanted, left], return_when=asyncio.FIRST_COMPLETED)
+        both: list[asyncio.Future[Any]] = [wanted, left]
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if not wanted.done():
             raise Failure(503, "the client left", type="server_error")
         return list(wanted.result())
@@ -161,8 +162,6 @@ def _handle_errors(app: FastAPI, answering: Answering) -> None:
     def response(failure: Failure) -> JSONResponse:
         answering.metrics.errors.labels(str(failure.status)).inc()
         return JSONResponse(failure.body(), failure.status, headers=failure.headers)
-
-    handler: Callable[[Request, Any], Awaitable[JSONResponse]]
 
     async def handler(request: Request, error: Any) -> JSONResponse:
         if isinstance(error, Failure):

@@ -76,6 +76,7 @@ class ServeOptions(GenerationOptions, LoadedModelOptions, CommandOptions):
     )
 
     def __post_init__(self) -> None:
+        GenerationOptions.__post_init__(self)
         LoadedModelOptions.__post_init__(self)
 
     @property

@@ -93,7 +93,7 @@ class GenerateRequest(CommonRequest):
 def options_of(request: CommonRequest, default: GenerationOptions) -> GenerationOptions:
     """Returns the server's options with those that a request gives.
 
-    A temperature means sampling, and 0 greedy decoding; both use one beam.
+    A temperature means sampling, and 0 greedy decoding, instead of the server's beams.
 
     Raises:
         BadRequest: a value is out of range, or more tokens are asked for than the server allows.
@@ -111,8 +111,10 @@ def options_of(request: CommonRequest, default: GenerationOptions) -> Generation
     changes |= {
         name: getattr(request, name) for name in names if getattr(request, name) is not None
     }
-    if changes.get("temperature") is not None and request.beam_size is None:
-        changes["beam_size"] = 1
+    if "temperature" in changes:
+        changes.setdefault("beam_size", None)
+    elif default.temperature is None and {"top_p", "top_k", "min_p"} & changes.keys():
+        changes |= {"temperature": 1.0, "beam_size": None}  # OpenAI's default
     try:
         return dataclasses.replace(default, **changes)
     except InputError as error:

@@ -40,7 +40,8 @@ def serve(options: ServeOptions) -> None:
     scheduler = Scheduler(
         generator,
         max_waiting=options.max_waiting,
-        max_tokens=options.max_tokens or generator.default_max_tokens(),
+        max_tokens=generator.default_max_tokens(),
+        max_length=options.max_length,
     )
 
     @asynccontextmanager

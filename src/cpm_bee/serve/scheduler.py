@@ -2,10 +2,10 @@
 
 The HTTP side runs in an asyncio loop and never touches the model. It submits a prompt with the
 options of its request and gets a `Ticket`, whose `updates` it awaits. The thread here
-adds what was submitted to the running beam search, writes one token for all running records, and
-passes each new token on to the loop of its ticket. Requests whose options differ (a temperature, a
-number of beams) cannot share a search, so there is one search for each set of options; they take
-turns. A client that leaves sets `Ticket.cancelled`, and its record is dropped before the next token.
+adds what was submitted to the running search, writes one token for all running records, and passes
+each new token on to the loop of its ticket. Requests with other numbers of beams cannot share
+a search, so there is one search for each; they take turns. A client that leaves sets
+`Ticket.cancelled`, and its record is dropped before the next token.
 
 Hazards: a ticket's queue belongs to the loop, so the thread only reaches it by
 `call_soon_threadsafe`; an exception in the thread would leave clients waiting for ever, so it ends
@@ -20,11 +20,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from cpm_bee.generate.beam_search import BeamSearch, Job
+from cpm_bee.generate.beam_search import BeamSearch
 from cpm_bee.generate.generator import Generator
+from cpm_bee.generate.job import Job
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt
 
@@ -60,6 +61,11 @@ class Ticket:
     job: Job | None = None
     _queue: asyncio.Queue[Update] = field(default_factory=asyncio.Queue)
 
+    @property
+    def kind(self) -> tuple[int, bool]:
+        """What requests must have in common to share a search."""
+        return self.options.num_beams, self.options.is_sampling
+
     def put(self, update: Update) -> None:
         """Pass an update on; called in the scheduler's thread."""
         try:
@@ -90,15 +96,19 @@ class Scheduler:
     Args:
         max_waiting: how many requests may wait for a slot.
         max_tokens: keys and values that the cache of a search may hold; see `BeamSearch`.
+        max_length: the most tokens of an answer; no request may want more.
     """
 
-    def __init__(self, generator: Generator, *, max_waiting: int, max_tokens: int) -> None:
+    def __init__(
+        self, generator: Generator, *, max_waiting: int, max_tokens: int, max_length: int
+    ) -> None:
         self.generator = generator
+        self._max_length = max_length
         self._max_waiting = max_waiting
         self._max_tokens = max_tokens
         self._submitted: deque[Ticket] = deque()
         self._active: list[Ticket] = []
-        self._searches: dict[GenerationOptions, BeamSearch] = {}
+        self._searches: dict[tuple[int, bool], BeamSearch] = {}
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -120,7 +130,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Requests that have no slot yet."""
-        return len(self._submitted) + sum(s.num_waiting for s in self._searches.values())
+        return len(self._submitted) + sum(s.num_waiting for s in list(self._searches.values()))
 
     @property
     def num_running(self) -> int:
@@ -149,10 +159,10 @@ class Scheduler:
             while self._wait():
                 self._take_submitted()
                 self._drop_cancelled()
-                for options, search in list(self._searches.items()):
-                    self._step(search)
-                    if search.is_idle and options is not self._latest:
-                        del self._searches[options]  # with its cache
+                for kind, search in list(self._searches.items()):
+                    self._step(kind, search)
+                    if search.is_idle and kind != self._latest:
+                        del self._searches[kind]  # with its cache
         except Exception as error:  # all clients must hear of it
             logger.exception("the scheduler failed")
             for ticket in [*self._active, *self._submitted]:
@@ -170,13 +180,14 @@ class Scheduler:
     def _take_submitted(self) -> None:
         while self._submitted:
             ticket = self._submitted[0]
-            search = self._searches.get(ticket.options)
+            search = self._searches.get(ticket.kind)
             if search is None:
                 model, tokenizer = self.generator.model, self.generator.tokenizer
-                search = BeamSearch(model, tokenizer, ticket.options, self._max_tokens)
-                self._searches[ticket.options] = search
-            self._latest = ticket.options
-            ticket.job = search.add(ticket.prompt)
+                longest = replace(ticket.options, max_length=self._max_length)
+                search = BeamSearch(model, tokenizer, longest, self._max_tokens)
+                self._searches[ticket.kind] = search
+            self._latest = ticket.kind
+            ticket.job = search.add(ticket.prompt, ticket.options)
             self._active.append(ticket)
             self._submitted.popleft()
 
@@ -184,9 +195,9 @@ class Scheduler:
         for ticket in [t for t in self._active if t.cancelled]:
             self._active.remove(ticket)
             if ticket.job is not None and not ticket.job.has_ended:
-                self._searches[ticket.options].cancel(ticket.job)
+                self._searches[ticket.kind].cancel(ticket.job)
 
-    def _step(self, search: BeamSearch) -> None:
+    def _step(self, kind: tuple[int, bool], search: BeamSearch) -> None:
         if search.is_idle:
             return
         ended = set(map(id, search.step()))
@@ -196,11 +207,11 @@ class Scheduler:
             if id(job) in ended:
                 self._active.remove(ticket)
                 ticket.put(self._update(ticket, job, ended=True))
-            elif ticket.wants_updates and self._searches.get(ticket.options) is search:
+            elif ticket.wants_updates and ticket.kind == kind:
                 ticket.put(self._update(ticket, job))
 
     def _update(self, ticket: Ticket, job: Job, *, ended: bool = False) -> Update:
-        search = self._searches[ticket.options]
+        search = self._searches[ticket.kind]
         answers = job.answers() if ended else search.answers_so_far(job)
         texts: list[str | None] = [None] * len(ticket.prompt.answers)
         for i, pairs in enumerate(answers):
