@@ -70,7 +70,7 @@ class Products:
     """The matrix products that generating `prompts` together needs."""
 
     def __init__(self, model: CPMBee, prompts: list[Prompt], options: GenerationOptions) -> None:
-        self.model, self.beam_size = model, options.beam_size
+        self.model, self.beam_size = model, options.num_beams
         self.records, self.steps = len(prompts), options.max_length + 2
         self.prompt_tokens = sum(len(prompt.encoded) + 1 for prompt in prompts)
         self.longest = max(len(prompt.encoded) + 1 for prompt in prompts)

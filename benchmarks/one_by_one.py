@@ -207,7 +207,7 @@ class Search:
         self._bos, self._eos = tokenizer.bos, tokenizer.eos
         self._num_answers = num_answers
         self._options = options
-        self._finished = FinishedHypotheses(options.beam_size)
+        self._finished = FinishedHypotheses(options.num_beams)
 
     def run(self) -> tuple[Token, ...]:
         """Returns the tokens of the best hypothesis, with the `<s>` but no `</s>` of answers."""
@@ -230,7 +230,7 @@ class Search:
         logits = self._decoder.logits([beam.tokens for beam in beams], parents)
         before = torch.tensor([beam.log_p for beam in beams], device=logits.device)
         total = (logits.log_softmax(dim=-1) + before[:, None]).flatten()
-        top, numbers = total.topk(min(2 * self._options.beam_size, len(total)))
+        top, numbers = total.topk(min(2 * self._options.num_beams, len(total)))
         values = top.tolist()
         return [
             (value, *divmod(number, logits.shape[1]))
@@ -258,6 +258,6 @@ class Search:
                 following = Token(self._bos, 0, last.answer + 1, 0)
             next_beams.append(Beam(log_p, (*tokens, following)))
             parents.append(parent)
-            if len(next_beams) == self._options.beam_size:
+            if len(next_beams) == self._options.num_beams:
                 break
         return next_beams, parents

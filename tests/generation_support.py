@@ -17,6 +17,7 @@ from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt, fill_answers
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.network import CPMBee
+from cpm_bee.records import CANDIDATES, CUT, without_marks
 from cpm_bee.segments import outline
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -28,6 +29,11 @@ needs_shared = pytest.mark.skipif(
 
 
 # Golden results
+
+
+def unmarked(result):
+    """A result as the reference has it, which does not tell whether an answer was cut off."""
+    return without_marks(result)
 
 
 def golden_lines(name):
@@ -104,7 +110,7 @@ class SlowSearch:
         return Slow(log_p, (*before, (*answer, pair))), False
 
     def run(self):
-        beam_size = self.options.beam_size
+        beam_size, penalty = self.options.num_beams, self.options.length_penalty
         running, finished = [Slow(0.0, ((),))], []
         last_step = self.options.max_length + 1
         for step in range(last_step + 1):
@@ -118,7 +124,7 @@ class SlowSearch:
             candidates = candidates[: 2 * beam_size]
             full = len(finished) >= beam_size
             if full and sorted(finished, key=lambda f: -f[0])[beam_size - 1][0] >= (
-                candidates[0][0] / step
+                candidates[0][0] / step**penalty
             ):
                 break
             running = []
@@ -127,12 +133,25 @@ class SlowSearch:
                 if step == last_step and number == self.tokenizer.eos:
                     continuation = replace(slow, log_p=log_p)
                 if complete or step == last_step:
-                    finished.append((log_p / (step + 1), continuation.answers))
+                    score = log_p / (step + 1) ** penalty
+                    finished.append((score, continuation.answers, complete))
                 elif len(running) < beam_size:
                     running.append(continuation)
                 if step < last_step and len(running) == beam_size:
                     break
-        answers = max(finished, key=lambda f: f[0])[1]
+        best = sorted(finished, key=lambda f: -f[0])[: self.options.num_return]
+        result, *_ = filled = [self.filled(answers) for _, answers, _ in best]
+        if not best[0][2]:
+            result[CUT] = True
+        if self.options.num_return > 1:
+            scores = [pytest.approx(score, rel=1e-5) for score, *_ in best]
+            result[CANDIDATES] = [
+                {"<ans>": own["<ans>"], "score": score}
+                for own, score in zip(filled, scores, strict=True)
+            ]
+        return result
+
+    def filled(self, answers):
         prompt = Prompt.of(self.record, Encoder(self.tokenizer))
         texts = [prompt.text(a) for a in answers]
         return fill_answers(self.record, texts + [None] * (len(self.leaves) - len(texts)))
@@ -151,8 +170,12 @@ records_of_any_kind = st.fixed_dictionaries(
     {"input": texts, "<ans>": answers}, optional={"options": st.dictionaries(texts, texts)}
 )
 options_of_any_kind = st.builds(
-    GenerationOptions,
+    lambda beam_size, num_return, **options: GenerationOptions(
+        beam_size=beam_size, num_return=min(num_return, beam_size), **options
+    ),
     beam_size=st.integers(1, 4),
+    num_return=st.integers(1, 4),
+    length_penalty=st.sampled_from([1.0, 0.0, 2.0]),
     max_length=st.integers(1, 6),
     repetition_penalty=st.sampled_from([1.0, 1.3, 5.0]),
     repetition_window=st.sampled_from([None, 1, 3]),

@@ -39,6 +39,13 @@ _LESS_THAN = re.compile(r"<(?:[^<>]*>)?")  # a `<`, or all of its special token 
 _LITERAL = "write a literal '<' as '<<', or let --escape do it for all texts"
 
 
+def without_marks(record: Any) -> Any:
+    """Returns an answered record without its marks; anything else as it is."""
+    if isinstance(record, dict) and any(mark in record for mark in MARKS):
+        return {key: value for key, value in record.items() if key not in MARKS}
+    return record
+
+
 def has_answer(answer: Tree) -> bool:
     """Whether an answer contains any text; `""` means that it is not known."""
     return any(map(has_answer, answer.values())) if isinstance(answer, dict) else answer != ""

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 import cpm_bee.generate.beam_search as beam_module
+import cpm_bee.generate.job as job_module
 from cpm_bee.encoding import Encoder
-from cpm_bee.generate.beam_search import FinishedHypotheses, penalize_repetition_
+from cpm_bee.generate.beam_search import penalize_repetition_
 from cpm_bee.generate.beams import ID, Beams
 from cpm_bee.generate.candidates import GROUP
 from cpm_bee.generate.decoder import Decoder
 from cpm_bee.generate.generator import Generator
+from cpm_bee.generate.job import FinishedHypotheses
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt
 from cpm_bee.model.network import CPMBee
@@ -90,7 +92,7 @@ def beam_scores(page: Json) -> Rows:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(beam_module, "Decoder", _ChainDecoder)
-        patch.setattr(beam_module, "FinishedHypotheses", Recording)
+        patch.setattr(job_module, "FinishedHypotheses", Recording)
         generator = Generator(cast(CPMBee, torch.nn.Identity()), VOCABULARY)
         answer = generator.generate({"<ans>": ""}, GenerationOptions(beam_size=2))
     return [*rows, ["answer", answer["<ans>"], "", ""]]

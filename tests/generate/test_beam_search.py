@@ -17,6 +17,7 @@ from generation_support import (
     options_of_any_kind,
     records_of_any_kind,
     trained_model,
+    unmarked,
 )
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
@@ -25,9 +26,10 @@ from properties import examples
 from cpm_bee import delta
 from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError, RunError
-from cpm_bee.generate.beam_search import FinishedHypotheses, penalize_repetition_
+from cpm_bee.generate.beam_search import penalize_repetition_
 from cpm_bee.generate.decoder import Decoder
 from cpm_bee.generate.generator import Generator
+from cpm_bee.generate.job import FinishedHypotheses
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt, fill_answers
 from cpm_bee.model.config import ModelConfig
@@ -45,7 +47,7 @@ def assert_same_results(model, tokenizer, cases):
     generator = Generator(model, tokenizer)
     for case in cases:
         options = GenerationOptions(**case["args"])
-        assert generator.generate(case["prompt"], options) == case["result"]
+        assert unmarked(generator.generate(case["prompt"], options)) == case["result"]
 
 
 @needs_shared
@@ -95,19 +97,19 @@ def test_one_beam_is_greedy(tiny_models, tiny_tokenizer, which, record):
     prompt = Prompt.of(record, Encoder(tiny_tokenizer))
     written = [prompt.text(a) for a in greedy.answers]
     expected = fill_answers(record, written + [None] * (len(slow.leaves) - len(written)))
-    assert Generator(model, tiny_tokenizer).generate(record, options) == expected
+    assert unmarked(Generator(model, tiny_tokenizer).generate(record, options)) == expected
 
 
 def test_record_is_kept_and_its_answer_ignored(tiny_model, tiny_tokenizer):
     generator = Generator(tiny_model, tiny_tokenizer)
     options = GenerationOptions(max_length=3)
     record = {"<ans>": {"x": "甲", "y": {}}, "input": {"x": "乙"}}
-    result = generator.generate(record, options)
+    result = unmarked(generator.generate(record, options))
     assert record == {"<ans>": {"x": "甲", "y": {}}, "input": {"x": "乙"}}
     assert list(result) == ["<ans>", "input"] and result["input"] == {"x": "乙"}
     assert isinstance(result["<ans>"]["x"], str) and result["<ans>"]["y"] == {}
     empty = {"<ans>": {"x": "", "y": {}}, "input": {"x": "乙"}}
-    assert generator.generate(empty, options) == result
+    assert unmarked(generator.generate(empty, options)) == result
 
 
 def test_a_record_without_answer_leaves_comes_back_as_it_is(tiny_model, tiny_tokenizer):
@@ -117,17 +119,17 @@ def test_a_record_without_answer_leaves_comes_back_as_it_is(tiny_model, tiny_tok
 
 
 def test_finished_hypotheses_take_no_place_in_the_beam(tiny_model, tiny_tokenizer, monkeypatch):
-    eos, original, widths = tiny_tokenizer.eos, Decoder.best, []
+    eos, original, widths = tiny_tokenizer.eos, Decoder.continuations, []
 
-    def eager_to_end(decoder, states, slots, log_p, k, change):
-        def to_end(logits, part):
-            change(logits, part)
+    def eager_to_end(decoder, states, slots, log_p, k, choose):
+        def to_end(logits, before, part):
             logits[:, eos] = logits.amax(dim=1) + 0.1
+            return choose(logits, before, part)
 
         widths.append((log_p > -math.inf).sum())
         return original(decoder, states, slots, log_p, k, to_end)
 
-    monkeypatch.setattr(Decoder, "best", eager_to_end)
+    monkeypatch.setattr(Decoder, "continuations", eager_to_end)
     options = GenerationOptions(beam_size=4, max_length=4)
     Generator(tiny_model, tiny_tokenizer).generate({"input": "甲", "<ans>": ""}, options)
     assert len(widths) > 1 and widths == [1] + [4] * (len(widths) - 1)

@@ -30,7 +30,7 @@ class Answers:
         self.encoder, self.stop, self.failure = encoder, stop, failure
         self.answered = []
 
-    def stream(self, records, options, max_tokens):
+    def stream(self, records, options, max_tokens, first_number=0):
         for record in records:
             number = GIVEN.index(record)
             if number == self.stop:

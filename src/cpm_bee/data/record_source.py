@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from cpm_bee import json_lines, records
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.errors import InputError, Problems
-from cpm_bee.records import Record
+from cpm_bee.records import Record, without_marks
 
 
 class LocatedRecord(NamedTuple):
@@ -67,6 +67,7 @@ def _from_file(
         if limit is not None and len(found) >= limit:
             break
         value, reason = json_lines.parse_line(line)
+        value = without_marks(value)
         kept = {}
         if isinstance(value, dict):
             kept = {key: value.pop(key) for key in keep if key in value}

@@ -19,7 +19,7 @@ from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.output import Output, check_partial, names_in_use, resumable_file
 from cpm_bee.generate.prompt import Prompt
 from cpm_bee.progress import progress_bar
-from cpm_bee.records import ANSWER, CANDIDATES, Record
+from cpm_bee.records import ANSWER, CANDIDATES, Record, without_marks
 from cpm_bee.tokenizer import unescape
 
 STANDARD = "-"  # names standard input and output
@@ -59,6 +59,7 @@ def read_records(path: str, *, escape: bool = False) -> list[InputRecord]:
     name = "standard input" if path == STANDARD else path
     for number, line in _lines(path):
         value, reason = json_lines.parse_line(line)
+        value = without_marks(value)
         checked = records.escape_texts(value) if escape else value
         found = [reason] if reason else records.validate(checked)
         problems.extend(f"{name}:{number}", found)

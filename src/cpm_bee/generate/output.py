@@ -24,7 +24,7 @@ from cpm_bee.cli import command_line
 from cpm_bee.errors import InputError, InterruptedRun, Problems, shown
 from cpm_bee.files import exclusive, refuse_if_held
 from cpm_bee.progress import silence_terminal
-from cpm_bee.records import ANSWER, MARKS, Record
+from cpm_bee.records import ANSWER, Record, without_marks
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -158,8 +158,7 @@ def _without_answers(record: Any) -> str:
         return {k: empty(v) for k, v in node.items()} if isinstance(node, dict) else None
 
     if isinstance(record, dict) and ANSWER in record:
-        record = {key: value for key, value in record.items() if key not in MARKS}
-        record[ANSWER] = empty(record[ANSWER])
+        record = {**without_marks(record), ANSWER: empty(record[ANSWER])}
     return json.dumps(record)
 
 
