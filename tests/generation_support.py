@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt, fill_answers
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.network import CPMBee
+from cpm_bee.records import Record
 from cpm_bee.segments import outline
+from cpm_bee.tokenizer import Tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared"
 GOLDEN = SHARED / "golden"
@@ -30,12 +33,12 @@ needs_shared = pytest.mark.skipif(
 # Golden results
 
 
-def golden_lines(name):
+def golden_lines(name: str) -> list[dict[str, Any]]:
     with open(GOLDEN / name, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
-def model_by_recipe(config, seed):
+def model_by_recipe(config: ModelConfig, seed: int) -> CPMBee:
     """Weights as the recipe of the golden files makes them."""
     model = CPMBee(config)
     for name, parameter in model.named_parameters():
@@ -46,7 +49,7 @@ def model_by_recipe(config, seed):
     return model
 
 
-def trained_model():
+def trained_model() -> CPMBee:
     model = CPMBee(ModelConfig.load(GOLDEN / "trained_config.json"))
     model.load_state_dict(torch.load(GOLDEN / "trained.bin", weights_only=True))
     return model.float()
@@ -62,7 +65,9 @@ class Slow:
 
 
 class SlowSearch:
-    def __init__(self, model, tokenizer, record, options):
+    def __init__(
+        self, model: CPMBee, tokenizer: Tokenizer, record: Record, options: GenerationOptions
+    ) -> None:
         self.model, self.tokenizer, self.record, self.options = model, tokenizer, record, options
         encoded, _ = Encoder(tokenizer).encode_outline(outline(record), answers=False)
         self.prompt = encoded
@@ -70,8 +75,9 @@ class SlowSearch:
         self.pairs = extension_pairs([encoded])
         self.may_unk = Prompt.of(record, Encoder(tokenizer)).has_unknown
 
-    def log_probabilities(self, slow):
-        written, places = [], []
+    def log_probabilities(self, slow: Slow) -> list[float]:
+        written: list[tuple[int, int]] = []
+        places: list[int] = []
         for leaf, answer in zip(self.leaves, slow.answers, strict=False):
             written += [(self.tokenizer.bos, 0), *answer]
             places += [leaf] * (len(answer) + 1)
@@ -91,9 +97,10 @@ class SlowSearch:
         for i in set(ids.tolist()[-window:]):
             penalty = self.options.repetition_penalty
             logits[i] = logits[i] * penalty if logits[i] < 0 else logits[i] / penalty
-        return torch.tensor(logits, dtype=torch.float64).log_softmax(dim=0).tolist()
+        log_p: list[float] = torch.tensor(logits, dtype=torch.float64).log_softmax(dim=0).tolist()
+        return log_p
 
-    def continued(self, slow, number, log_p):
+    def continued(self, slow: Slow, number: int, log_p: float) -> tuple[Slow, bool]:
         """(the continuation, whether it is complete)"""
         *before, answer = slow.answers
         if number == self.tokenizer.eos:
@@ -103,9 +110,10 @@ class SlowSearch:
         pair = (number, 0) if number < size else self.pairs[number - size]
         return Slow(log_p, (*before, (*answer, pair))), False
 
-    def run(self):
+    def run(self) -> dict[str, Any]:
         beam_size = self.options.beam_size
-        running, finished = [Slow(0.0, ((),))], []
+        running = [Slow(0.0, ((),))]
+        finished: list[tuple[float, tuple]] = []
         last_step = self.options.max_length + 1
         for step in range(last_step + 1):
             candidates = [
@@ -134,7 +142,7 @@ class SlowSearch:
                     break
         answers = max(finished, key=lambda f: f[0])[1]
         prompt = Prompt.of(self.record, Encoder(self.tokenizer))
-        texts = [prompt.text(a) for a in answers]
+        texts: list[str | None] = [prompt.text(a) for a in answers]
         return fill_answers(self.record, texts + [None] * (len(self.leaves) - len(texts)))
 
 

@@ -210,7 +210,9 @@ class BeamSearch:
             return
         shape = self._shape_for(self.prompt_columns(self._waiting[0].prompt))
         first = list(self._waiting)[: shape.num_slots]
-        self._shape = self._shape_for(max(self.prompt_columns(job.prompt) for job in first))
+        longest = self._shape_for(max(self.prompt_columns(job.prompt) for job in first))
+        # Hazard: the first one must fit, or nothing would ever start.
+        self._shape = longest if shape.num_slots < 2 * longest.num_slots else shape
         self._decoder.divide(self._shape, self._options.beam_size)
         self._beams = Beams(
             self._shape.num_slots,

@@ -14,12 +14,15 @@ from cpm_bee.generate.beams import ANSWER, ID, POSITION, SUB, WRITER, Beams, Con
 from cpm_bee.generate.candidates import GROUP, best_of_beams, best_of_rows
 from cpm_bee.generate.kv_cache import SlotCache
 from cpm_bee.generate.prompt import Prompt
-from cpm_bee.model.cached_attention import BeamAttention, BeamBias, KeyValue
+from cpm_bee.model.cached_attention import BeamAttention, BeamBias, KeyValue, Window
 from cpm_bee.model.network import CPMBee
 from cpm_bee.tokenizer import Tokenizer
 
 # Logits are computed for so many beams at once: with 86,583 tokens they take 0.33 MiB a beam.
 _LOGITS_ROWS = 128
+# On a CPU, so many records share a product of attention. Records start longest first, so that those
+# in neighbouring slots are of similar length, and less is masked than in one product of all.
+_WINDOW_SLOTS = 8
 
 
 class Shape(NamedTuple):
@@ -74,7 +77,7 @@ class Decoder:
         self._answers[target] = self._answers[source]
         self._relations[target] = self._relations[source]
         self._bias.move(source, target)
-        self._cache.move(source, target, self._columns(beams, np.array([source])))
+        self._cache.move(source, target, self._columns(beams, range(source, source + 1)))
 
     def prefill(self, prompts: Sequence[Prompt], slots: Sequence[int]) -> torch.Tensor:
         """Put records into slots; returns the states that predict their first token, [R, dim]."""
@@ -119,8 +122,12 @@ class Decoder:
         beam = np.arange(newest.shape[1])
         first = self.shape.prompt_columns + (beams.last[:num_slots] - 1) * len(beam)
         rows = self._rows(np.arange(num_slots).repeat(len(beam)), (first[:, None] + beam).flatten())
-        columns = self._columns(beams, np.arange(num_slots))
-        attend = BeamAttention(self._cache, rows, self._bias, num_slots, columns)
+        size = _WINDOW_SLOTS if self._device.type == "cpu" else num_slots
+        windows = [
+            Window(part, self._columns(beams, range(part.start, part.stop)))
+            for part in _slices(num_slots, size)
+        ]
+        attend = BeamAttention(self._cache, rows, self._bias, windows)
         ids, subs = self._to_device(newest[:, :, ID].flatten(), newest[:, :, SUB].flatten())
         return self._model.decode(ids, subs, attend)
 
@@ -133,12 +140,12 @@ class Decoder:
         self._relations[slot, :, : len(prompt.answers)] = own[:, list(prompt.answers)]
         self._answers[slot] = answers
 
-    def _columns(self, beams: Beams, slots: np.ndarray) -> slice:
+    def _columns(self, beams: Beams, slots: range) -> slice:
         """The columns that some of these slots use."""
         longest = max(len(self._slots[slot].prompt.encoded) for slot in slots) + 1
         begin = self.shape.prompt_columns
         beam_size = beams.log_p.shape[1]
-        return slice(begin - longest, begin + int(beams.last[slots].max()) * beam_size)
+        return slice(begin - longest, begin + int(beams.last[list(slots)].max()) * beam_size)
 
     def best(
         self,
