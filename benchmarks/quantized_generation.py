@@ -24,6 +24,7 @@ from torch import nn
 
 from cpm_bee.encoding import Encoder
 from cpm_bee.generate.beam_search import BeamSearch
+from cpm_bee.generate.decoder import Decoder
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt
 from cpm_bee.model.config import ModelConfig
@@ -67,7 +68,7 @@ def read_seconds(num_bytes: int) -> float:
 def step_seconds(model: CPMBee, tokenizer: Tokenizer, num_records: int) -> tuple[float, float]:
     """CPU time of the first step, prompts included, and the median of the next ones."""
     options = GenerationOptions(beam_size=1, max_length=STEPS + 2)
-    search = BeamSearch(model, tokenizer, options, max_tokens=100 * num_records)
+    search = BeamSearch(Decoder(model, tokenizer), options, max_tokens=100 * num_records)
     encoder = Encoder(tokenizer)
     for _ in range(num_records):
         search.add(Prompt.of({"input": "春眠不觉晓", "<ans>": ""}, encoder))

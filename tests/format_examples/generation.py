@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import cpm_bee.generate.beam_search as beam_module
+import cpm_bee.generate.generator as generator_module
 from cpm_bee.encoding import Encoder
 from cpm_bee.generate.beam_search import FinishedHypotheses, penalize_repetition_
 from cpm_bee.generate.beams import ID, Beams
@@ -52,7 +53,7 @@ class _ChainDecoder(Decoder):
     """Stands for a model whose next token depends on the last one alone, which is the state."""
 
     def __init__(self, model: Any, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self._device = tokenizer, torch.device("cpu")
+        self.tokenizer, self._device = tokenizer, torch.device("cpu")
 
     def divide(self, shape: Any, beam_size: int) -> None:
         pass
@@ -89,7 +90,7 @@ def beam_scores(page: Json) -> Rows:
             return stops
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(beam_module, "Decoder", _ChainDecoder)
+        patch.setattr(generator_module, "Decoder", _ChainDecoder)
         patch.setattr(beam_module, "FinishedHypotheses", Recording)
         generator = Generator(cast(CPMBee, torch.nn.Identity()), VOCABULARY)
         answer = generator.generate({"<ans>": ""}, GenerationOptions(beam_size=2))

@@ -24,6 +24,7 @@ from properties import examples
 from cpm_bee.encoding import Encoder
 from cpm_bee.generate.beam_search import BeamSearch
 from cpm_bee.generate.candidates import GROUP, best_of_rows
+from cpm_bee.generate.decoder import Decoder
 from cpm_bee.generate.generator import Generator
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt
@@ -114,7 +115,7 @@ def test_records_may_come_and_go_while_others_run(tiny_model, tiny_tokenizer, bu
     records = [{"input": text, "<ans>": {"x": "", "y": ""}} for text in inputs]
     generator = Generator(tiny_model, tiny_tokenizer)
     alone = [output for r in records for output in generator.search([r], options)]
-    search = BeamSearch(tiny_model, tiny_tokenizer, options, budget)
+    search = BeamSearch(Decoder(tiny_model, tiny_tokenizer), options, budget)
     jobs, ended = [], []
     for number in range(1000):
         if number % 2 == 0 and len(jobs) < len(records):  # one arrives in every other step
@@ -132,14 +133,23 @@ def test_records_may_come_and_go_while_others_run(tiny_model, tiny_tokenizer, bu
     assert not jobs[1].has_ended and not jobs[4].has_ended
 
 
+def test_a_generator_may_be_used_while_it_streams(tiny_model, tiny_tokenizer):
+    options = GenerationOptions(beam_size=2, max_length=4)
+    records = [{"input": text, "<ans>": ""} for text in ("甲", "乙乙", "甲ab甲")]
+    generator = Generator(tiny_model, tiny_tokenizer)
+    alone = [generator.generate(record, options) for record in records]
+    stream = generator.stream(records, options, max_tokens=1)
+    between = [(next(stream), generator.generate(record, options)) for record in records]
+    assert between == list(zip(alone, alone, strict=True))
+
+
 def test_slots_are_refilled_at_once(tiny_model, tiny_tokenizer):
     """With room for two records of three, the third one starts in the step after an end."""
     options = GenerationOptions(beam_size=1, max_length=4)
     record = {"input": "甲乙", "<ans>": ""}
-    search = BeamSearch(tiny_model, tiny_tokenizer, options, 1)
+    search = BeamSearch(Decoder(tiny_model, tiny_tokenizer), options, 1)
     search = BeamSearch(
-        tiny_model,
-        tiny_tokenizer,
+        Decoder(tiny_model, tiny_tokenizer),
         options,
         2 * search.num_tokens(Prompt.of(record, Encoder(tiny_tokenizer))),
     )
@@ -162,7 +172,9 @@ def test_the_cache_is_allocated_once(tiny_model, tiny_tokenizer, monkeypatch):
     rng = random.Random(0)
     records = [{"input": "甲" * rng.randrange(40), "<ans>": ""} for _ in range(40)]
     options = GenerationOptions(beam_size=2, max_length=3)
-    list(Generator(tiny_model, tiny_tokenizer).stream(records, options, 300))
+    generator = Generator(tiny_model, tiny_tokenizer)
+    for _ in range(2):
+        list(generator.stream(records, options, 300))
     layers = 3
     assert len(sizes) == 2 * layers
     heads = tiny_model.config.num_heads

@@ -24,8 +24,6 @@ from cpm_bee.generate.beams import ANSWER, ID, POSITION, SUB, Beams, Choice, Con
 from cpm_bee.generate.decoder import Decoder, Shape
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt
-from cpm_bee.model.network import CPMBee
-from cpm_bee.tokenizer import Tokenizer
 
 # More beams at once gain no speed on a CPU: products are as fast with half as many.
 _MAX_BEAMS = 256
@@ -93,15 +91,13 @@ class BeamSearch:
     """The records that are being generated and those that wait.
 
     Args:
+        decoder: is used by no other search meanwhile; a later one uses its memory again.
         max_tokens: how many keys and values the cache may hold: for each record the prompt and, for
             each beam, the longest answer. One record is always run.
     """
 
-    def __init__(
-        self, model: CPMBee, tokenizer: Tokenizer, options: GenerationOptions, max_tokens: int
-    ) -> None:
-        self._decoder = Decoder(model, tokenizer)
-        self._tokenizer, self._options, self._max_tokens = tokenizer, options, max_tokens
+    def __init__(self, decoder: Decoder, options: GenerationOptions, max_tokens: int) -> None:
+        self._decoder, self._options, self._max_tokens = decoder, options, max_tokens
         self._last_step = options.max_length + 1
         self._waiting: deque[Job] = deque()
         self._running: list[Job | None] = []  # by slot; None is a free slot among them
@@ -218,8 +214,8 @@ class BeamSearch:
             self._shape.num_slots,
             self._options.beam_size,
             self._last_step + 1,
-            self._tokenizer.bos,
-            self._tokenizer.eos,
+            self._decoder.tokenizer.bos,
+            self._decoder.tokenizer.eos,
         )
 
     def _fill_gaps(self) -> None:

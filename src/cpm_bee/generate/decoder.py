@@ -53,7 +53,7 @@ class Decoder:
     """
 
     def __init__(self, model: CPMBee, tokenizer: Tokenizer) -> None:
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self.tokenizer = model, tokenizer
         weight = model.input_embedding.weight
         self._device, self._dtype = weight.device, weight.dtype
         self._cache = SlotCache(model.config, self._dtype, self._device)
@@ -84,7 +84,7 @@ class Decoder:
         records = [prompt.started for prompt in prompts]
         for slot, prompt in zip(slots, prompts, strict=True):
             self._start(slot, prompt)
-        batch = collate(records, self._tokenizer).to(self._device)
+        batch = collate(records, self.tokenizer).to(self._device)
         lengths = np.array([len(record) for record in records])
         ends = lengths.cumsum()
         # The prompt ends at the last of its columns.
@@ -180,7 +180,7 @@ class Decoder:
 
     def _next_logits(self, states: torch.Tensor, slots: np.ndarray, k: int) -> torch.Tensor:
         """The logits fp32 [R * B, C] of candidates, and -inf for all else; a shared buffer."""
-        vocab_size = len(self._tokenizer)
+        vocab_size = len(self.tokenizer)
         records = [self._slots[slot] for slot in slots]
         tables = pad_sequence([record.table for record in records], batch_first=True)  # (R, E, dim)
         size = max(vocab_size + tables.shape[1], k)
@@ -199,12 +199,12 @@ class Decoder:
             entries.masked_fill_(absent[:, None].to(h.device), float("-inf"))
             of_records[:, :, vocab_size : vocab_size + tables.shape[1]] = entries
         forbidden = [i for i, record in enumerate(records) if not record.prompt.has_unknown]
-        of_records[forbidden, :, self._tokenizer.unk] = float("-inf")
+        of_records[forbidden, :, self.tokenizer.unk] = float("-inf")
         return logits.float()
 
     def _pairs(self, slots: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The ids and subs of candidates [R, k]."""
-        extra = numbers - len(self._tokenizer)
+        extra = numbers - len(self.tokenizer)
         ids, subs = numbers.copy(), np.zeros_like(numbers)
         for row in np.flatnonzero((extra >= 0).any(axis=1)):
             pairs = self._slots[slots[row]].pairs

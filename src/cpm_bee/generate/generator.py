@@ -9,6 +9,7 @@ from typing import NamedTuple
 from cpm_bee.encoding import Encoder
 from cpm_bee.engine.device import free_memory
 from cpm_bee.generate.beam_search import BeamSearch, Job
+from cpm_bee.generate.decoder import Decoder
 from cpm_bee.generate.kv_cache import bytes_per_token
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt, fill_answers
@@ -44,6 +45,7 @@ class Generator:
         self.model = model
         self.tokenizer = tokenizer
         self.encoder = Encoder(tokenizer)
+        self._spare: Decoder | None = None  # its memory is used again by the next search
 
     def generate(self, record: Record, options: GenerationOptions) -> dict:
         """Returns a copy of a valid record with the model's answers; see `stream`."""
@@ -76,7 +78,10 @@ class Generator:
         """
         self.model.eval()
         max_tokens = max_tokens or self.default_max_tokens()
-        search = BeamSearch(self.model, self.tokenizer, options, max_tokens)
+        # Hazard: a caller may begin a search before another one has ended.
+        decoder = self._spare or Decoder(self.model, self.tokenizer)
+        self._spare = None
+        search = BeamSearch(decoder, options, max_tokens)
         remaining = iter(records)
         outputs: deque[Output] = deque()
         while True:
@@ -85,6 +90,7 @@ class Generator:
             while outputs and (outputs[0].job is None or outputs[0].job.has_ended):
                 yield outputs.popleft()
             if not outputs:
+                self._spare = decoder
                 return
             search.step()
 
