@@ -175,6 +175,7 @@ def test_the_cache_is_allocated_once(tiny_model, tiny_tokenizer, monkeypatch):
     generator = Generator(tiny_model, tiny_tokenizer)
     for _ in range(2):
         list(generator.stream(records, options, 300))
+        generator.generate(records[0], options)
     layers = 3
     assert len(sizes) == 2 * layers
     heads = tiny_model.config.num_heads

@@ -81,7 +81,14 @@ class Generator:
         # Hazard: a caller may begin a search before another one has ended.
         decoder = self._spare or Decoder(self.model, self.tokenizer)
         self._spare = None
-        search = BeamSearch(decoder, options, max_tokens)
+        try:
+            yield from self._run(BeamSearch(decoder, options, max_tokens), records, max_tokens)
+        finally:
+            self._spare = decoder
+
+    def _run(
+        self, search: BeamSearch, records: Iterable[Record], max_tokens: int
+    ) -> Iterator[Output]:
         remaining = iter(records)
         outputs: deque[Output] = deque()
         while True:
@@ -90,7 +97,6 @@ class Generator:
             while outputs and (outputs[0].job is None or outputs[0].job.has_ended):
                 yield outputs.popleft()
             if not outputs:
-                self._spare = decoder
                 return
             search.step()
 
