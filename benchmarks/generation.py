@@ -31,6 +31,7 @@ import one_by_one
 import torch
 import torch.nn.functional as F
 
+from cpm_bee.generate.decoder import _WINDOW_SLOTS
 from cpm_bee.generate.generator import Generator
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt
@@ -55,7 +56,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def make_model(tokenizer: Tokenizer, size: str) -> CPMBee:
-    """A random model that never ends an answer: the logit of `</s>` is 0, many others are higher."""
+    """A random model that never ends an answer: many logits are higher than that of `</s>`, 0."""
     model = CPMBee(ModelConfig(vocab_size=len(tokenizer), **SIZES[size]))
     model.load_state_dict(dict(initial_values(model, 0)))
     with torch.no_grad():
@@ -72,11 +73,14 @@ class Products:
     def __init__(self, model: CPMBee, prompts: list[Prompt], options: GenerationOptions) -> None:
         self.model, self.beam_size = model, options.num_beams
         self.records, self.steps = len(prompts), options.max_length + 2
-        self.prompt_tokens = sum(len(prompt.encoded) + 1 for prompt in prompts)
-        self.longest = max(len(prompt.encoded) + 1 for prompt in prompts)
+        lengths = sorted((len(prompt.encoded) + 1 for prompt in prompts), reverse=True)
+        self.prompt_tokens = sum(lengths)
+        # Records that share a product of attention: their number and the longest prompt.
+        parts = [lengths[i : i + _WINDOW_SLOTS] for i in range(0, len(lengths), _WINDOW_SLOTS)]
+        self.windows = [(len(part) * model.config.num_heads, part[0]) for part in parts]
         config = model.config
         shape = (self.records * config.num_heads, -1, config.dim_head)
-        columns = self.longest + self.steps * self.beam_size
+        columns = lengths[0] + self.steps * self.beam_size
         size = self.records * config.num_heads * columns * config.dim_head
         # Of each layer its own, as in the cache: all of them do not fit in the processor's.
         self.cached = [torch.randn(2, size).view(2, *shape) for _ in range(config.num_layers)]
@@ -98,12 +102,13 @@ class Products:
 
     def attention(self, layer: int, step: int) -> None:
         dim = self.model.config.dim_head
-        width = self.longest + step * self.beam_size
-        keys, values = self.cached[layer][:, :, :width]
-        rows = len(keys) * self.beam_size
-        q = self.input(rows, dim).view(len(keys), self.beam_size, dim)
-        weights = torch.bmm(q, keys.mT)
-        torch.bmm(weights, values)
+        first = 0
+        for size, longest in self.windows:
+            width = longest + step * self.beam_size
+            keys, values = self.cached[layer][:, first : first + size, :width]
+            q = self.input(size * self.beam_size, dim).view(size, self.beam_size, dim)
+            torch.bmm(torch.bmm(q, keys.mT), values)
+            first += size
 
     @torch.inference_mode()
     def run(self, *, attention: bool = True) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from cpm_bee.data.batch import Batch, collate, extension_pairs
-from cpm_bee.generate.beam_search import FinishedHypotheses
+from cpm_bee.generate.job import FinishedHypotheses
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt
 from cpm_bee.model.attention import PaddedAttention, PaddedGroups, PositionBias
@@ -221,7 +221,7 @@ class Search:
             beams, parents = self._advance(beams, candidates, is_last=step == last_step)
             if not beams:
                 break
-        return self._finished.hypotheses[0].tokens  # type: ignore[return-value]
+        return self._finished.hypotheses[0].tokens
 
     def _candidates(
         self, beams: Sequence[Beam], parents: Sequence[int]
@@ -252,7 +252,7 @@ class Search:
             if is_last or (closes and last.answer + 1 == self._num_answers):
                 # Each token so far, `<s>` included, has predicted the next one.
                 score = log_p / len(tokens)
-                self._finished.add(score, tokens if closes else (*tokens, following))  # type: ignore[arg-type]
+                self._finished.add(score, tokens if closes else (*tokens, following))
                 continue
             if closes:
                 following = Token(self._bos, 0, last.answer + 1, 0)

@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt, fill_answers
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.network import CPMBee
-from cpm_bee.records import CANDIDATES, CUT, without_marks
+from cpm_bee.records import CANDIDATES, CUT, Record, without_marks
 from cpm_bee.segments import outline
+from cpm_bee.tokenizer import Tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared"
 GOLDEN = SHARED / "golden"
@@ -31,17 +33,18 @@ needs_shared = pytest.mark.skipif(
 # Golden results
 
 
-def unmarked(result):
+def unmarked(result: Record) -> Record:
     """A result as the reference has it, which does not tell whether an answer was cut off."""
-    return without_marks(result)
+    plain: Record = without_marks(result)
+    return plain
 
 
-def golden_lines(name):
+def golden_lines(name: str) -> list[dict[str, Any]]:
     with open(GOLDEN / name, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
-def model_by_recipe(config, seed):
+def model_by_recipe(config: ModelConfig, seed: int) -> CPMBee:
     """Weights as the recipe of the golden files makes them."""
     model = CPMBee(config)
     for name, parameter in model.named_parameters():
@@ -52,7 +55,7 @@ def model_by_recipe(config, seed):
     return model
 
 
-def trained_model():
+def trained_model() -> CPMBee:
     model = CPMBee(ModelConfig.load(GOLDEN / "trained_config.json"))
     model.load_state_dict(torch.load(GOLDEN / "trained.bin", weights_only=True))
     return model.float()
@@ -68,7 +71,9 @@ class Slow:
 
 
 class SlowSearch:
-    def __init__(self, model, tokenizer, record, options):
+    def __init__(
+        self, model: CPMBee, tokenizer: Tokenizer, record: Record, options: GenerationOptions
+    ) -> None:
         self.model, self.tokenizer, self.record, self.options = model, tokenizer, record, options
         encoded, _ = Encoder(tokenizer).encode_outline(outline(record), answers=False)
         self.prompt = encoded
@@ -76,8 +81,9 @@ class SlowSearch:
         self.pairs = extension_pairs([encoded])
         self.may_unk = Prompt.of(record, Encoder(tokenizer)).has_unknown
 
-    def log_probabilities(self, slow):
-        written, places = [], []
+    def log_probabilities(self, slow: Slow) -> list[float]:
+        written: list[tuple[int, int]] = []
+        places: list[int] = []
         for leaf, answer in zip(self.leaves, slow.answers, strict=False):
             written += [(self.tokenizer.bos, 0), *answer]
             places += [leaf] * (len(answer) + 1)
@@ -97,9 +103,10 @@ class SlowSearch:
         for i in set(ids.tolist()[-window:]):
             penalty = self.options.repetition_penalty
             logits[i] = logits[i] * penalty if logits[i] < 0 else logits[i] / penalty
-        return torch.tensor(logits, dtype=torch.float64).log_softmax(dim=0).tolist()
+        log_p: list[float] = torch.tensor(logits, dtype=torch.float64).log_softmax(dim=0).tolist()
+        return log_p
 
-    def continued(self, slow, number, log_p):
+    def continued(self, slow: Slow, number: int, log_p: float) -> tuple[Slow, bool]:
         """(the continuation, whether it is complete)"""
         *before, answer = slow.answers
         if number == self.tokenizer.eos:
@@ -109,9 +116,10 @@ class SlowSearch:
         pair = (number, 0) if number < size else self.pairs[number - size]
         return Slow(log_p, (*before, (*answer, pair))), False
 
-    def run(self):
+    def run(self) -> dict[str, Any]:
         beam_size, penalty = self.options.num_beams, self.options.length_penalty
-        running, finished = [Slow(0.0, ((),))], []
+        running = [Slow(0.0, ((),))]
+        finished: list[tuple[float, tuple, bool]] = []
         last_step = self.options.max_length + 1
         for step in range(last_step + 1):
             candidates = [
@@ -151,9 +159,9 @@ class SlowSearch:
             ]
         return result
 
-    def filled(self, answers):
+    def filled(self, answers: tuple) -> dict[str, Any]:
         prompt = Prompt.of(self.record, Encoder(self.tokenizer))
-        texts = [prompt.text(a) for a in answers]
+        texts: list[str | None] = [prompt.text(a) for a in answers]
         return fill_answers(self.record, texts + [None] * (len(self.leaves) - len(texts)))
 
 

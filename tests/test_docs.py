@@ -44,6 +44,7 @@ GENERATED = [
 # Words with a slash or an ending that are no paths.
 NOT_PATHS = {
     "alpha/r", "tokens/s", "token/max", "records/s", "Tokens/s", "Records/s", "MB/s", "br/",
+    "GB/s", "GFLOP/s", "record-steps/s", "Record-steps/s",
     ".bin", ".pt", ".json", ".safetensors", "….index.json", "-log.jsonl", "*.jsonl", "*.py",
     "openbmb/cpm-bee-10b", "openbmb/cpm-bee-5b", "openbmb/cpm-bee-2b", "openbmb/cpm-bee-1b",
 }  # fmt: skip

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import cpm_bee.generate.beam_search as beam_module
+import cpm_bee.generate.generator as generator_module
 import cpm_bee.generate.job as job_module
 from cpm_bee.encoding import Encoder
 from cpm_bee.generate.beam_search import penalize_repetition_
@@ -54,7 +54,7 @@ class _ChainDecoder(Decoder):
     """Stands for a model whose next token depends on the last one alone, which is the state."""
 
     def __init__(self, model: Any, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self._device = tokenizer, torch.device("cpu")
+        self.tokenizer, self._device = tokenizer, torch.device("cpu")
 
     def divide(self, shape: Any, beam_size: int) -> None:
         pass
@@ -91,7 +91,7 @@ def beam_scores(page: Json) -> Rows:
             return stops
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(beam_module, "Decoder", _ChainDecoder)
+        patch.setattr(generator_module, "Decoder", _ChainDecoder)
         patch.setattr(job_module, "FinishedHypotheses", Recording)
         generator = Generator(cast(CPMBee, torch.nn.Identity()), VOCABULARY)
         answer = generator.generate({"<ans>": ""}, GenerationOptions(beam_size=2))

@@ -25,6 +25,7 @@ from properties import examples
 from cpm_bee.encoding import Encoder
 from cpm_bee.generate.beam_search import BeamSearch
 from cpm_bee.generate.candidates import GROUP, best_of_rows
+from cpm_bee.generate.decoder import Decoder
 from cpm_bee.generate.generator import Generator
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt
@@ -34,6 +35,16 @@ from cpm_bee.tokenizer import Tokenizer
 
 # From one record at a time to all at once, with all kinds of refilling between them.
 BUDGETS = [1, 40, 80, 160, 10_000]
+
+
+def assert_same_scores(one, other):
+    """What a record sees of others, or a beam of other beams, changes at least the scores."""
+    for a, b in zip(one, other, strict=True):
+        if a.job is not None:
+            scores = ([score for score, _ in o.job.finished.hypotheses] for o in (a, b))
+            assert next(scores) == pytest.approx(next(scores), rel=1e-6)
+
+
 some_records = st.lists(records_of_any_kind, min_size=2, max_size=7)
 # A near tie could be decided by rounding, so fuzzing has the same examples.
 quick = examples(40, HealthCheck.function_scoped_fixture, derandomize=True)
@@ -45,9 +56,12 @@ quick = examples(40, HealthCheck.function_scoped_fixture, derandomize=True)
 def test_a_batch_equals_one_by_one(tiny_models, tiny_tokenizer, which, records, options, budget):
     """Models in double precision: products of other shapes differ by less than a float32 shows."""
     generator = Generator(tiny_models[which], tiny_tokenizer)
-    alone = [generator.generate(record, options) for record in records]
-    assert list(generator.stream(records, options, budget)) == alone
-    assert list(generator.stream(records[::-1], options, budget)) == alone[::-1]
+    alone = [output for r in records for output in generator.search([r], options)]
+    together = list(generator.search(records, options, budget))
+    assert [o.filled() for o in together] == [o.filled() for o in alone]
+    assert_same_scores(together, alone)
+    backwards = list(generator.search(records[::-1], options, budget))
+    assert [o.filled() for o in backwards] == [o.filled() for o in alone[::-1]]
 
 
 @pytest.mark.slow
@@ -97,33 +111,46 @@ def jobs_of(search, tokenizer, records):
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_records_may_come_and_go_while_others_run(tiny_model, tiny_tokenizer, budget):
-    options = GenerationOptions(beam_size=2, max_length=5)
-    records = [{"input": "甲" * n, "<ans>": {"x": "", "y": ""}} for n in (3, 9, 1, 7, 2, 8)]
+    options = GenerationOptions(beam_size=2, max_length=8)
+    inputs = ["甲𠮷乙", "甲" * 9, "<option_1>", "野甲" * 3, "乙<option_0><option_2>", "甲" * 8] * 2
+    records = [{"input": text, "<ans>": {"x": "", "y": ""}} for text in inputs]
     generator = Generator(tiny_model, tiny_tokenizer)
-    expected = [[job.answers() for *_, job in generator.search([r], options)] for r in records]
-    search = BeamSearch(tiny_model, tiny_tokenizer, options, budget)
-    jobs = jobs_of(search, tiny_tokenizer, records[:3])
-    ended = search.step()
-    search.cancel(jobs[1])
-    jobs += jobs_of(search, tiny_tokenizer, records[3:])
-    ended += search.step()
-    search.cancel(jobs[4])
-    while not search.is_idle:
+    alone = [output for r in records for output in generator.search([r], options)]
+    search = BeamSearch(Decoder(tiny_model, tiny_tokenizer), options, budget)
+    jobs, ended = [], []
+    for number in range(1000):
+        if number % 2 == 0 and len(jobs) < len(records):  # one arrives in every other step
+            jobs += jobs_of(search, tiny_tokenizer, [records[len(jobs)]])
+        if number in (3, 12):
+            search.cancel(jobs[number // 3])
         ended += search.step()
-    kept = [0, 2, 3, 5]
+        if search.is_idle and len(jobs) == len(records):
+            break
+    kept = [i for i in range(len(records)) if i not in (1, 4)]
     assert set(ended) == {jobs[i] for i in kept}
-    assert [[jobs[i].answers()] for i in kept] == [expected[i] for i in kept]
+    together = [alone[i]._replace(job=jobs[i]) for i in kept]
+    assert [o.filled() for o in together] == [alone[i].filled() for i in kept]
+    assert_same_scores(together, [alone[i] for i in kept])
     assert not jobs[1].has_ended and not jobs[4].has_ended
+
+
+def test_a_generator_may_be_used_while_it_streams(tiny_model, tiny_tokenizer):
+    options = GenerationOptions(beam_size=2, max_length=4)
+    records = [{"input": text, "<ans>": ""} for text in ("甲", "乙乙", "甲ab甲")]
+    generator = Generator(tiny_model, tiny_tokenizer)
+    alone = [generator.generate(record, options) for record in records]
+    stream = generator.stream(records, options, max_tokens=1)
+    between = [(next(stream), generator.generate(record, options)) for record in records]
+    assert between == list(zip(alone, alone, strict=True))
 
 
 def test_slots_are_refilled_at_once(tiny_model, tiny_tokenizer):
     """With room for two records of three, the third one starts in the step after an end."""
     options = GenerationOptions(beam_size=1, max_length=4)
     record = {"input": "甲乙", "<ans>": ""}
-    search = BeamSearch(tiny_model, tiny_tokenizer, options, 1)
+    search = BeamSearch(Decoder(tiny_model, tiny_tokenizer), options, 1)
     search = BeamSearch(
-        tiny_model,
-        tiny_tokenizer,
+        Decoder(tiny_model, tiny_tokenizer),
         options,
         2 * search.num_tokens(Prompt.of(record, Encoder(tiny_tokenizer))),
     )
@@ -146,7 +173,10 @@ def test_the_cache_is_allocated_once(tiny_model, tiny_tokenizer, monkeypatch):
     rng = random.Random(0)
     records = [{"input": "甲" * rng.randrange(40), "<ans>": ""} for _ in range(40)]
     options = GenerationOptions(beam_size=2, max_length=3)
-    list(Generator(tiny_model, tiny_tokenizer).stream(records, options, 300))
+    generator = Generator(tiny_model, tiny_tokenizer)
+    for _ in range(2):
+        list(generator.stream(records, options, 300))
+        generator.generate(records[0], options)
     layers = 3
     assert len(sizes) == 2 * layers
     heads = tiny_model.config.num_heads

@@ -27,8 +27,6 @@ from cpm_bee.generate.job import Job, answers_of
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt
 from cpm_bee.generate.sampling import sample
-from cpm_bee.model.network import CPMBee
-from cpm_bee.tokenizer import Tokenizer
 
 # More beams at once gain no speed on a CPU: products are as fast with half as many.
 _MAX_BEAMS = 256
@@ -52,15 +50,13 @@ class BeamSearch:
     """The records that are being generated and those that wait.
 
     Args:
+        decoder: is used by no other search meanwhile; a later one uses its memory again.
         max_tokens: how many keys and values the cache may hold: for each record the prompt and, for
             each beam, the longest answer. One record is always run.
     """
 
-    def __init__(
-        self, model: CPMBee, tokenizer: Tokenizer, options: GenerationOptions, max_tokens: int
-    ) -> None:
-        self._decoder = Decoder(model, tokenizer)
-        self._tokenizer, self._options, self._max_tokens = tokenizer, options, max_tokens
+    def __init__(self, decoder: Decoder, options: GenerationOptions, max_tokens: int) -> None:
+        self._decoder, self._options, self._max_tokens = decoder, options, max_tokens
         self._num_beams = options.num_beams
         self._last_step = options.max_length + 1
         self._waiting: deque[Job] = deque()
@@ -186,14 +182,16 @@ class BeamSearch:
             return
         shape = self._shape_for(self.prompt_columns(self._waiting[0].prompt))
         first = list(self._waiting)[: shape.num_slots]
-        self._shape = self._shape_for(max(self.prompt_columns(job.prompt) for job in first))
+        longest = self._shape_for(max(self.prompt_columns(job.prompt) for job in first))
+        # Hazard: the first one must fit, or nothing would ever start.
+        self._shape = longest if shape.num_slots < 2 * longest.num_slots else shape
         self._decoder.divide(self._shape, self._num_beams)
         self._beams = Beams(
             self._shape.num_slots,
             self._num_beams,
             self._last_step + 1,
-            self._tokenizer.bos,
-            self._tokenizer.eos,
+            self._decoder.tokenizer.bos,
+            self._decoder.tokenizer.eos,
         )
 
     def _fill_gaps(self) -> None:

@@ -14,12 +14,15 @@ from cpm_bee.generate.beams import ANSWER, ID, POSITION, SUB, WRITER, Beams, Con
 from cpm_bee.generate.candidates import GROUP
 from cpm_bee.generate.kv_cache import SlotCache
 from cpm_bee.generate.prompt import Prompt
-from cpm_bee.model.cached_attention import BeamAttention, BeamBias, KeyValue
+from cpm_bee.model.cached_attention import BeamAttention, BeamBias, KeyValue, Window
 from cpm_bee.model.network import CPMBee
 from cpm_bee.tokenizer import Tokenizer
 
 # Logits are computed for so many beams at once: with 86,583 tokens they take 0.33 MiB a beam.
 _LOGITS_ROWS = 128
+# On a CPU, so many records share a product of attention. Records start longest first, so that those
+# in neighbouring slots are of similar length, and less is masked than in one product of all.
+_WINDOW_SLOTS = 8
 
 
 # From the logits [r * B, C] of a slice of records and the log p of their beams [r, B] to k
@@ -55,7 +58,7 @@ class Decoder:
     """
 
     def __init__(self, model: CPMBee, tokenizer: Tokenizer) -> None:
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self.tokenizer = model, tokenizer
         weight = model.input_embedding.weight
         self._device, self._dtype = weight.device, weight.dtype
         self._cache = SlotCache(model.config, self._dtype, self._device)
@@ -79,14 +82,14 @@ class Decoder:
         self._answers[target] = self._answers[source]
         self._relations[target] = self._relations[source]
         self._bias.move(source, target)
-        self._cache.move(source, target, self._columns(beams, np.array([source])))
+        self._cache.move(source, target, self._columns(beams, range(source, source + 1)))
 
     def prefill(self, prompts: Sequence[Prompt], slots: Sequence[int]) -> torch.Tensor:
         """Put records into slots; returns the states that predict their first token, [R, dim]."""
         records = [prompt.started for prompt in prompts]
         for slot, prompt in zip(slots, prompts, strict=True):
             self._start(slot, prompt)
-        batch = collate(records, self._tokenizer).to(self._device)
+        batch = collate(records, self.tokenizer).to(self._device)
         lengths = np.array([len(record) for record in records])
         ends = lengths.cumsum()
         # The prompt ends at the last of its columns.
@@ -124,8 +127,12 @@ class Decoder:
         beam = np.arange(newest.shape[1])
         first = self.shape.prompt_columns + (beams.last[:num_slots] - 1) * len(beam)
         rows = self._rows(np.arange(num_slots).repeat(len(beam)), (first[:, None] + beam).flatten())
-        columns = self._columns(beams, np.arange(num_slots))
-        attend = BeamAttention(self._cache, rows, self._bias, num_slots, columns)
+        size = _WINDOW_SLOTS if self._device.type == "cpu" else num_slots
+        windows = [
+            Window(part, self._columns(beams, range(part.start, part.stop)))
+            for part in _slices(num_slots, size)
+        ]
+        attend = BeamAttention(self._cache, rows, self._bias, windows)
         ids, subs = self._to_device(newest[:, :, ID].flatten(), newest[:, :, SUB].flatten())
         return self._model.decode(ids, subs, attend)
 
@@ -138,12 +145,12 @@ class Decoder:
         self._relations[slot, :, : len(prompt.answers)] = own[:, list(prompt.answers)]
         self._answers[slot] = answers
 
-    def _columns(self, beams: Beams, slots: np.ndarray) -> slice:
+    def _columns(self, beams: Beams, slots: range) -> slice:
         """The columns that some of these slots use."""
         longest = max(len(self._slots[slot].prompt.encoded) for slot in slots) + 1
         begin = self.shape.prompt_columns
         beam_size = beams.log_p.shape[1]
-        return slice(begin - longest, begin + int(beams.last[slots].max()) * beam_size)
+        return slice(begin - longest, begin + int(beams.last[list(slots)].max()) * beam_size)
 
     def continuations(
         self,
@@ -174,7 +181,7 @@ class Decoder:
 
     def _next_logits(self, states: torch.Tensor, slots: np.ndarray, k: int) -> torch.Tensor:
         """The logits fp32 [R * B, C] of candidates, and -inf for all else; a shared buffer."""
-        vocab_size = len(self._tokenizer)
+        vocab_size = len(self.tokenizer)
         records = [self._slots[slot] for slot in slots]
         tables = pad_sequence([record.table for record in records], batch_first=True)  # (R, E, dim)
         size = max(vocab_size + tables.shape[1], k)
@@ -193,12 +200,12 @@ class Decoder:
             entries.masked_fill_(absent[:, None].to(h.device), float("-inf"))
             of_records[:, :, vocab_size : vocab_size + tables.shape[1]] = entries
         forbidden = [i for i, record in enumerate(records) if not record.prompt.has_unknown]
-        of_records[forbidden, :, self._tokenizer.unk] = float("-inf")
+        of_records[forbidden, :, self.tokenizer.unk] = float("-inf")
         return logits.float()
 
     def _pairs(self, slots: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The ids and subs of candidates [R, k]."""
-        extra = numbers - len(self._tokenizer)
+        extra = numbers - len(self.tokenizer)
         ids, subs = numbers.copy(), np.zeros_like(numbers)
         for row in np.flatnonzero((extra >= 0).any(axis=1)):
             pairs = self._slots[slots[row]].pairs

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from cpm_bee.encoding import Encoder
 from cpm_bee.engine.device import free_memory
 from cpm_bee.generate.beam_search import BeamSearch
+from cpm_bee.generate.decoder import Decoder
 from cpm_bee.generate.job import Hypothesis, Job, answers_of
 from cpm_bee.generate.kv_cache import bytes_per_token
 from cpm_bee.generate.options import GenerationOptions
@@ -68,6 +69,7 @@ class Generator:
         self.model = model
         self.tokenizer = tokenizer
         self.encoder = Encoder(tokenizer)
+        self._spare: Decoder | None = None  # its memory is used again by the next search
 
     def generate(self, record: Record, options: GenerationOptions) -> dict:
         """Returns a copy of a valid record with the model's answers; see `stream`."""
@@ -109,12 +111,22 @@ class Generator:
         """
         self.model.eval()
         max_tokens = max_tokens or self.default_max_tokens()
-        search = BeamSearch(self.model, self.tokenizer, options, max_tokens)
-        remaining = enumerate(records, start=first_number)
+        # Hazard: a caller may begin a search before another one has ended.
+        decoder = self._spare or Decoder(self.model, self.tokenizer)
+        self._spare = None
+        try:
+            numbered = enumerate(records, start=first_number)
+            yield from self._run(BeamSearch(decoder, options, max_tokens), numbered, max_tokens)
+        finally:
+            self._spare = decoder
+
+    def _run(
+        self, search: BeamSearch, records: Iterator[tuple[int, Record]], max_tokens: int
+    ) -> Iterator[Output]:
         outputs: deque[Output] = deque()
         while True:
             if not search.num_waiting:
-                outputs += self._read_ahead(search, remaining, max_tokens)
+                outputs += self._read_ahead(search, records, max_tokens)
             while outputs and (outputs[0].job is None or outputs[0].job.has_ended):
                 yield outputs.popleft()
             if not outputs:

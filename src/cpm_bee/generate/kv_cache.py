@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from cpm_bee.model.cached_attention import KeyValue
+from cpm_bee.model.cached_attention import KeyValue, Window
 from cpm_bee.model.config import ModelConfig
 
 
@@ -62,15 +62,19 @@ class SlotCache:
         for memory, values in zip(self._memory[layer], new, strict=True):
             memory.index_copy_(0, rows, values.flatten(0, 1).to(memory.dtype))
 
-    def window(self, layer: int, num_slots: int, columns: slice) -> KeyValue:
+    def window(self, layer: int, window: Window) -> KeyValue:
         """See `KeyValueCache`."""
-        rows = num_slots * self._heads * self._columns
-        k, v = (x[:rows].view(-1, self._columns, self._dim) for x in self._memory[layer])
-        return KeyValue(k[:, columns], v[:, columns])
+        size = self._heads * self._columns
+        rows = slice(window.slots.start * size, window.slots.stop * size)
+        k, v = (x[rows].view(-1, self._columns, self._dim) for x in self._memory[layer])
+        return KeyValue(k[:, window.columns], v[:, window.columns])
 
     def move(self, source: int, target: int, columns: slice) -> None:
         """Copy the columns of one slot to another one."""
         for layer in self._layers:
-            for x in self.window(layer, max(source, target) + 1, columns):
-                slots = x.unflatten(0, (-1, self._heads))
-                slots[target] = slots[source]
+            for new, old in zip(
+                self.window(layer, Window(slice(target, target + 1), columns)),
+                self.window(layer, Window(slice(source, source + 1), columns)),
+                strict=True,
+            ):
+                new.copy_(old)

@@ -8,8 +8,8 @@ and values are therefore never copied or reordered when a beam continues another
 changes, which is small.
 
 Prompts are aligned to the right: in every slot the prompt ends at column `prompt_columns`, so the
-columns in use of all slots are one window, and the products of all records are one `bmm`. The
-columns before a shorter prompt are masked.
+columns in use of neighbouring slots are one window, and the products of these records are one
+`bmm`. The columns before a shorter prompt are masked.
 
 An answer's segment is never one of the prompt's, so the bias between a token and the prompt depends
 only on the token's answer: it is set when a record starts or a beam begins another answer, not in
@@ -25,6 +25,7 @@ Shapes: R records with B beams each, H heads of dimension D, W columns of the wi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -39,6 +40,13 @@ class KeyValue(NamedTuple):
     v: torch.Tensor
 
 
+class Window(NamedTuple):
+    """Neighbouring slots, and the columns that some of them use."""
+
+    slots: slice
+    columns: slice
+
+
 class KeyValueCache(Protocol):
     """The interface of a KV cache."""
 
@@ -46,8 +54,8 @@ class KeyValueCache(Protocol):
         """Store keys and values [N, H, D] in rows [N * H] of the cache."""
         ...
 
-    def window(self, layer: int, num_slots: int, columns: slice) -> KeyValue:
-        """The keys and values of the first slots, [num_slots * H, W, D]."""
+    def window(self, layer: int, window: Window) -> KeyValue:
+        """Its keys and values, [R * H, W, D]."""
         ...
 
 
@@ -104,36 +112,37 @@ class BeamBias:
     def move(self, source: int, target: int) -> None:
         self._values[target] = self._values[source]
 
-    def window(self, num_slots: int, columns: slice) -> torch.Tensor:
+    def window(self, window: Window) -> torch.Tensor:
         """(R * H, B, W)."""
-        return self._values[:num_slots, :, :, columns].flatten(0, 1)
+        return self._values[window.slots, :, :, window.columns].flatten(0, 1)
 
 
 class BeamAttention:
-    """The attention function of one step, for all layers: q, k, v [R * B, H, D] -> the same."""
+    """The attention function of one step, for all layers: q, k, v [R * B, H, D] -> the same.
+
+    The windows together cover all slots in use, in order.
+    """
 
     def __init__(
-        self,
-        cache: KeyValueCache,
-        rows: torch.Tensor,
-        bias: BeamBias,
-        num_slots: int,
-        columns: slice,
+        self, cache: KeyValueCache, rows: torch.Tensor, bias: BeamBias, windows: Sequence[Window]
     ) -> None:
         """`rows` [R * B * H] are those of the cache for the new keys and values."""
         self._cache, self._rows = cache, rows
-        self._bias = bias.window(num_slots, columns)
-        self._num_slots, self._columns = num_slots, columns
+        self._windows = [(window, bias.window(window)) for window in windows]
+        self._num_slots = windows[-1].slots.stop
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
         self._cache.write(layer, self._rows, KeyValue(k, v))
-        keys, values = self._cache.window(layer, self._num_slots, self._columns)
-        heads, dim = q.shape[1:]
-        # (R * B, H, D) -> (R * H, B, D)
-        q = q.unflatten(0, (self._num_slots, -1)).transpose(1, 2).flatten(0, 1)
-        scores = torch.baddbmm(self._bias, q.to(keys.dtype), keys.mT, alpha=1 / math.sqrt(dim))
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)  # (R * H, B, W)
-        out = torch.bmm(weights, values).unflatten(0, (self._num_slots, heads))  # (R, H, B, D)
+        scale = 1 / math.sqrt(q.shape[2])
+        q = q.unflatten(0, (self._num_slots, -1)).transpose(1, 2)  # (R, H, B, D)
+        outputs = []
+        for window, bias in self._windows:
+            keys, values = self._cache.window(layer, window)  # (r * H, W, D)
+            queries = q[window.slots].flatten(0, 1).to(keys.dtype)  # (r * H, B, D)
+            scores = torch.baddbmm(bias, queries, keys.mT, alpha=scale)
+            weights = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
+            outputs.append(torch.bmm(weights, values))  # (r * H, B, D)
+        out = torch.cat(outputs).unflatten(0, (self._num_slots, -1))  # (R, H, B, D)
         return out.transpose(1, 2).flatten(0, 1)

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from cpm_bee.generate.beam_search import BeamSearch
+from cpm_bee.generate.decoder import Decoder
 from cpm_bee.generate.generator import Generator
 from cpm_bee.generate.job import Job
 from cpm_bee.generate.options import GenerationOptions
@@ -184,7 +185,7 @@ class Scheduler:
             if search is None:
                 model, tokenizer = self.generator.model, self.generator.tokenizer
                 longest = replace(ticket.options, max_length=self._max_length)
-                search = BeamSearch(model, tokenizer, longest, self._max_tokens)
+                search = BeamSearch(Decoder(model, tokenizer), longest, self._max_tokens)
                 self._searches[ticket.kind] = search
             self._latest = ticket.kind
             ticket.job = search.add(ticket.prompt, ticket.options)
