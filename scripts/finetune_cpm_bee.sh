@@ -103,6 +103,9 @@ case " $* " in *" --dry-run "* | *" --dry_run "* | *" --help "* | *" -h "*) exit
 flags="$(PYTHONPATH="$project/src" python -m cpm_bee.distributed.rendezvous \
     "$MASTER_ADDR" "$MASTER_PORT" "$NNODES" "$RDZV_TIMEOUT")" || exit $?
 read -ra RDZV_FLAGS <<< "$flags"
+if [ -n "$(trap -p HUP)" ] && [[ "$(torchrun --help)" == *signals_to_handle* ]]; then
+    RDZV_FLAGS+=("--signals_to_handle=SIGTERM,SIGINT,SIGQUIT")   # under nohup, not SIGHUP
+fi
 CMD=(
     torchrun --nnodes="$NNODES" --nproc_per_node="$GPUS_PER_NODE" --rdzv_id="${RDZV_ID:-1}"
     --rdzv_backend=c10d --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT" "${RDZV_FLAGS[@]}"

@@ -50,7 +50,7 @@ NOT_PATHS = {
 # Flags of torchrun, nvidia-smi, sbatch and pip; a name that another tool has for a flag of ours.
 FOREIGN_FLAGS = {
     "--nproc_per_node", "--query-gpu", "--format", "--nodes", "--gpus-per-node", "--no-deps",
-    "--learning_rate", "--hypothesis-seed",
+    "--learning_rate", "--hypothesis-seed", "--requeue",
 }  # fmt: skip
 # Of other software; what the scripts do with OMP_WAIT_POLICY has a section of its own.
 FOREIGN_VARIABLES = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -142,10 +143,12 @@ def test_an_error_ends_the_script_without_traceback(checkout: Path) -> None:
 
 
 NOTING = """
-import json, os, sys
+import json, os, signal, sys
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_WAIT_POLICY")
 with open("calls.jsonl", "a") as file:
-    file.write(json.dumps([sys.argv[1:], {n: os.environ.get(n) for n in names}]) + "\\n")
+    noted = {n: os.environ.get(n) for n in names}
+    noted["ignores SIGHUP"] = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    file.write(json.dumps([sys.argv[1:], noted]) + "\\n")
 sys.exit(3 if "--wrong" in sys.argv else 0)
 """
 
@@ -182,7 +185,22 @@ def test_several_processes_start_after_one_dry_run(calls: Callable) -> None:
     assert done.returncode == 0, done.stderr
     assert dry[0] == [*others[0][0], "--dry-run"]
     assert sorted(environment["RANK"] for _, environment in others) == ["0", "1", "2"]
+    assert not any(environment["ignores SIGHUP"] for _, environment in others)
     assert len(calls("--dry-run", GPUS_PER_NODE="3")[1]) == 1
+    for flags in (["--resume"], ["--resume", "auto"], ["--resume", "--delta-rank", "2"]):
+        (dry, _) = calls(*flags, "--wrong", GPUS_PER_NODE="3")[1][0]
+        assert dry[-len(flags) - 2 :] == [*flags, "--wrong", "--dry-run"]
+
+
+@pytest.mark.slow
+def test_under_nohup_no_process_listens_to_sighup(calls: Callable) -> None:
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which the script inherits, as from nohup
+    try:
+        done, noted = calls(GPUS_PER_NODE="2")
+    finally:
+        signal.signal(signal.SIGHUP, old)
+    assert len(noted) == 3 and all(environment["ignores SIGHUP"] for _, environment in noted)
+    assert "--signals_to_handle=SIGTERM,SIGINT,SIGQUIT" in done.stdout
 
 
 def test_several_processes_stop_at_a_mistake_before_torchrun(calls: Callable) -> None:

@@ -54,6 +54,7 @@ class Group:
         type: Callable[[str], Any] | None = None,
         choices: Sequence[str] | None = None,
         metavar: str | None = None,
+        bare: str | None = None,
     ) -> Any:
         """Returns a dataclass field that declares a flag of this group.
 
@@ -62,10 +63,11 @@ class Group:
             help: the help text in English.
             chinese: the help text in Chinese.
             type: converts the text to the value; raises `argparse.ArgumentTypeError`.
+            bare: the value if the flag is given without one; None if it needs one.
         """
         declared = {
             "group": self, "help": help, "chinese": chinese,
-            "type": type, "choices": choices, "metavar": metavar,
+            "type": type, "choices": choices, "metavar": metavar, "bare": bare,
         }  # fmt: skip
         return dataclasses.field(default=default, metadata=declared)
 
@@ -86,6 +88,7 @@ class Flag:
     type: Callable[[str], Any] | None = None
     choices: Sequence[str] | None = None
     metavar: str | None = None
+    bare: str | None = None
 
     @property
     def flag(self) -> str:
@@ -111,6 +114,7 @@ class Flag:
             choices=self.choices,
             metavar=metavar,
             help=text,
+            **({} if self.bare is None else {"nargs": "?", "const": self.bare}),
         )
 
 

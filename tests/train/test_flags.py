@@ -431,7 +431,7 @@ def _inspect_iters(lab: Lab) -> None:
 @case
 def _save(lab: Lab) -> None:
     run = lab.run(save=lab.folder / "a" / "b")
-    assert run.save == lab.folder / "a" / "b" and len(run.files) == 6
+    assert run.save == lab.folder / "a" / "b" and len(run.files) == 7
     path = lab.folder / "file"
     path.write_text("x")
     with pytest.raises(InputError, match="is a file"):
@@ -460,6 +460,30 @@ def _save_interval(lab: Lab) -> None:
 
 
 @case
+def _save_minutes(lab: Lab) -> None:
+    assert states(lab.run(save_minutes=1e-9, save_total_limit=9, max_steps=3)) == [0, 1, 2, 3]
+    assert states(lab.run(save_minutes=1e9, save_total_limit=9, max_steps=3)) == [0, 3]
+    assert "--save-minutes" in lab.refusal(save_minutes=0)
+
+
+@case
+def _save_total_limit(lab: Lab) -> None:
+    flags = {"save_interval": 2, "max_steps": 7}
+    assert states(lab.run(**flags)) == [6, 7]
+    assert states(lab.run(save_total_limit=1, **flags)) == [7]
+    assert states(lab.run(save_total_limit=4, **flags)) == [2, 4, 6, 7]
+
+
+def states(run: Run) -> list[int]:
+    """The steps of a run's states; fails where a name does not tell the step."""
+    found = []
+    for path in run.save.glob("*-state*.pt"):
+        found.append(torch.load(path, weights_only=True)["progress"]["step"])
+        assert path.name in ("cpm_bee_finetune-state.pt", f"cpm_bee_finetune-state-{found[-1]}.pt")
+    return sorted(found)
+
+
+@case
 def _keep_runs(lab: Lab) -> None:
     save = lab.folder / "kept"
     kept = [
@@ -478,6 +502,11 @@ def _resume(lab: Lab) -> None:
     assert "resumed after step 2" in lab.printed
     assert run.column("step") == [1, 2, 3, 4]
     assert "no saved state" in lab.refusal(resume=True)
+    run = lab.run(save=save, max_steps=5, resume="auto")
+    assert run.column("step") == [1, 2, 3, 4, 5]
+    run = lab.run(save=save, max_steps=5, resume=save / "cpm_bee_finetune-state-4.pt")
+    assert "resumed after step 4" in lab.printed and "cpm_bee_finetune-previous" in run.files
+    assert lab.run(save=save, max_steps=1, resume="never").column("step") == [1]
 
 
 @case

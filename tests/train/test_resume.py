@@ -65,8 +65,8 @@ def test_resuming_is_exact(
     assert evaluations[0] == pytest.approx(evaluations[1], rel=1e-6)
     for which in ("best", "last"):
         assert distance(resumed.weights(which), whole.weights(which)) < 1e-6
-    assert whole.of("start")[0]["options"]["resume"] is False
-    assert [e["options"]["resume"] for e in resumed.of("start")] == [False, True]
+    assert whole.of("start")[0]["options"]["resume"] == "never"
+    assert [e["options"]["resume"] for e in resumed.of("start")] == ["never", "always"]
 
 
 def test_every_step_has_dropout_masks_of_its_own(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from cpm_bee.delta import insert as insert_delta
 from cpm_bee.distributed.rank import RankInfo
 from cpm_bee.engine.device import choose_device, choose_dtype
 from cpm_bee.engine.select import choose_engine
-from cpm_bee.errors import Problems
+from cpm_bee.errors import InputError, Problems
 from cpm_bee.model import flex_attention
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.pretrained import PretrainedModel, open_pretrained
@@ -38,7 +39,7 @@ from cpm_bee.train.flag_checks import (
     data_folders,
     torch_only_flags,
 )
-from cpm_bee.train.options import AUTO, Options
+from cpm_bee.train.options import ALWAYS, AUTO, NEVER, Options
 
 SavedState = tuple[dict[str, Any], dict[str, Any]]  # of the engine, and of the trainer
 
@@ -52,6 +53,7 @@ class Inputs:
         datasets: the training set and, if there is one, the evaluation set, by flag.
         surveys: a survey of each data set, by flag, for a dry run.
         saved_state: the state of a resumed run; see `RunFiles.load_state`.
+        fresh_start: why a run that would resume if it could begins anew, for people; or "".
     """
 
     num_processes: int
@@ -64,6 +66,7 @@ class Inputs:
     surveys: dict[str, DataSurvey]
     files: RunFiles
     saved_state: SavedState | None
+    fresh_start: str
 
     def take_saved_state(self) -> SavedState | None:
         """Returns the saved state and drops it from the inputs."""
@@ -100,6 +103,7 @@ def check(options: Options) -> Inputs:
 
     surveys: dict[str, DataSurvey] = {}
     files = saved_state = None
+    fresh_start = ""
     shapes = step_shapes(options, num_processes)
     if device is not None:
         dropout = 0.0 if pretrained is None else pretrained.model.config.dropout_p
@@ -116,10 +120,10 @@ def check(options: Options) -> Inputs:
             with problems.collecting():
                 surveys[flag] = survey(dataset, pretrained.tokenizer, shapes[flag])
     all_opened = datasets.keys() == data_folders(options).keys()
-    if files is not None and options.resume and all_opened:
+    if files is not None and options.resume != NEVER and all_opened:
         settings = shapes["--dataset"].settings(datasets["--dataset"].fingerprint)
         with problems.collecting():
-            saved_state = files.load_state(settings)
+            saved_state, fresh_start = _load_state(options.resume, files, settings)
 
     problems.raise_if_any("this run cannot start:")
     assert device is not None and pretrained is not None and files is not None
@@ -134,7 +138,23 @@ def check(options: Options) -> Inputs:
         surveys=surveys,
         files=files,
         saved_state=saved_state,
+        fresh_start=fresh_start,
     )
+
+
+def _load_state(
+    resume: str, files: RunFiles, settings: dict[str, Any]
+) -> tuple[SavedState | None, str]:
+    """Returns the state that --resume asks for or, with `auto`, why there is none."""
+    if resume == AUTO and not files.states():
+        return None, f"--resume auto: no saved state {files.state}, the run begins anew"
+    path = None if resume in (AUTO, ALWAYS) else Path(resume)
+    try:
+        return files.load_state(settings, path), ""
+    except InputError as error:
+        if resume != AUTO:
+            raise
+        return None, f"warning: --resume auto: the run begins anew, because\n{error}"
 
 
 def step_shapes(options: Options, num_processes: int) -> dict[str, StepShape]:
@@ -226,4 +246,10 @@ def _run_files(
         "" if evaluation is None else evaluation.fingerprint,
         delta_config,
     )
-    return RunFiles(options.save, options.save_name, provenance, keep_runs=options.keep_runs)
+    return RunFiles(
+        options.save,
+        options.save_name,
+        provenance,
+        keep_runs=options.keep_runs,
+        save_total_limit=options.save_total_limit,
+    )

@@ -63,6 +63,8 @@ def _step_lines(options: Options, inputs: Inputs) -> list[str]:
     ]
     if inputs.saved_state is not None:
         lines.append(f"resumes after step {inputs.saved_state[1]['step']}")
+    if inputs.fresh_start:
+        lines.append(inputs.fresh_start)
     return lines
 
 
@@ -87,6 +89,7 @@ def _checkpointing_line(options: Options, inputs: Inputs, is_sharded: bool) -> s
 def _result_lines(options: Options, inputs: Inputs) -> list[str]:
     files = inputs.files
     lines = [f"results: {files.best}, {files.last}; log: {files.log}"]
-    if not options.resume and files.places.present():
+    begins_new_run = inputs.saved_state is None or files.begins_new_run
+    if begins_new_run and files.places.present():
         lines.append(f"the files of the previous run would be moved to {files.places.previous}")
     return lines

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,11 +22,18 @@ class Reporter:
         path: the log; None on ranks above 0.
         resumed_step: the step after which a resumed run continues; log lines of later steps are
             dropped, since these run again. None starts a new log.
+        evaluated_step: likewise the step of the last evaluation of a resumed run.
         tensorboard: the folder for TensorBoard events, or None.
     """
 
     def __init__(
-        self, path: Path | None, *, resumed_step: int | None, task: str, tensorboard: str | None
+        self,
+        path: Path | None,
+        *,
+        resumed_step: int | None,
+        evaluated_step: int,
+        task: str,
+        tensorboard: str | None,
     ) -> None:
         self._file: IO[str] | None = None
         self._events: Any = None
@@ -32,7 +41,14 @@ class Reporter:
         if path is not None:
             self._events = _tensorboard_writer(tensorboard)
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [] if resumed_step is None else _lines_until(path, resumed_step)
+            kept = []
+            if resumed_step is not None:
+                limits = {"eval": evaluated_step}
+                kept = [
+                    line
+                    for line, event in _lines(path)
+                    if event.get("step", 0) <= limits.get(event["event"], resumed_step)
+                ]
             with atomic_file(path) as file:
                 file.writelines(kept)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
@@ -114,17 +130,17 @@ def _is_json(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _lines_until(path: Path, step: int) -> list[str]:
-    """Returns the lines of a log up to a step, without one cut short by a kill."""
-    kept = []
+def least_loss(path: Path) -> float:
+    """Returns the lowest evaluation loss in a log; infinite if there is none."""
+    losses = [event["loss"] for _, event in _lines(path) if event["event"] == "eval"]
+    return min(losses, default=math.inf)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the lines of a log and what they hold, without one cut short by a kill."""
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if event.get("step", 0) <= step:
-            kept.append(line + "\n")
-    return kept
+        with suppress(ValueError):
+            yield line + "\n", json.loads(line)
 
 
 def _tensorboard_writer(folder: str | None) -> Any:

@@ -14,6 +14,7 @@ from cpm_bee.train.model_options import AUTO, DATA, DELTA, MODEL, ModelOptions, 
 from cpm_bee.train.schedules import STYLES
 
 DDP, FSDP = "ddp", "fsdp"  # --parallel, or AUTO
+ALWAYS, NEVER = "always", "never"  # --resume, or AUTO, or the path of a state
 
 TRAINING = Group("training", "训练")
 SCHEDULE = Group("learning rate", "学习率")
@@ -148,6 +149,20 @@ class Options(ModelOptions, CommandOptions):
         "保存训练状态的间隔（步）；不指定时等于 `--eval-interval`",
         type=positive,
     )
+    save_minutes: float | None = EVALUATION.option(
+        None,
+        "also save the training state when this many minutes have passed since it was last saved",
+        "距上次保存训练状态满这么多分钟时，也保存一次",
+        type=above_zero,
+    )
+    save_total_limit: int = EVALUATION.option(
+        2,
+        "number of training states to keep: the newest in `SAVE_NAME-state.pt`, earlier ones in "
+        "`SAVE_NAME-state-STEP.pt`; the best weights are always kept",
+        "保留多少个训练状态：最新的为 `SAVE_NAME-state.pt`，较早的为 `SAVE_NAME-state-STEP.pt`；"
+        "最优权重总会保留",
+        type=positive,
+    )
     keep_runs: int = EVALUATION.option(
         1,
         "finished earlier runs of the same name to keep, in `SAVE_NAME-previous`, "
@@ -156,10 +171,17 @@ class Options(ModelOptions, CommandOptions):
         "最近一次旧运行总会保留",
         type=positive,
     )
-    resume: bool = EVALUATION.option(
-        False,
-        "continue from the training state saved in `--save`",
-        "从 `--save` 中保存的训练状态继续",
+    resume: str = EVALUATION.option(
+        NEVER,
+        "continue from a training state: `--resume` alone from the newest one in `--save`, which "
+        "must exist; `auto` from that one if there is one of this run with these settings, else "
+        "from the beginning; a path from that file, and the files of the present run are moved as "
+        "by a new one; `never` always begins anew",
+        "从训练状态继续：只写 `--resume` 表示从 `--save` 中最新的状态继续，且该状态必须存在；"
+        "`auto` 表示若有设置相同的状态就从它继续，否则从头开始；给出路径则从该文件继续，"
+        "此时当前运行的文件会像开始新运行那样移走；`never` 总是从头开始",
+        metavar="auto|never|PATH",
+        bare=ALWAYS,
     )
     task_name: str = EVALUATION.option(
         "task", "name of the task in the logs", "日志中的任务名", metavar="NAME"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -119,23 +120,26 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
 
             compile_blocks(model.encoder)
         engine.prepare(model, _optimizer_settings(options))
-        state = TrainingState()
-        if (saved := inputs.take_saved_state()) is not None:
+        saved = inputs.take_saved_state()
+        _check_same_step(engine, -1 if saved is None else saved[1]["step"])
+        resumed_step, state = None, TrainingState()
+        if saved is not None:
             engine_state, trainer_state = saved
             engine.load_training_state(engine_state)
-            state = TrainingState(**trainer_state)
+            resumed_step, state = trainer_state["step"], TrainingState(**trainer_state)
             # Its file is mapped: while a name refers to it, it takes disk space beside newer ones.
             del saved, engine_state
-        if engine.rank == 0:
-            # Only after all ranks have opened the state to resume from, which this may move.
-            files.places.finish() if options.resume else files.places.begin()
+        # Only after all ranks have opened the state to resume from, which this may move.
+        _begin(engine, files, resumed_step is not None, state)
         reporter = Reporter(
             files.places.to_write(files.log) if engine.rank == 0 else None,
-            resumed_step=state.step if options.resume else None,
+            resumed_step=resumed_step,
+            evaluated_step=state.evaluated_step if state.evaluated_step >= 0 else state.step - 1,
             task=options.task_name,
             tensorboard=options.tensorboard,
         )
-        summary = [f"resumed after step {state.step}"] if options.resume else []
+        summary = [inputs.fresh_start] if inputs.fresh_start else []
+        summary += [] if resumed_step is None else [f"resumed after step {resumed_step}"]
         summary += [_engine_line(engine), sizes, *_data_lines(options, training, evaluation)]
         summary += [distribution, checkpointing_line(checkpointing)]
         with closing(reporter):
@@ -174,6 +178,41 @@ def open_index(engine: Engine, dataset: BinaryDataset, tokenizer: Tokenizer) -> 
             "and the vocabulary to all machines again"
         )
     return TokenIndex.of(dataset, tokenizer)
+
+
+def _check_same_step(engine: Engine, step: int) -> None:
+    """Check that all processes resume from the same state, or none does; collective.
+
+    Each has looked for it on its own.
+
+    Args:
+        step: of the state; -1 if this process begins anew.
+    """
+    largest, least = engine.reduce_max([step, -step])
+    if largest != -least:
+        found = ["no state" if s < 0 else f"the state of step {s}" for s in (-least, largest)]
+        raise InputError(
+            f"--resume: one process finds {found[0]}, another one {found[1]}; --save must be on a "
+            "file system that all machines share"
+        )
+
+
+def _begin(engine: Engine, files: RunFiles, resumes: bool, state: TrainingState) -> None:
+    """Prepare the folder of a run, and correct the state that it begins with; collective.
+
+    A new run that begins at the state of another one saves that state first. If the best weights of
+    that run are later than the state, those of the state are evaluated, and are the best so far.
+    """
+    begins_new_run = lacks_best = False
+    if engine.rank == 0:
+        lacks_best = not files.begin(asdict(state) if resumes else None)
+        begins_new_run = files.begins_new_run
+    figures = engine.reduce_max([int(begins_new_run), int(lacks_best)])
+    if figures[0]:
+        state.saved_step = -1
+        if figures[1]:
+            state.best_loss, state.evaluated_step = math.inf, -1
+            state.evaluations_without_gain = 0
 
 
 def _loaders(

@@ -74,6 +74,7 @@ class Trainer:
         self._files = files
         self._reporter = reporter
         self._signals = 0
+        self._saved_at = time.monotonic()
         self.state = state
 
     def run(self) -> str:
@@ -87,8 +88,9 @@ class Trainer:
         self._model.train()
         with self._watch_signals():
             try:
-                if state.step == 0:
+                if state.evaluated_step < 0:
                     self._evaluate()
+                if state.saved_step < 0:
                     self._save()  # for a run that fails at once
                 reason = self._train()
                 if state.evaluated_step != state.step:
@@ -165,8 +167,9 @@ class Trainer:
             own_loss += share.item()
             del share  # and what its graph holds, before the next forward pass
         # The same reduction tells all ranks of a signal to any of them, so that all end after the
-        # same step.
-        loss, signals = engine.reduce([own_loss, float(self._signals > 0)])
+        # same step, and whether to save: their clocks differ.
+        flags = (self._signals > 0, self._is_late())
+        loss, signals, is_late = engine.reduce([own_loss, *map(float, flags)])
         _require_finite(loss, f"loss of step {state.step + 1}")
         lr = learning_rate(
             options.lr_decay_style,
@@ -186,7 +189,7 @@ class Trainer:
             self._reporter.inspection(state.step, engine.statistics())
         if state.step % options.eval_interval == 0:
             self._evaluate()
-        if state.step % (options.save_interval or options.eval_interval) == 0:
+        if is_late or state.step % (options.save_interval or options.eval_interval) == 0:
             self._save()
         if signals:
             raise InterruptedRun(
@@ -197,6 +200,11 @@ class Trainer:
             patience = options.early_stop_patience
             return f"early stop: {patience} evaluations in a row without a lower loss"
         return None
+
+    def _is_late(self) -> bool:
+        """Whether the state was last saved longer ago than --save-minutes."""
+        minutes = self._options.save_minutes
+        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
     def _log(
         self,
@@ -236,10 +244,12 @@ class Trainer:
         if best:
             state.best_loss = result.loss
             state.evaluations_without_gain = 0
-            self._save_weights("best")
         else:
             state.evaluations_without_gain += 1
+        # Logged first: the log tells which best weights are later than a state, also after a kill.
         self._reporter.evaluation(state.step, result, best)
+        if best:
+            self._save_weights("best")
 
     def _save(self) -> None:
         """Save the last weights and the state, at most once per step."""
@@ -257,6 +267,7 @@ class Trainer:
             if previous is not None:
                 self._reporter.line(f"the files of the previous run are in {previous}")
         self._engine.barrier()
+        self._saved_at = time.monotonic()
 
     def _save_weights(self, which: str) -> None:
         tensors = self._engine.trained_tensors()
@@ -278,7 +289,9 @@ class Trainer:
             if self._signals > 1:
                 raise KeyboardInterrupt
 
-        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup it stays ignored
+            signals.append(signal.SIGHUP)
         old = {s: signal.signal(s, note) for s in signals}
         try:
             yield
