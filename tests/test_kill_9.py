@@ -137,14 +137,18 @@ def kill_training(
         "load": model, "eval_dataset": workspace.eval, "eval_interval": 4, "epoch": 9,
         "max_steps": STEPS, "save_minutes": 0.01, **values,
     }  # fmt: skip
-    save, whole = folder / "killed", folder / "whole"
+    save, whole, earlier = folder / "killed", folder / "whole", folder / "earlier"
     shutil.copytree(workspace.model, model)
+    # A finished run of the same name: a kill may meet the moves that keep it.
+    server.complete([FINETUNE, *workspace.flags(earlier, **{**flags, "seed": 8, "max_steps": 1})])
+    kept = files_in(earlier)
     seconds = server.complete([FINETUNE, *workspace.flags(whole, **flags)])
     expected = files_in(whole)
     cache = files_in(model)
 
     def begin() -> None:
         shutil.rmtree(save, ignore_errors=True)
+        shutil.copytree(earlier, save)
         shutil.rmtree(model)
         shutil.copytree(workspace.model, model)
 
@@ -162,8 +166,10 @@ def kill_training(
             for p in save.glob(f"{NAME}-state*")
         ]
         assert len(steps) <= values.get("save_total_limit", 2) + 1
-        if any(save.glob("*-last.pt")) and STEPS not in steps:
-            assert steps or log_steps(save) == []  # from the first step on there is a state
+        assert steps or log_steps(log) == []  # from the first step on there is a state
+        places = (save, save / f"{NAME}-previous", save / f".{NAME}-incoming")
+        left = [path.read_bytes() for place in places for path in place.glob("cpm*.*")]
+        assert all(content in left for content in kept.values())
 
     def check_end() -> None:
         found = files_in(save)
@@ -173,6 +179,7 @@ def kill_training(
             weights, True
         )
         assert files_in(model) == cache
+        assert files_in(save / f"{NAME}-previous") == kept
         run, reference = Run(save), Run(whole)
         assert run.column("step") == list(range(1, STEPS + 1))
         assert run.losses == reference.losses
@@ -183,9 +190,9 @@ def kill_training(
     kill_in_turn(server, command, kills, seconds, rng, check, check_end, begin)
 
 
-def log_steps(save: Path) -> list[int]:
-    text = (save / f"{NAME}-log.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line)["step"] for line in text.splitlines() if '"event": "train"' in line]
+def log_steps(log: Path) -> list[str]:
+    text = log.read_text(encoding="utf-8") if log.exists() else ""
+    return [line for line in text.splitlines() if '"event": "train"' in line]
 
 
 def kill_writing(
