@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import shutil
@@ -261,7 +262,8 @@ class RunFiles:
         if not log.is_file():
             return False
         shutil.copyfile(log, self.places.to_write(self.log))
-        if least_loss(log) != best_loss or not copies[self.best].is_file():
+        is_evaluated = math.isfinite(best_loss)  # else the best weights are always the last ones
+        if not (is_evaluated and least_loss(log) == best_loss and copies[self.best].is_file()):
             return False
         for path, source in copies.items():
             if source.is_file():
