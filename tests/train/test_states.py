@@ -296,3 +296,33 @@ def test_processes_that_find_different_states_end(
     for values in ({"resume": True}, {"resume": "auto", "seed": 8}):
         with pytest.raises(InputError, match=told):
             train(workspace, tmp_path, use_delta=True, max_steps=4, **values)
+
+
+@pytest.mark.parametrize("count", range(40))
+def test_a_kill_while_an_earlier_state_begins_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    files = files_of(tmp_path, 9)
+    for step in (0, 5, 10, 15):
+        save(files, step)
+    files.log.write_text('{"event": "eval", "step": 5, "loss": 2.0}\n')
+    files.best.write_text("weights")
+
+    def begin() -> None:
+        resumed = files_of(tmp_path, 9)
+        progress = resumed.load_state(path=tmp_path / "run-state-5.pt")[1]
+        assert resumed.begin({**progress, "best_loss": 2.0})
+        save(resumed, 5)
+        save(resumed, 7)
+
+    killed = is_killed(monkeypatch, count, begin)
+    resumed = files_of(tmp_path, 9)
+    progress = resumed.load_state()[1]
+    resumed.begin(progress)
+    steps = sorted(set(steps_of(tmp_path)))  # between two operations the newest one has two names
+    assert progress["step"] == max(steps)
+    if steps != [0, 5, 10, 15]:
+        assert steps in ([5], [5, 7]) and steps_of(tmp_path / "run-previous") == [0, 5, 10, 15]
+        assert (tmp_path / "run-previous" / files.best.name).read_text() == "weights"
+    assert files.best.read_text() == "weights"
+    assert killed or (count > 10 and steps == [5, 7])
