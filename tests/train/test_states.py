@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from kills import is_killed
+from kills import Killed, is_killed
 from train_support import Run, Workspace, distance, train
 
 from cpm_bee.engine.torch_engine import TorchEngine
@@ -326,3 +327,26 @@ def test_a_kill_while_an_earlier_state_begins_a_run(
         assert (tmp_path / "run-previous" / files.best.name).read_text() == "weights"
     assert files.best.read_text() == "weights"
     assert killed or (count > 10 and steps == [5, 7])
+
+
+def test_a_kill_within_a_write_leaves_whole_states(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = files_of(tmp_path, 2)
+    for step in (0, 5):
+        save(files, step)
+
+    def half(value: Any, file: Any) -> None:
+        buffer = io.BytesIO()
+        original(value, buffer)
+        write = file.write_bytes if isinstance(file, Path) else file.write
+        write(buffer.getvalue()[:100])
+        raise Killed
+
+    original = torch.save
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(Killed):
+        save(files, 10)
+    monkeypatch.undo()
+    assert files_of(tmp_path, 2).load_state()[1]["step"] == 5
+    assert set(steps_of(tmp_path)) == {0, 5}
