@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from cpm_bee.checkpoint.reader import load_tensors, save_tensors
 from cpm_bee.checkpoint.sidecar import write_sidecar
 from cpm_bee.delta import DeltaConfig
 from cpm_bee.delta import save as save_delta
-from cpm_bee.errors import InputError, Problems, shown
+from cpm_bee.errors import DamagedFile, InputError, Problems, shown
 from cpm_bee.files import exclusive, refuse_if_held
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.train.run_folder import RunFolder
@@ -136,17 +137,16 @@ class RunFiles:
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Load the (engine, progress) of `save_state`.
 
+        A damaged state is left out with a warning, and the one before it is used.
+
         Raises:
+            DamagedFile: all states are damaged.
             InputError: there is no state, or it is that of a run with another base, delta,
                 vocabulary, evaluation set or, if given, other settings; all differences are listed.
         """
-        path = self.places.to_read(self.state)
-        if not path.is_file():
-            raise InputError(f"{self.state}: there is no saved state to resume from")
-        state = load_tensors(path, "a training state")
-        check_state(self.state, state)
+        path, state = self._latest_intact()
         if state.get("base_fingerprint") != self._provenance.base_fingerprint:
-            raise InputError(f"{self.state}: is the state of a run on another base model")
+            raise InputError(f"{path}: is the state of a run on another base model")
         problems = Problems()
         if state["delta"] != self._delta():
             was = shown(state["delta"]) if state["delta"] else "full fine-tuning"
@@ -156,7 +156,7 @@ class RunFiles:
         ):
             if name not in state:
                 logger.warning(
-                    f"{self.state}: an earlier version saved it and did not record the {flag}; "
+                    f"{path}: an earlier version saved it and did not record the {flag}; "
                     "they are taken to be the same as before"
                 )
             elif state[name] != value:
@@ -165,5 +165,36 @@ class RunFiles:
             before = state["settings"].get(name, _NOT_RECORDED)
             if before != value:
                 problems.add(name, f"{value}, it was {before}")
-        problems.raise_if_any(f"{self.state}: --resume needs the same as before:")
+        problems.raise_if_any(f"{path}: --resume needs the same as before:")
         return state["engine"], state["progress"]
+
+    def states(self) -> list[Path]:
+        """Returns the saved states, the latest first."""
+        earlier = {}
+        for path in self._folder.glob(f"{glob.escape(self._name)}-state-*.pt"):
+            step = path.stem.rpartition("-")[2]
+            if path.name == f"{self._name}-state-{step}.pt" and step.isdecimal():
+                earlier[path] = int(step)
+        latest = self.places.to_read(self.state)
+        return [latest] * latest.is_file() + sorted(earlier, key=lambda p: -earlier[p])
+
+    def _latest_intact(self) -> tuple[Path, dict[Any, Any]]:
+        """Returns the latest state that is not damaged, with its path."""
+        states = self.states()
+        if not states:
+            raise InputError(f"{self.state}: there is no saved state to resume from")
+        problems = Problems()
+        for path in states:
+            try:
+                state = load_tensors(path, "a training state", verify=True)
+                check_state(path, state)
+            except DamagedFile as error:
+                problems.include(error)
+                continue
+            if problems.count:
+                logger.warning(f"{' '.join(problems.text().split())}; resuming from {path} instead")
+            return path, state
+        raise DamagedFile(
+            f"no state of this run is intact:\n{problems.text()}\n"
+            "start again without --resume, or put an intact copy there"
+        )

@@ -122,6 +122,7 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
         state = TrainingState()
         if (saved := inputs.take_saved_state()) is not None:
             engine_state, trainer_state = saved
+            _check_same_step(engine, trainer_state["step"])
             engine.load_training_state(engine_state)
             state = TrainingState(**trainer_state)
             # Its file is mapped: while a name refers to it, it takes disk space beside newer ones.
@@ -174,6 +175,19 @@ def open_index(engine: Engine, dataset: BinaryDataset, tokenizer: Tokenizer) -> 
             "and the vocabulary to all machines again"
         )
     return TokenIndex.of(dataset, tokenizer)
+
+
+def _check_same_step(engine: Engine, step: int) -> None:
+    """Check that all processes resume from the same state; collective.
+
+    Each has opened it on its own, and uses an earlier one where it finds the latest one damaged.
+    """
+    largest, least = engine.reduce_max([step, -step])
+    if largest != -least:
+        raise InputError(
+            f"--resume: one process reads the state of step {-least:.0f}, another one that of step "
+            f"{largest:.0f}; copy the states of the run to all machines again"
+        )
 
 
 def _loaders(

@@ -1,0 +1,155 @@
+"""Files of each kind with checksums, and what loading gives once one of their bits is flipped."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tiny
+import torch
+
+from cpm_bee import delta
+from cpm_bee.delta import DeltaConfig
+from cpm_bee.errors import InputError
+from cpm_bee.train.checkpoints import RunFiles, RunProvenance
+from cpm_bee.train.trainer import TrainingState
+
+
+class Flip(NamedTuple):
+    """A bit of a file, counted from its beginning."""
+
+    path: Path
+    bit: int
+
+
+class Loaded(NamedTuple):
+    """What loading gave: values (None: it was refused), and all that was said."""
+
+    values: Any
+    text: str
+
+
+class Kind(NamedTuple):
+    """Files of a kind.
+
+    Attributes:
+        files: those in which a bit may be flipped.
+        load: reads all of them; equal if nothing has changed.
+        replacements: other values that it may give if it names the damaged file.
+    """
+
+    files: Sequence[Path]
+    load: Callable[[], Any]
+    replacements: Sequence[Any] = ()
+
+    def draw(self, rng: random.Random) -> Flip:
+        """Choose a file, and one of its bits."""
+        path = rng.choice(self.files)
+        return Flip(path, rng.randrange(8 * path.stat().st_size))
+
+    def outcome(self, flip: Flip, intact: Any) -> str:
+        """Load with a flipped bit: "named", "replaced", "equal" or "silent"; restores the files."""
+        contents = {path: path.read_bytes() for path in self.files}
+        times = {path: path.stat() for path in self.files}
+        try:
+            changed = bytearray(contents[flip.path])
+            changed[flip.bit // 8] ^= 1 << flip.bit % 8
+            # Overwritten in place: damage changes neither the file nor its time.
+            flip.path.write_bytes(changed)
+            _set_times(times)
+            loaded = self._loaded()
+        finally:
+            for path, content in contents.items():
+                path.write_bytes(content)
+            _set_times(times)
+        is_named = str(flip.path) in loaded.text or str(flip.path.parent) in loaded.text
+        if loaded.values is None:
+            return "named" if is_named else "silent"
+        if is_equal(loaded.values, intact):
+            return "equal"
+        is_known = any(is_equal(loaded.values, known) for known in self.replacements)
+        return "replaced" if is_known and is_named else "silent"
+
+    def _loaded(self) -> Loaded:
+        messages: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+        logger = logging.getLogger("cpm_bee")
+        logger.addHandler(handler)
+        try:
+            return Loaded(self.load(), "\n".join(messages))
+        except InputError as error:
+            return Loaded(None, "\n".join([*messages, str(error)]))
+        finally:
+            logger.removeHandler(handler)
+
+
+def _set_times(times: dict[Path, Any]) -> None:
+    import os
+
+    for path, stat in times.items():
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def is_equal(a: Any, b: Any) -> bool:
+    """Whether values are equal; those of tensors bit by bit, NaN included."""
+    if torch.is_tensor(a) and torch.is_tensor(b):
+        return a.dtype == b.dtype and a.shape == b.shape and _bytes(a) == _bytes(b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return list(a) == list(b) and all(is_equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(is_equal, a, b))
+    return type(a) is type(b) and a == b
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def state_of(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What an engine and a trainer save at a step."""
+    generator = torch.Generator().manual_seed(step)
+    tensors = {f"layer.{i}": torch.randn(3, 40, generator=generator) for i in range(3)}
+    moments = {
+        name: {"exp_avg": t * 0.1, "exp_avg_sq": t * t, "step": torch.tensor(float(step))}
+        for name, t in tensors.items()
+    }
+    engine = {"tensors": tensors, "optimizer": moments, "loss_scale": 1.0, "good_steps": step}
+    return engine, asdict(TrainingState(step=step, saved_step=step, best_loss=1 / (step + 1)))
+
+
+def run_files(folder: Path) -> RunFiles:
+    provenance = RunProvenance(tiny.make_config(), "vocab", "base", "v", "e", DeltaConfig())
+    return RunFiles(str(folder), "run", provenance)
+
+
+def states(folder: Path) -> Kind:
+    """The state of step 30, and an earlier one of step 20."""
+    files = run_files(folder)
+    for step in (20, 30):
+        files.save_state(*state_of(step), settings={"seed": 1})
+        if step == 20:
+            files.state.rename(folder / "run-state-20.pt")
+    return Kind([files.state], lambda: list(files.load_state({"seed": 1})), [list(state_of(20))])
+
+
+def deltas(folder: Path) -> Kind:
+    model = tiny.make_model(1)
+    config = DeltaConfig(rank=4, alpha=48)
+    delta.insert(model, config, seed=3)
+    path = folder / "run-delta-best.pt"
+    delta.save(path, delta.tensors(model), config, "0" * 64, "1" * 64)
+
+    def load() -> Any:
+        fresh = tiny.make_model(1)
+        config = delta.load(fresh, path, "0" * 64, "1" * 64)
+        return [delta.tensors(fresh), asdict(config)]
+
+    return Kind([path], load)
+
+
+KINDS: dict[str, Callable[[Path], Kind]] = {"states": states, "deltas": deltas}
