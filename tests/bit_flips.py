@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -15,8 +17,11 @@ import torch
 from cpm_bee import delta
 from cpm_bee.delta import DeltaConfig
 from cpm_bee.errors import InputError
+from cpm_bee.pretrained import load_pretrained
 from cpm_bee.train.checkpoints import RunFiles, RunProvenance
 from cpm_bee.train.trainer import TrainingState
+
+CPU = torch.device("cpu")
 
 
 class Flip(NamedTuple):
@@ -40,11 +45,13 @@ class Kind(NamedTuple):
         files: those in which a bit may be flipped.
         load: reads all of them; equal if nothing has changed.
         replacements: other values that it may give if it names the damaged file.
+        made_again: loading makes the files again from others.
     """
 
     files: Sequence[Path]
     load: Callable[[], Any]
     replacements: Sequence[Any] = ()
+    made_again: bool = False
 
     def draw(self, rng: random.Random) -> Flip:
         """Choose a file, and one of its bits."""
@@ -52,7 +59,12 @@ class Kind(NamedTuple):
         return Flip(path, rng.randrange(8 * path.stat().st_size))
 
     def outcome(self, flip: Flip, intact: Any) -> str:
-        """Load with a flipped bit: "named", "replaced", "equal" or "silent"; restores the files."""
+        """Load with a flipped bit; restores the files.
+
+        Returns:
+            "refused" or "replaced" with the name of the file, "equal" for the same values, or
+            "silent" for all that must not be.
+        """
         contents = {path: path.read_bytes() for path in self.files}
         times = {path: path.stat() for path in self.files}
         try:
@@ -66,9 +78,9 @@ class Kind(NamedTuple):
             for path, content in contents.items():
                 path.write_bytes(content)
             _set_times(times)
-        is_named = str(flip.path) in loaded.text or str(flip.path.parent) in loaded.text
+        is_named = any(str(path) in loaded.text for path in (flip.path, flip.path.parent))
         if loaded.values is None:
-            return "named" if is_named else "silent"
+            return "refused" if is_named else "silent"
         if is_equal(loaded.values, intact):
             return "equal"
         is_known = any(is_equal(loaded.values, known) for known in self.replacements)
@@ -89,8 +101,6 @@ class Kind(NamedTuple):
 
 
 def _set_times(times: dict[Path, Any]) -> None:
-    import os
-
     for path, stat in times.items():
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
@@ -149,7 +159,29 @@ def deltas(folder: Path) -> Kind:
         config = delta.load(fresh, path, "0" * 64, "1" * 64)
         return [delta.tensors(fresh), asdict(config)]
 
-    return Kind([path], load)
+    return Kind([path, path.with_suffix(".json")], load)
 
 
-KINDS: dict[str, Callable[[Path], Kind]] = {"states": states, "deltas": deltas}
+def quantized(folder: Path) -> Kind:
+    """The file of a base in NF4, which is made again."""
+    model = tiny.make_model(1, dim_model=64, num_heads=4, dim_head=16, dim_ff=64, num_layers=1)
+    torch.save({n: t.half() for n, t in model.state_dict().items()}, folder / "base.bin")
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict()))
+    tiny.write_vocabulary(folder / "vocab.txt")
+
+    def load() -> Any:
+        base = load_pretrained(
+            str(folder / "base.bin"), "auto", None, torch.float32, CPU, quantize="nf4"
+        )
+        # Copies: the values are mapped from a file that is about to change.
+        return {name: p.detach().clone() for name, p in base.model.named_parameters()}
+
+    load()
+    return Kind([folder / "base.nf4.safetensors"], load, made_again=True)
+
+
+KINDS: dict[str, Callable[[Path], Kind]] = {
+    "states": states,
+    "deltas": deltas,
+    "quantized base": quantized,
+}

@@ -32,4 +32,5 @@ def test_a_flipped_bit_is_named(name: str, tmp_path: Path) -> None:
         counts[outcome] += 1
 
     check()
-    assert counts["named"] + counts["replaced"] > 50, counts
+    # Of what is made again, the values are always equal.
+    assert kind.made_again or counts["refused"] + counts["replaced"] > counts.total() / 2, counts
