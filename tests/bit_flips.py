@@ -10,14 +10,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
+import numpy as np
 import tiny
 import torch
 
 from cpm_bee import delta
+from cpm_bee.data.bin_dataset import BinaryDataset
+from cpm_bee.data.preprocess.pipeline import preprocess
+from cpm_bee.data.token_index import soundness
+from cpm_bee.data.token_index.reader import TokenIndex
+from cpm_bee.data.token_index.writer import folder_name
 from cpm_bee.delta import DeltaConfig
 from cpm_bee.errors import InputError
 from cpm_bee.pretrained import load_pretrained
+from cpm_bee.records import Record
 from cpm_bee.train.checkpoints import RunFiles, RunProvenance
 from cpm_bee.train.trainer import TrainingState
 
@@ -45,13 +53,13 @@ class Kind(NamedTuple):
         files: those in which a bit may be flipped.
         load: reads all of them; equal if nothing has changed.
         replacements: other values that it may give if it names the damaged file.
-        made_again: loading makes the files again from others.
+        makes: loading makes damaged files again from others, which takes time.
     """
 
     files: Sequence[Path]
     load: Callable[[], Any]
     replacements: Sequence[Any] = ()
-    made_again: bool = False
+    makes: bool = False
 
     def draw(self, rng: random.Random) -> Flip:
         """Choose a file, and one of its bits."""
@@ -177,11 +185,65 @@ def quantized(folder: Path) -> Kind:
         return {name: p.detach().clone() for name, p in base.model.named_parameters()}
 
     load()
-    return Kind([folder / "base.nf4.safetensors"], load, made_again=True)
+    return Kind([folder / "base.nf4.safetensors"], load, makes=True)
+
+
+def make_dataset(folder: Path) -> Path:
+    """Several blocks of records and of tokens, some with answers that training shuffles."""
+    rng = random.Random(1)
+    records: list[Record] = []
+    for number in range(190):
+        text = "".join(rng.choices(["春", "天", "风", "é", "a b"], k=90))
+        answer: Any = "天" if number % 3 else {"a": "春", "b": "é"}
+        records.append({"input": text, "<ans>": answer})
+    source = folder / "set.jsonl"
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    source.write_text("".join(lines), encoding="utf-8")
+    preprocess(source, folder, "data", seed=0, overwrite=False, block_size=1 << 17)
+    return folder / "set"
+
+
+def datasets(folder: Path) -> Kind:
+    path = make_dataset(folder)
+
+    def load() -> Any:
+        dataset = BinaryDataset(path)
+        found = list(dataset)
+        assert all(dataset.read(file, offset) for file, offset, _ in found[::50])
+        return [found, [(info.file_name, info.nlines) for info in dataset.files]]
+
+    return Kind([path / name for name in ("data", "meta.bin", "checksums.json")], load)
+
+
+def token_index(folder: Path, *, is_large: bool = False) -> Kind:
+    path = make_dataset(folder)
+
+    def load() -> Any:
+        with mock.patch.object(soundness, "_SMALL", 0 if is_large else soundness._SMALL):
+            index = TokenIndex.of(BinaryDataset(path), tiny.TOKENIZER)
+            numbers = range(len(index))
+            stream = index.stream(numbers, random.Random)
+            return [
+                {name: np.asarray(value).tolist() for name, value in vars(stream).items()},
+                index.lengths.tolist(), index.num_targets.tolist(), index.answers.tolist(),
+                [index.location(number) for number in numbers],
+                index.extension_pairs(index.largest_subs(numbers)),
+            ]  # fmt: skip
+
+    load()
+    files = sorted((path / folder_name(tiny.TOKENIZER)).iterdir())
+    return Kind(files, load, makes=True)
+
+
+def large_token_index(folder: Path) -> Kind:
+    return token_index(folder, is_large=True)
 
 
 KINDS: dict[str, Callable[[Path], Kind]] = {
     "states": states,
     "deltas": deltas,
     "quantized base": quantized,
+    "datasets": datasets,
+    "token index": token_index,
+    "large token index": large_token_index,
 }
