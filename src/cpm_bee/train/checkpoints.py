@@ -192,9 +192,13 @@ class RunFiles:
                 problems.include(error)
                 continue
             if problems.count:
-                logger.warning(f"{' '.join(problems.text().split())}; resuming from {path} instead")
+                logger.warning(f"{_one_line(problems)}; resuming from {path} instead")
             return path, state
         raise DamagedFile(
-            f"no state of this run is intact:\n{problems.text()}\n"
-            "start again without --resume, or put an intact copy there"
+            f"{_one_line(problems)}; no earlier state is intact: start again without --resume, or "
+            "put an intact copy there"
         )
+
+
+def _one_line(problems: Problems) -> str:
+    return " ".join(problems.text().split())
