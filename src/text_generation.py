@@ -32,7 +32,9 @@ def main() -> None:
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     model = (options.load, options.model_config, options.vocab)
-    loaded = pretrained.load_pretrained(*model, dtype, device, quantize=options.quantize)
+    loaded = pretrained.load_pretrained(
+        *model, dtype, device, quantize=options.quantize, verify=options.verify
+    )
     settings = settings_of(options, str(dtype).removeprefix("torch."), device.type)
     prints = (loaded.fingerprint, loaded.tokenizer.fingerprint)
     settings |= {"--load": shortened(prints[0]), "--vocab": shortened(prints[1])}

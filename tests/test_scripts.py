@@ -96,7 +96,7 @@ def test_tutorial_word_for_word(checkout: Path) -> None:
     assert [e["event"] for e in events] == ["start", "eval", "train", "train", "eval", "end"]
     assert events[1]["records"] == 20
     written = sorted(p.name for p in (checkout / "bin_data" / "train").iterdir())
-    assert written[:2] == ["ccpm_data", "meta.bin"]
+    assert written[:3] == ["ccpm_data", "checksums.json", "meta.bin"]
     assert not list(checkout.rglob("tmp"))
 
 

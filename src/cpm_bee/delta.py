@@ -134,13 +134,14 @@ def load(
     it is `alpha` or, with a warning, 16.
 
     Raises:
+        DamagedFile: the file has changed since it was written.
         InputError: the delta was trained on another base or vocabulary or with another alpha, its
             sidecar contradicts it, or tensors do not fit (all are listed).
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such delta file")
-    loaded = load_tensors(path, "a delta file")
+    loaded = load_tensors(path, "a delta file", verify=True)
     recorded = _recorded(path, loaded)
     base, vocabulary = (recorded.get(f"{of}_fingerprint") for of in ("base", "vocabulary"))
     if base is not None and base != base_fingerprint:

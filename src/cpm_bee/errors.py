@@ -33,6 +33,10 @@ class InputError(CpmBeeError):
     exit_status = 2
 
 
+class DamagedFile(InputError):
+    """A file that does not hold what was written to it: a checksum differs, or it is cut off."""
+
+
 class Problems:
     """Collects all problems of one input, to report them together.
 

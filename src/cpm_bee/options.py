@@ -75,6 +75,17 @@ class Group:
 GENERAL = Group("general", "通用")
 
 
+def verify_option(group: Group) -> Any:
+    """Returns the field of `--verify`, which several scripts have."""
+    return group.option(
+        False,
+        "read the whole base model first and compare it with its checksums (those of a "
+        "`torch.save` file, or the SHA-256 of its release); files without checksums are named",
+        "先通读基座模型，与其校验和比对（`torch.save` 文件自带的，或发布方的 SHA-256）；"
+        "没有校验和的文件会被指出",
+    )
+
+
 @dataclass(frozen=True)
 class Flag:
     """The declaration of a flag."""

@@ -103,7 +103,7 @@ def test_it_is_made_once(
     assert names == {checkpoint.name, "vocab.txt", "config.json", beside(checkpoint, kind).name}
     with safe_open(beside(checkpoint, kind), framework="pt") as file:
         assert file.metadata() == {
-            "format": kind, "format_version": "1", "base_fingerprint": first.fingerprint,
+            "format": kind, "format_version": "2", "base_fingerprint": first.fingerprint,
         }  # fmt: skip
     forbid_quantizing(monkeypatch)
     second = load(checkpoint, kind)
@@ -186,6 +186,45 @@ def test_a_damaged_one(checkpoint: Path, spoil, caplog: pytest.LogCaptureFixture
     assert "quantizing" in caplog.text
     check_values(base.model, checkpoint)
     assert beside(checkpoint).read_bytes() == whole
+
+
+def test_a_changed_value_is_named_and_made_again(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(checkpoint)
+    path = beside(checkpoint)
+    whole = path.read_bytes()
+    name = "encoder.layers.1.ffn.ffn.w_out.codes"
+    codes = load_file(path)[name].numpy().tobytes()
+    damaged = bytearray(whole)
+    damaged[whole.index(codes) + len(codes) // 2] ^= 1
+    path.write_bytes(damaged)
+    caplog.clear()
+    check_values(load(checkpoint).model, checkpoint)
+    assert f"{path}: {name} has changed since it was written (checksum)" in caplog.text
+    assert "quantizing" in caplog.text
+    assert path.read_bytes() == whole
+    caplog.clear()
+    forbid_quantizing(monkeypatch)
+    load(checkpoint)
+    assert caplog.text == ""
+
+
+def test_a_file_without_checksums_is_read(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As earlier versions wrote it."""
+    load(checkpoint)
+    path = beside(checkpoint)
+    with safe_open(path, framework="pt") as file:
+        notes = file.metadata()
+    tensors = load_file(path)
+    del tensors["cpm_bee.crc32"]
+    save_file(tensors, path, {**notes, "format_version": "1"})
+    forbid_quantizing(monkeypatch)
+    base = load(checkpoint)
+    monkeypatch.undo()
+    check_values(base.model, checkpoint)
 
 
 def test_that_of_another_base(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:

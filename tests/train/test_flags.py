@@ -175,6 +175,21 @@ def _quantize(lab: Lab) -> None:
 
 
 @case
+def _verify(lab: Lab) -> None:
+    model = Path(shutil.copytree(lab.workspace.model, lab.folder / "model"))
+    path = model / "pytorch_model.bin"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    lab.run(load=model)
+    assert f"{path}: damaged" in lab.refusal(load=model, verify=True)
+    lab.run(verify=True)
+    random = {"use_delta": None, "load": None, "vocab": lab.workspace.vocabulary}
+    config = lab.workspace.model / "config.json"
+    assert "--verify: needs" in lab.refusal(**random, model_config=config, verify=True)
+
+
+@case
 def _dataset(lab: Lab) -> None:
     other = train_support.make_dataset(lab.folder, "other", train_support.records(4, seed=9))
     run = lab.run(dataset=other, max_steps=None)

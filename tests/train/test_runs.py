@@ -272,7 +272,7 @@ def test_records_that_the_model_cannot_read_are_all_listed(
     with pytest.raises(InputError) as caught:
         train(workspace, tmp_path / "run", use_delta=True, dataset=dataset)
     assert "<noa>" in str(caught.value) and "<nob>" in str(caught.value)
-    assert sorted(p.name for p in dataset.iterdir()) == ["data", "meta.bin"]
+    assert sorted(p.name for p in dataset.iterdir()) == ["checksums.json", "data", "meta.bin"]
     assert not (tmp_path / "run").exists()
 
 

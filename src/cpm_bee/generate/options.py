@@ -9,7 +9,7 @@ from pathlib import Path
 from cpm_bee import hints, quantize
 from cpm_bee.cli import positive, real_number
 from cpm_bee.errors import InputError
-from cpm_bee.options import REQUIRED, CommandOptions, Group, check_values
+from cpm_bee.options import REQUIRED, CommandOptions, Group, check_values, verify_option
 
 FILES = Group("files", "文件")
 MODEL = Group("model", "模型")
@@ -135,6 +135,7 @@ class TextGenerationOptions(GenerationOptions, CommandOptions):
         "以 4 bit（`nf4`）或 8 bit（`int8`）加载基座模型；只量化一次，结果缓存在检查点旁",
         choices=quantize.CHOICES,
     )
+    verify: bool = verify_option(MODEL)
     dtype: str = MACHINE.option(
         "auto",
         "compute type; `auto` is fp32 on a CPU, and bf16 (fp16 where that is not supported) on a "

@@ -1,7 +1,8 @@
 """Quantizes a base once, tensor by tensor, into a safetensors file beside its checkpoint.
 
 The file has `NAME.codes` and `NAME.absmax` for each Linear of the layers; embedding, norms and
-bias table are copied from the checkpoint. The metadata have the fingerprint of the base.
+bias table are copied from the checkpoint. The metadata have the fingerprint of the base. The last
+tensor has the checksums of all others, which are compared when the file is opened.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import json
 import logging
 import os
 import struct
+import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cpm_bee.checkpoint.loading import drop_pages
+from cpm_bee.checkpoint.loading import drop_pages, read_ahead
 from cpm_bee.checkpoint.reader import Checkpoint, LazyTensor
 from cpm_bee.errors import InputError
 from cpm_bee.files import atomic_file
@@ -31,7 +34,10 @@ from cpm_bee.quantize.linear import insert_quantized_linears
 
 logger = logging.getLogger(__name__)
 
-VERSION = "1"
+VERSION = "2"
+_WITHOUT_CHECKSUMS = "1"  # files of this version are still read
+# The CRC-32 of each tensor, in the order of the file; uint8 [tensors, 4], little-endian.
+_CHECKSUMS = "cpm_bee.crc32"
 _WEIGHT, _CODES, _ABSMAX = ".weight", ".codes", ".absmax"
 _TYPE_NAMES = {
     torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -87,37 +93,63 @@ def _stored_tensors(model: CPMBee, checkpoint: Checkpoint) -> list[_Stored]:
     return sorted(stored, key=lambda s: s.num_bytes % 4 != 0)
 
 
+class _Cached(NamedTuple):
+    """An open file; one of an earlier version has no checksums."""
+
+    entries: dict[str, LazyTensor]
+    checksums: LazyTensor | None
+
+
 def _from_cache(
     checkpoint: Checkpoint, fmt: Format, stored: list[_Stored]
 ) -> dict[str, LazyTensor] | None:
     """The tensors of the file, which is made first if necessary; None if it cannot be written."""
     path = cache_path(checkpoint.path, fmt)
-    notes = {
-        "format": fmt.name,
-        "format_version": VERSION,
-        "base_fingerprint": checkpoint.fingerprint(),
-    }
+    notes = {"format": fmt.name, "base_fingerprint": checkpoint.fingerprint()}
+    with _alone(checkpoint.path) as locked:
+        found = _open(path, checkpoint.path, notes, stored)
+        if found is None:
+            return _make(path, checkpoint, fmt, stored, notes, locked)
+    if _first_damaged(path, found) is None:  # without the lock: several processes at once
+        return found.entries
     with _alone(checkpoint.path) as locked:
         found = _open(path, checkpoint.path, notes, stored)
         if found is not None:
-            return found
-        logger.info(f"quantizing {checkpoint.path} to {fmt.name}, once")
-        try:
-            if locked:  # files left by a killed run are not in use
-                for left in path.parent.glob(f".{path.name}.partial-*"):
-                    left.unlink()
-            with atomic_file(path, "wb") as file:
-                _write(file, checkpoint, fmt, stored, notes)
-            # Never older than the checkpoint, even if the checkpoint's time is in the future.
-            newest = max(path.stat().st_mtime_ns, checkpoint.path.stat().st_mtime_ns)
-            os.utime(path, ns=(newest, newest))
-        except OSError as error:
-            logger.warning(
-                f"{path} cannot be written ({(error.strerror or str(error)).lower()}): "
-                "quantizing in memory, in this run and every run until it can be written"
-            )
-            return None
-        return _open(path, checkpoint.path, notes, stored)
+            damaged = _first_damaged(path, found)
+            if damaged is None:  # another process has made it again
+                return found.entries
+            logger.warning(f"{path}: {damaged} has changed since it was written (checksum)")
+        return _make(path, checkpoint, fmt, stored, notes, locked)
+
+
+def _make(
+    path: Path,
+    checkpoint: Checkpoint,
+    fmt: Format,
+    stored: list[_Stored],
+    notes: dict[str, str],
+    locked: bool,
+) -> dict[str, LazyTensor] | None:
+    logger.info(f"quantizing {checkpoint.path} to {fmt.name}, once")
+    try:
+        if locked:  # files left by a killed run are not in use
+            for left in path.parent.glob(f".{path.name}.partial-*"):
+                left.unlink()
+        with atomic_file(path, "wb") as file:
+            values = _with_checksums(_values(checkpoint, fmt, stored), stored)
+            content = [*stored, _checksums_of(stored)]
+            _write(file, content, values, {**notes, "format_version": VERSION})
+        # Never older than the checkpoint, even if the checkpoint's time is in the future.
+        newest = max(path.stat().st_mtime_ns, checkpoint.path.stat().st_mtime_ns)
+        os.utime(path, ns=(newest, newest))
+    except OSError as error:
+        logger.warning(
+            f"{path} cannot be written ({(error.strerror or str(error)).lower()}): "
+            "quantizing in memory, in this run and every run until it can be written"
+        )
+        return None
+    made = _open(path, checkpoint.path, notes, stored)
+    return None if made is None else made.entries
 
 
 @contextlib.contextmanager
@@ -138,8 +170,8 @@ def _alone(checkpoint: Path) -> Iterator[bool]:
 
 def _open(
     path: Path, checkpoint: Path, notes: dict[str, str], stored: list[_Stored]
-) -> dict[str, LazyTensor] | None:
-    """The tensors of a file; None if it is missing, damaged, or of another base or version."""
+) -> _Cached | None:
+    """The open file; None if it is missing, damaged, or of another base or version."""
     try:
         if path.stat().st_mtime_ns < checkpoint.stat().st_mtime_ns:
             return None  # a fingerprint covers only both ends of each tensor
@@ -148,19 +180,63 @@ def _open(
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError):
         return None
+    version = metadata.get("format_version")
+    if version not in (VERSION, _WITHOUT_CHECKSUMS):
+        return None
     if any(metadata.get(key) != value for key, value in notes.items()):
         return None
-    expected = {s.name: (list(s.shape), _TYPE_NAMES[s.dtype]) for s in stored}
+    content = stored if version == _WITHOUT_CHECKSUMS else [*stored, _checksums_of(stored)]
+    expected = {s.name: (list(s.shape), _TYPE_NAMES[s.dtype]) for s in content}
     if {n: (list(s.get_shape()), s.get_dtype()) for n, s in slices.items()} != expected:
         return None
-    return {s.name: LazyTensor(s.shape, s.dtype, partial(file.get_tensor, s.name)) for s in stored}
+    entries = {
+        s.name: LazyTensor(s.shape, s.dtype, partial(file.get_tensor, s.name)) for s in content
+    }
+    return _Cached(entries, entries.pop(_CHECKSUMS, None))
+
+
+def _checksums_of(stored: list[_Stored]) -> _Stored:
+    return _Stored(_CHECKSUMS, (len(stored), 4), torch.uint8)
+
+
+def _with_checksums(
+    values: Iterator[tuple[str, torch.Tensor]], stored: list[_Stored]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the values, and then their checksums."""
+    checksums = {}
+    for name, value in values:
+        checksums[name] = zlib.crc32(_bytes_of(value))
+        yield name, value
+    numbers = np.array([checksums[s.name] for s in stored], dtype="<u4")
+    yield _CHECKSUMS, torch.from_numpy(numbers.view(np.uint8).reshape(-1, 4))
+
+
+def _first_damaged(path: Path, cached: _Cached) -> str | None:
+    """The name of the first tensor whose checksum differs; reads all of the file."""
+    if cached.checksums is None:
+        return None
+    numbers = cached.checksums.read().numpy().view("<u4").ravel().tolist()
+    total = path.stat().st_size
+    with progress_bar(total=total, description=f"verifying {path.name}", unit="B", delay=2) as bar:
+        for (name, entry), expected in zip(cached.entries.items(), numbers, strict=True):
+            value = entry.read()
+            read_ahead(value)
+            if zlib.crc32(_bytes_of(value)) != expected:
+                return name
+            bar.update(value.nbytes)
+            drop_pages(value)
+    return None
+
+
+def _bytes_of(value: torch.Tensor) -> memoryview:
+    # As bytes: NumPy has no bfloat16.
+    return value.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _write(
     file: IO[bytes],
-    checkpoint: Checkpoint,
-    fmt: Format,
     stored: list[_Stored],
+    values: Iterator[tuple[str, torch.Tensor]],
     notes: dict[str, str],
 ) -> None:
     header: dict[str, object] = {"__metadata__": notes}
@@ -178,10 +254,9 @@ def _write(
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
     file.write(struct.pack("<Q", len(text)) + text)
     begin = 8 + len(text)
-    for name, value in _values(checkpoint, fmt, stored):
+    for name, value in values:
         file.seek(begin + offsets[name])
-        # As bytes: NumPy has no bfloat16.
-        file.write(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+        file.write(_bytes_of(value))
 
 
 def _values(

@@ -19,7 +19,7 @@ from cpm_bee.checkpoint.reader import load_tensors, save_tensors
 from cpm_bee.checkpoint.sidecar import write_sidecar
 from cpm_bee.delta import DeltaConfig
 from cpm_bee.delta import save as save_delta
-from cpm_bee.errors import InputError, Problems, shown
+from cpm_bee.errors import DamagedFile, InputError, Problems, shown
 from cpm_bee.files import exclusive, refuse_if_held
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.train.log import least_loss
@@ -177,21 +177,25 @@ class RunFiles:
 
         Args:
             path: a state to begin a new run from; the newest one of the current run if None, which
-                then goes on.
+                then goes on. If that one is damaged, a warning says so, and the one before it is
+                used.
 
         Raises:
+            DamagedFile: all states are damaged.
             InputError: there is no state, or it is that of a run with another base, delta,
                 vocabulary, evaluation set or, if given, other settings; all differences are listed.
         """
         states = self.states()
+        is_foreign = path is not None and not (
+            states and path.is_file() and path.samefile(states[0])
+        )
         if path is None:
-            if not states:
-                raise InputError(f"{self.state}: there is no saved state to resume from")
-            path = states[0]
+            path, state = self._newest_intact(states)
         elif not path.is_file():
             raise InputError(f"--resume {path}: no such file")
-        state = load_tensors(path, "a training state")
-        check_state(path, state)
+        else:
+            state = load_tensors(path, "a training state", verify=True)
+            check_state(path, state)
         if state.get("base_fingerprint") != self._provenance.base_fingerprint:
             raise InputError(f"{path}: is the state of a run on another base model")
         problems = Problems()
@@ -213,11 +217,31 @@ class RunFiles:
             if before != value:
                 problems.add(name, f"{value}, it was {before}")
         problems.raise_if_any(f"{path}: --resume needs the same as before:")
-        if not (states and path.samefile(states[0])):
+        if is_foreign:
             self._origin = (path, path.stat())
-        elif states[0].name == self.state.name:
+        elif path.name == self.state.name:
             self._newest_step = state["progress"]["step"]
         return state["engine"], state["progress"]
+
+    def _newest_intact(self, states: list[Path]) -> tuple[Path, dict[Any, Any]]:
+        """Returns the newest state that is not damaged, with its path."""
+        if not states:
+            raise InputError(f"{self.state}: there is no saved state to resume from")
+        problems = Problems()
+        for path in states:
+            try:
+                state = load_tensors(path, "a training state", verify=True)
+                check_state(path, state)
+            except DamagedFile as error:
+                problems.include(error)
+                continue
+            if problems.count:
+                logger.warning(f"{_one_line(problems)}; resuming from {path} instead")
+            return path, state
+        raise DamagedFile(
+            f"{_one_line(problems)}; no earlier state is intact: start again without --resume, or "
+            "put an intact copy there"
+        )
 
     @property
     def begins_new_run(self) -> bool:
@@ -278,3 +302,7 @@ def _add_name(path: Path, name: Path) -> None:
         os.link(path, name)
     except OSError:  # a file system without hard links
         path.rename(name)
+
+
+def _one_line(problems: Problems) -> str:
+    return " ".join(problems.text().split())

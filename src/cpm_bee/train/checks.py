@@ -199,6 +199,7 @@ def _open_pretrained(
             dtype,
             seed=_seed(options),
             quantize=quantize.NONE if only_checks else options.quantize,
+            verify=options.verify,
         )
         if only_checks and options.quantize != quantize.NONE:
             insert_quantized_linears(pretrained.model, FORMATS[options.quantize])

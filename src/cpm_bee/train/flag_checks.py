@@ -17,6 +17,8 @@ def check_flags(options: Options, num_processes: int, problems: Problems) -> Non
     """Find flags, and combinations of them, that cannot work."""
     if options.load is None and options.use_delta:
         problems.add("--use-delta", "needs a base model (--load CHECKPOINT)")
+    if options.load is None and options.verify:
+        problems.add("--verify", "needs a base model (--load CHECKPOINT)")
     if options.quantize != quantize.NONE and not options.use_delta:
         problems.add(
             f"--quantize {options.quantize}",

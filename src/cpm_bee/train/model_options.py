@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cpm_bee.cli import comma_list, positive, real_number
-from cpm_bee.options import REQUIRED, Group
+from cpm_bee.options import REQUIRED, Group, verify_option
 from cpm_bee.quantize import CHOICES, NONE
 
 AUTO = "auto"
@@ -50,6 +50,7 @@ class ModelOptions:
         "需要 `--use-delta`",
         choices=CHOICES,
     )
+    verify: bool = verify_option(MODEL)
 
     dataset: str = DATA.option(
         REQUIRED,

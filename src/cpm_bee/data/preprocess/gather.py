@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cpm_bee.data.bin_checksums import write_checksums
 from cpm_bee.data.bin_dataset import BinaryDataset, BlockLayout
 from cpm_bee.data.bin_meta import write_meta
 from cpm_bee.data.preprocess.chunk_file import read_part, read_sizes
@@ -107,6 +108,7 @@ def gather(
     with open(files.data, "r+b") as file:
         file.truncate(layout.size)  # extends the file; bytes that were not written are zeros
     write_meta(folder, layout.info(output_name))
+    write_checksums(folder, layout.info(output_name))
     if tokenizer is not None and files.index is not None and counts is not None:
         dataset, total = BinaryDataset(folder), counts.sum(axis=0)
         write_info(files.index, dataset, tokenizer, total, trees, buckets.extension_vocabulary)

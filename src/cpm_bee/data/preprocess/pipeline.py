@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cpm_bee.data.bin_checksums import CHECKSUMS
 from cpm_bee.data.bin_dataset import BinaryDataset, payload_limit
 from cpm_bee.data.bin_meta import META
 from cpm_bee.data.preprocess.gather import gather
@@ -72,10 +73,11 @@ def preprocess(
         InputError: records are invalid (all problems of all files are listed), or a dataset exists
             and `overwrite` is false. Nothing is left behind.
     """
-    if Path(output_name).name != output_name or output_name in ("", META) or output_name[0] == ".":
+    taken = ("", META, CHECKSUMS)
+    if Path(output_name).name != output_name or output_name in taken or output_name[0] == ".":
         raise InputError(
-            f"--output_name {output_name!r}: expected a file name other than {META} that does not "
-            "begin with a dot"
+            f"--output_name {output_name!r}: expected a file name other than {META} and "
+            f"{CHECKSUMS} that does not begin with a dot"
         )
     files = _input_files(inputs)
     folders = [output_path / file.stem for file in files]

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cpm_bee import checksums
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.record_pickle import decode
 from cpm_bee.data.token_index.arrays import (
@@ -37,6 +38,7 @@ from cpm_bee.tokenizer import Tokenizer
 FORMAT = 3  # part of the folder's name; increment it when the format changes
 
 INFO = "index.json"
+CHECKSUMS = "checksums"  # the field with those of each array's blocks
 CHUNK_TOKENS = 1 << 18
 
 
@@ -67,7 +69,7 @@ def write_info(
     trees: Sequence[SegmentTree],
     extension_vocabulary: Iterable[int],
 ) -> None:
-    """Write `index.json`, which completes an index.
+    """Write `index.json`, which completes an index; reads its arrays for their checksums.
 
     Args:
         counts: the numbers of items of the whole index, as in `COUNTED`.
@@ -80,8 +82,9 @@ def write_info(
         "trees": [[tree.depths, [int(p) for p in tree.predicted]] for tree in trees],
         "extension_vocabulary": sorted(extension_vocabulary),
         **dict(zip(COUNTED, counts.tolist(), strict=True)),
+        CHECKSUMS: {name: checksums.of_blocks(folder / name) for name in ARRAYS},
     }
-    (folder / INFO).write_text(json.dumps(info), encoding="utf-8")
+    (folder / INFO).write_text(json.dumps(checksums.sealed(info)), encoding="utf-8")
 
 
 def build(folder: Path, dataset: BinaryDataset, tokenizer: Tokenizer) -> None:
