@@ -95,6 +95,22 @@ if [ "$PROCESSES" = 1 ]; then                         # checks itself, and needs
     exec "${CMD[@]}"
 fi
 
+# torchrun makes a folder for its own files and leaves it behind. Ours has a name that tells whose it
+# is: this process becomes torchrun, with the same number and start. Folders of ended ones go.
+start_of() {                                          # of a process, in clock ticks since the boot
+    local fields
+    [ -r "/proc/$1/stat" ] && read -r fields < "/proc/$1/stat" || return
+    read -ra fields <<< "${fields##*) }"
+    echo "${fields[19]}"
+}
+torchrun_folders="${TMPDIR:-/tmp}/cpm_bee-torchrun-$HOSTNAME"
+for folder in "$torchrun_folders"-*-*; do
+    [ -d "$folder" ] && [ -O "$folder" ] || continue
+    owner="${folder#"$torchrun_folders"-}"
+    [[ "$owner" =~ ^[0-9]+-[0-9]+$ ]] || continue
+    [ "$(start_of "${owner%-*}")" = "${owner#*-}" ] || rm -rf "$folder"
+done
+
 # With many processes, all would report a mistake, and other machines would wait for the one that
 # has it. So one process on each machine checks first, with the environment of rank 0.
 RANK=0 LOCAL_RANK=0 WORLD_SIZE="$PROCESSES" python "$SCRIPT" "${OPTS[@]}" "$@" --dry-run || exit $?
@@ -106,6 +122,7 @@ read -ra RDZV_FLAGS <<< "$flags"
 CMD=(
     torchrun --nnodes="$NNODES" --nproc_per_node="$GPUS_PER_NODE" --rdzv_id="${RDZV_ID:-1}"
     --rdzv_backend=c10d --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT" "${RDZV_FLAGS[@]}"
+    --log-dir="$torchrun_folders-$$-$(start_of $$)"
     "$SCRIPT" "${OPTS[@]}" "$@"
 )
 echo "${CMD[*]}"

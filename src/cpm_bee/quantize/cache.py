@@ -7,6 +7,7 @@ bias table are copied from the checkpoint. The metadata have the fingerprint of 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -22,12 +23,14 @@ from safetensors import SafetensorError, safe_open
 
 from cpm_bee.checkpoint.loading import drop_pages
 from cpm_bee.checkpoint.reader import Checkpoint, LazyTensor
+from cpm_bee.disk import shortage
 from cpm_bee.errors import InputError
 from cpm_bee.files import atomic_file
 from cpm_bee.model.network import CPMBee
 from cpm_bee.progress import progress_bar
 from cpm_bee.quantize.formats import FORMATS, Format
 from cpm_bee.quantize.linear import insert_quantized_linears
+from cpm_bee.temporary_files import abandoned_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -97,15 +100,13 @@ def _from_cache(
         "format_version": VERSION,
         "base_fingerprint": checkpoint.fingerprint(),
     }
-    with _alone(checkpoint.path) as locked:
+    with _alone(checkpoint.path):
         found = _open(path, checkpoint.path, notes, stored)
         if found is not None:
             return found
         logger.info(f"quantizing {checkpoint.path} to {fmt.name}, once")
         try:
-            if locked:  # files left by a killed run are not in use
-                for left in path.parent.glob(f".{path.name}.partial-*"):
-                    left.unlink()
+            _require_room(path, stored)
             with atomic_file(path, "wb") as file:
                 _write(file, checkpoint, fmt, stored, notes)
             # Never older than the checkpoint, even if the checkpoint's time is in the future.
@@ -120,20 +121,24 @@ def _from_cache(
         return _open(path, checkpoint.path, notes, stored)
 
 
+def _require_room(path: Path, stored: list[_Stored]) -> None:
+    """Raise `OSError` if the disk has no room for the file, instead of quantizing in vain."""
+    needed = sum(tensor.num_bytes for tensor in stored) - abandoned_bytes(path.parent)
+    if reason := shortage(path.parent, needed, "the quantized base"):
+        raise OSError(errno.ENOSPC, reason, str(path))
+
+
 @contextlib.contextmanager
-def _alone(checkpoint: Path) -> Iterator[bool]:
+def _alone(checkpoint: Path) -> Iterator[None]:
     """Hold a lock, so that only one of several processes quantizes and the others use its file.
 
-    Yields false if the file system has no locks: then each process makes the file, and the last
-    one replaces the others.
+    If the file system has no locks, each process makes the file, and the last one replaces the
+    others.
     """
     with open(checkpoint, "rb") as file:
-        locked = True
-        try:
+        with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            locked = False
-        yield locked
+        yield
 
 
 def _open(

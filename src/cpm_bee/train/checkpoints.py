@@ -15,8 +15,9 @@ from cpm_bee.checkpoint.reader import load_tensors, save_tensors
 from cpm_bee.checkpoint.sidecar import write_sidecar
 from cpm_bee.delta import DeltaConfig
 from cpm_bee.delta import save as save_delta
-from cpm_bee.errors import InputError, Problems, shown
-from cpm_bee.files import exclusive, refuse_if_held
+from cpm_bee.disk import shortage
+from cpm_bee.errors import InputError, Problems, RunError, shown
+from cpm_bee.files import exclusive, refuse_if_held, remove_abandoned
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.train.run_folder import RunFolder
 from cpm_bee.train.saved_state import check_state
@@ -63,10 +64,29 @@ class RunFiles:
     def lock(self) -> Iterator[None]:
         """Returns the context of a run, in which no other run can write the same files."""
         with exclusive(*self._lock):
+            remove_abandoned(self._folder)
             try:
                 yield
             finally:
                 self.places.discard_unstarted()
+
+    def require_room(self, num_trained: int, *, resume: bool) -> None:
+        """Raise `RunError` if the disk has no room for the files of a run.
+
+        Args:
+            num_trained: the number of trained values.
+            resume: the run replaces the files that are there; otherwise it keeps them.
+        """
+        halved = self._provenance.delta is None and self._provenance.config.half
+        weights, state = num_trained * (2 if halved else 4), num_trained * 12  # with two moments
+        # A file is replaced only when the new one is whole: the largest is there twice for a time.
+        needed = 2 * weights + state + max(weights, state)
+        replaced = (self.best, self.last, self.state) if resume else ()
+        needed -= sum(path.stat().st_size for path in replaced if path.is_file())
+        needed -= self.places.removed_at_start()
+        what = "the weights (best and last) and the state, one of them twice while it is replaced,"
+        if reason := shortage(self._folder, needed, what):
+            raise RunError(f"{self.state}: {reason}; make room, or give another --save")
 
     def refuse_if_locked(self) -> None:
         """Raise `InputError` if another run is writing these files; for a dry run."""
