@@ -1,4 +1,4 @@
-"""Disks with little room: a tmpfs, and a limit of the size of each file; entry scripts in-process."""
+"""Disks with little room, as a tmpfs or a limit of file sizes; entry scripts in this process."""
 
 from __future__ import annotations
 
@@ -121,6 +121,6 @@ def run_here(name: str, *arguments: object, seconds: int = 60) -> Done:
     texts = []
     for stream in (output, errors):
         stream.flush()
-        texts.append(stream.buffer.getvalue().decode("utf-8"))  # type: ignore[attr-defined]
+        texts.append(stream.buffer.getvalue().decode("utf-8"))
     assert isinstance(status, int)
     return Done(status, *texts)

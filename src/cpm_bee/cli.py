@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from cpm_bee.distributed.rank import is_reporting_rank, report_error
 from cpm_bee.distributed.rank import record as record_failure
-from cpm_bee.errors import CpmBeeError, InputError, describe, exit_status, naming
+from cpm_bee.errors import DISK_FULL, CpmBeeError, InputError, describe, exit_status, naming
 
 # Waiting threads sleep instead of spinning, so that another busy process does not stall them.
 # OpenMP reads this when torch is loaded; every entry script imports this module before torch.
@@ -195,8 +195,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
     def reporting_main() -> int | None:
         try:
-            result = main()
-            with naming("standard output"):
+            with naming("standard output", DISK_FULL):  # all files have names
+                result = main()
                 sys.stdout.flush()
             return result
         except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
@@ -118,12 +118,16 @@ def exit_status(error: Exception) -> int:
 
 
 @contextlib.contextmanager
-def naming(path: object) -> Iterator[None]:
-    """Put the name of a file into an `OSError` that lacks one, as those of writing do."""
+def naming(path: object, numbers: Container[int | None] | None = None) -> Iterator[None]:
+    """Put the name of a file into an `OSError` that lacks one, as those of writing do.
+
+    Args:
+        numbers: only into errors with these numbers.
+    """
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and (numbers is None or error.errno in numbers):
             error.filename = str(path)
         raise
 

@@ -79,11 +79,13 @@ class RunFiles:
         """
         halved = self._provenance.delta is None and self._provenance.config.half
         weights, state = num_trained * (2 if halved else 4), num_trained * 12  # with two moments
-        # A file is replaced only when the new one is whole: the largest is there twice for a time.
-        needed = 2 * weights + state + max(weights, state)
-        replaced = (self.best, self.last, self.state) if resume else ()
-        needed -= sum(path.stat().st_size for path in replaced if path.is_file())
-        needed -= self.places.removed_at_start()
+        needed = -self.places.removed_at_start()
+        sizes = []
+        for path, size in ((self.best, weights), (self.last, weights), (self.state, state)):
+            present = path.stat().st_size if resume and path.is_file() else 0
+            sizes.append(max(size, present))
+            needed += sizes[-1] - present
+        needed += max(sizes)  # a file is replaced only when the new one is whole
         what = "the weights (best and last) and the state, one of them twice while it is replaced,"
         if reason := shortage(self._folder, needed, what):
             raise RunError(f"{self.state}: {reason}; make room, or give another --save")

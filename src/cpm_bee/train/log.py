@@ -33,8 +33,9 @@ class Reporter:
         self._events: Any = None
         self._task = task
         if path is not None:
-            self._events = _tensorboard_writer(tensorboard)
             self._events_folder = tensorboard
+            with naming(tensorboard):
+                self._events = _tensorboard_writer(tensorboard)
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = [] if resumed_step is None else _lines_until(path, resumed_step)
             with atomic_file(path) as file:

@@ -105,7 +105,7 @@ class Trainer:
         self._model.train()
         with self._watch_signals():
             try:
-                if state.step == 0:
+                if state.evaluated_step < 0:
                     self._evaluate()
                     self._save()  # for a run that fails at once
                 reason = self._train()
