@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from cpm_bee.disk import failure_of, open_to_write, sync
 from cpm_bee.errors import InputError, naming
-from cpm_bee.temporary_files import abandoned, temporary_name
+from cpm_bee.temporary_files import remove_abandoned, temporary_name
 
 # Of a lock that is held, 0.05 s apart: a dry run looks at it for a moment, and its holder needs one
 # to write its name into it.
@@ -90,13 +90,6 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
                 raise failure from None  # torch.save raises a RuntimeError for it
             raise
     _sync(path.parent)
-
-
-def remove_abandoned(folder: str | Path) -> None:
-    """Remove what processes that were killed while they wrote have left in a folder."""
-    for left in abandoned(Path(folder)):
-        with contextlib.suppress(OSError):
-            left.unlink()
 
 
 def _open_temporary(path: Path, mode: str) -> tuple[Path, IO[Any]]:

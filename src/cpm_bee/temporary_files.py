@@ -33,45 +33,63 @@ def own_host() -> str:
     return re.sub(r"[^\w.]", "_", socket.gethostname(), flags=re.ASCII)[:32]
 
 
-def abandoned(folder: Path) -> Iterator[Path]:
-    """Yields the temporary files in a folder whose process has ended."""
-    with os.scandir(folder) as entries:
-        found = [(e.path, m) for e in entries if (m := _PARTIAL.fullmatch(e.name)) and e.is_file()]
-    for path, match in found:
-        with contextlib.suppress(OSError):  # removed by another process, or another user's
-            if _is_abandoned(path, int(match[1]), is_own_host=match[2] == own_host()):
-                yield Path(path)
+def remove_abandoned(folder: Path) -> None:
+    """Remove the temporary files in a folder whose process has ended."""
+    for path, owner in _temporary_files(folder):
+        with contextlib.suppress(OSError), _examined(path, owner) as is_abandoned:
+            if is_abandoned:
+                os.unlink(path)
 
 
 def abandoned_bytes(folder: Path) -> int:
-    """The bytes of the files in a folder that are `abandoned`: room that there will be."""
+    """The bytes of the files that `remove_abandoned` would remove."""
     total = 0
-    with contextlib.suppress(OSError):
-        for path in abandoned(folder):
-            total += path.stat().st_size
+    for path, owner in _temporary_files(folder):
+        with contextlib.suppress(OSError), _examined(path, owner) as is_abandoned:
+            total += os.stat(path).st_size if is_abandoned else 0
     return total
 
 
-def _is_abandoned(path: str, pid: int, *, is_own_host: bool) -> bool:
-    """Whether nobody writes a temporary file any more; if in doubt, false.
+def _temporary_files(folder: Path) -> list[tuple[str, re.Match[str]]]:
+    with os.scandir(folder) as entries:
+        found = [(e, _PARTIAL.fullmatch(e.name)) for e in entries]
+        return [(e.path, m) for e, m in found if m and e.is_file(follow_symlinks=False)]
+
+
+@contextlib.contextmanager
+def _examined(path: str, owner: re.Match[str]) -> Iterator[bool]:
+    """Yields whether nobody writes a temporary file any more; if in doubt, false.
+
+    Its lock is held for the block: a process that has just made it and waits for the lock sees that
+    it has been removed, and makes another one.
 
     A lock tells more than the number of the process, which may be another one's by now. Where it
     proves nothing (a file system without locks, another machine on one whose locks are local,
     earlier versions, which took none), a file is abandoned if it has not changed for a day.
+
+    Raises:
+        OSError: it has been removed, or is another user's.
     """
+    is_own_host = owner[2] == own_host()
     descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if is_own_host:
-            return True
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_locked = True
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            is_locked = False
+        stat = os.fstat(descriptor)
+        if not os.path.samestat(stat, os.stat(path, follow_symlinks=False)):
+            yield False  # it has got its final name, and there is another one
+            return
+        is_old = stat.st_mtime < time.time() - _DAY
+        is_running = is_own_host and not is_locked and _is_running(int(owner[1]))
+        yield (is_locked and is_own_host) or (is_old and not is_running)
     finally:
-        is_old = os.fstat(descriptor).st_mtime < time.time() - _DAY
         os.close(descriptor)
-    return is_old and not (is_own_host and _is_running(pid))
 
 
 def _is_running(pid: int) -> bool:

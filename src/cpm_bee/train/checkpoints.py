@@ -17,8 +17,9 @@ from cpm_bee.delta import DeltaConfig
 from cpm_bee.delta import save as save_delta
 from cpm_bee.disk import shortage
 from cpm_bee.errors import InputError, Problems, RunError, shown
-from cpm_bee.files import exclusive, refuse_if_held, remove_abandoned
+from cpm_bee.files import exclusive, refuse_if_held
 from cpm_bee.model.config import ModelConfig
+from cpm_bee.temporary_files import remove_abandoned
 from cpm_bee.train.run_folder import RunFolder
 from cpm_bee.train.saved_state import check_state
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from cpm_bee.disk import NamedFile, append
 from cpm_bee.engine import TensorStatistics
-from cpm_bee.errors import naming
+from cpm_bee.errors import DISK_FULL, naming
 from cpm_bee.files import atomic_file
 from cpm_bee.progress import print_above_bar
 from cpm_bee.train.evaluation import Evaluation
@@ -142,4 +143,14 @@ def _tensorboard_writer(folder: str | None) -> Any:
         return None
     from torch.utils.tensorboard import SummaryWriter  # an extra that flag_checks.py has looked for
 
+    # Its thread fails where the disk is full; the next call here raises the same error again.
+    threading.excepthook = _quiet_about_full_disks(threading.excepthook)
     return SummaryWriter(folder)
+
+
+def _quiet_about_full_disks(hook: Any) -> Any:
+    def quiet(args: threading.ExceptHookArgs) -> None:
+        if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in DISK_FULL):
+            hook(args)
+
+    return quiet
