@@ -10,6 +10,7 @@ The disk is a tmpfs. Where that cannot be mounted, and besides, the kernel limit
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import re
 import shutil
@@ -24,10 +25,14 @@ import pytest
 import torch
 import train_support
 from disk_support import SCRIPTS, room_in_a_file, room_on_disk, run_here
+from support import ROOT
 from train_support import TOKENS, Run, Workspace
 
 from cpm_bee import disk
 from cpm_bee.checkpoint.reader import load_tensors
+from cpm_bee.data.bin_dataset import frame
+from cpm_bee.data.preprocess.pipeline import preprocess
+from cpm_bee.data.record_pickle import encode
 from cpm_bee.json_lines import parse_line, read_lines
 from cpm_bee.quantize.cache import cache_path
 from cpm_bee.quantize.formats import FORMATS
@@ -350,3 +355,29 @@ def test_events_that_do_not_fit(data: Workspace, tmp_path: Path) -> None:
         done = run_here("finetune_cpm_bee", *flags)
     assert done.status == 1
     assert f"{folder}/events" in done.errors and "No space left on device" in done.errors, done
+
+
+def test_a_dataset_can_be_read_on_a_full_disk(tmp_path: Path) -> None:
+    """Also where the records of a block end with a page: reading a hole would end the process."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    code = (
+        "import sys; from cpm_bee.data.bin_dataset import BinaryDataset\n"
+        "print(sum(1 for _ in BinaryDataset(sys.argv[1])))"
+    )
+    (tmp_path / "bee").mkdir()
+    line: Record = {"input": "a" * 1000, "<ans>": "a"}
+    line["input"] = "a" * (1000 + page - len(frame(encode(line))))
+    assert len(frame(encode(line))) == page
+    train_support.write_jsonl(tmp_path / "bee" / "train.jsonl", [line] * 5)
+    with disk_support.tmpfs(tmp_path / "disk") as folder:
+        # Two records a block, of three pages.
+        preprocess(tmp_path / "bee", folder, "data", seed=0, overwrite=False, block_size=3 * page)
+        with room_on_disk(folder, 0):
+            done = subprocess.run(
+                [sys.executable, "-c", code, str(folder / "train")],
+                env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+    assert (done.returncode, done.stdout) == (0, "5\n"), done

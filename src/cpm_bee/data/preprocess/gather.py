@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cpm_bee.data.bin_dataset import BinaryDataset, BlockLayout
+from cpm_bee.data.bin_dataset import END, BinaryDataset, BlockLayout
 from cpm_bee.data.bin_meta import write_meta
 from cpm_bee.data.preprocess.chunk_file import read_part, read_sizes
 from cpm_bee.data.preprocess.scatter import Buckets
@@ -108,6 +108,9 @@ def gather(
             path.unlink()
     with open_to_write(files.data, "r+b") as file, naming(files.data):
         file.truncate(layout.size)  # extends the file; bytes that were not written are zeros
+        for end in layout.ends:  # written, since on a full tmpfs a hole cannot be read from a map
+            file.seek(end)
+            file.write(END)
     write_meta(folder, layout.info(output_name))
     if tokenizer is not None and files.index is not None and counts is not None:
         dataset, total = BinaryDataset(folder), counts.sum(axis=0)
