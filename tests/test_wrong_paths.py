@@ -32,6 +32,7 @@ OUTPUT_FOLDERS = [
     ("data_reformat", "--output"),
     ("preprocess_dataset", "--output_path"),
     ("finetune_cpm_bee", "--save"),
+    ("finetune_cpm_bee", "--tensorboard"),
 ]
 OUTPUTS = [*OUTPUT_FOLDERS, ("text_generation", "--output")]
 NAMES = {

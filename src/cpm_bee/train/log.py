@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -145,7 +146,7 @@ def _tensorboard_writer(folder: str | None) -> Any:
 
     # Its thread fails where the disk is full; the next call here raises the same error again.
     threading.excepthook = _quiet_about_full_disks(threading.excepthook)
-    return SummaryWriter(folder)
+    return SummaryWriter(os.path.realpath(folder))  # of a link to a folder that is to be made
 
 
 def _quiet_about_full_disks(hook: Any) -> Any:

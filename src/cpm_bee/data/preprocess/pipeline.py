@@ -112,7 +112,7 @@ def preprocess(
             tokenizer = None
         for s in scatters:
             # The dataset has all that the buckets have, which are removed when it is complete.
-            _raise_shortage(s.folder, 0.9 * sum(s.written), f"{output_path / s.file.stem}")
+            _raise_shortage(output_path / s.file.stem, 0.9 * sum(s.written), "the dataset")
             gather(s.buckets, s.folder, output_name, seed, block_size, tokenizer, workers)
     return [BinaryDataset(folder) for folder in folders]
 
@@ -131,9 +131,9 @@ def _require_room(output_path: Path, scatters: list[_Scatter]) -> None:
     _raise_shortage(output_path, needed, "making the datasets")
 
 
-def _raise_shortage(folder: Path, needed: float, what: str) -> None:
-    if reason := shortage(folder, needed, what):
-        raise RunError(f"{folder}: {reason}; no dataset was written")
+def _raise_shortage(path: Path, needed: float, what: str) -> None:
+    if reason := shortage(path, needed, what):
+        raise RunError(f"{path}: {reason}; no dataset was written, and existing ones are unchanged")
 
 
 def _piece(file: Path, count: int) -> int:
