@@ -9,6 +9,7 @@ The disk is a tmpfs. Where that cannot be mounted, and besides, the kernel limit
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
 import random
@@ -381,3 +382,25 @@ def test_a_dataset_can_be_read_on_a_full_disk(tmp_path: Path) -> None:
                 check=False,
             )
     assert (done.returncode, done.stdout) == (0, "5\n"), done
+
+
+# ------------------------------------------------------------------ all places that write
+
+# Files that are not a result: torchrun reads the first one, and its lack is no failure.
+NOT_NAMED = {("distributed/rank.py", "write_text")}
+
+
+def test_all_writing_goes_through_named_files() -> None:
+    """Anything else would be an error without the name of the file, or a SIGBUS (memmap)."""
+    library = ROOT / "src" / "cpm_bee"
+    found = set()
+    for path in sorted(library.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func).rpartition(".")[2]
+                first = 0 if isinstance(node.func, ast.Attribute) else 1  # path.open(mode)
+                modes = [a.value for a in node.args[first:] if isinstance(a, ast.Constant)]
+                writes = name == "open" and any(set(str(mode)) & set("wax+") for mode in modes)
+                if writes or name in ("write_text", "write_bytes", "memmap", "tofile"):
+                    found.add((str(path.relative_to(library)), name))
+    assert found == NOT_NAMED

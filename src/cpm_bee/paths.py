@@ -40,8 +40,8 @@ def not_a_file_or_folder(path: str | Path, what: str) -> str | None:
 
 def unwritable_folder(path: str | Path) -> str | None:
     """Returns why a folder cannot be made or written to; None if it seems that it can be."""
-    path = Path(os.path.realpath(path))  # a link may name a folder that is to be made
     try:
+        path = Path(os.path.realpath(path))  # a link may name a folder that is to be made
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             path.stat()  # raises for a loop of links, or a name that is too long
         if path.exists() and not path.is_dir():

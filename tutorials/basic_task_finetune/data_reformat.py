@@ -262,6 +262,8 @@ def find_sources(path: Path) -> list[Path]:
         raise BadInput(f"{path}: {reason}") from None
     if not path.is_dir():
         raise BadInput(f"{path}: this is a pipe or a device; a file or a folder is needed")
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise BadInput(f"{path}: no permission to read it")
     found = [p for p in path.glob("*.jsonl") if p.is_file() and not p.name.startswith(".")]
     if not found:
         raise BadInput(f"{path}: looked for *.jsonl files, found none")
@@ -288,6 +290,8 @@ def folder_for_output(folder: Path) -> Iterator[None]:
     folder = Path(os.path.realpath(folder))  # it may be a link to a folder that is to be made
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BadInput(f"{folder}: no permission to write in it")
     try:
         yield
     except BaseException:
