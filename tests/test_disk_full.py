@@ -54,7 +54,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     (folder / "raw" / "train.jsonl").write_text("".join(line % ("a" * i) for i in range(1, 200)))
     (folder / "bee").mkdir()
     train_support.write_jsonl(folder / "bee" / "train.jsonl", train_support.records(300, 1))
-    few: list[Record] = [{"input": "ab" * 150, "<ans>": "a"}] * 40
+    few: list[Record] = [{"input": "ab" * 150, "<ans>": "a"}] * 25
     train_support.write_jsonl(folder / "few.jsonl", few)
     return workspace
 
@@ -188,7 +188,7 @@ def no_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
 def sizes_below(most: int, seed: str) -> list[int]:
     """Some sizes, small ones more often, so that nothing fits, or the first files do."""
     rng = random.Random(seed)
-    return sorted({0, *(int(most ** rng.uniform(0.5, 1)) for _ in range(5)), most * 3 // 4})
+    return sorted({0, *(int(most ** rng.uniform(0.5, 1)) for _ in range(3)), most * 3 // 4})
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -230,7 +230,7 @@ def test_resuming_after_a_full_disk(data: Workspace, tmp_path: Path, no_forecast
     resumed = 0
     with disk_support.tmpfs(tmp_path / "disk") as folder:
         flags = [*training_flags(data, folder), "--max-steps", 6]
-        for share in (1.1, 1.2, 1.3, 1.4, 1.5, 1.6):
+        for share in (1.1, 1.3, 1.5):
             with room_on_disk(folder, int(size * share)):
                 failed = run_here("finetune_cpm_bee", *flags)
             saved = re.search(r"the state saved after (\d+) steps is kept", failed.errors)
