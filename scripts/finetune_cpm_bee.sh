@@ -87,6 +87,24 @@ done
 [ "${USE_DELTA:-1}" = 0 ] || OPTS+=(--use-delta)               # delta tuning (LoRA)
 [ -n "${VOCAB:-}" ] && OPTS+=(--vocab "$VOCAB")                # default: vocab.txt beside LOAD
 
+# torchrun makes a folder for its own files and leaves it behind. Ours has a name that tells whose it
+# is: this process becomes torchrun, with the same number and start. Folders of ended ones go.
+start_of() {                                          # of a process, in clock ticks since the boot
+    local fields
+    [ -r "/proc/$1/stat" ] || return
+    read -r fields < "/proc/$1/stat" || return
+    read -ra fields <<< "${fields##*) }"
+    echo "${fields[19]}"
+}
+torchrun_folders="${TMPDIR:-/tmp}/cpm_bee-torchrun-$HOSTNAME"
+for folder in "$torchrun_folders"-*-*; do
+    [ -d "$folder" ] || continue
+    [ -O "$folder" ] || continue
+    owner="${folder#"$torchrun_folders"-}"
+    [[ "$owner" =~ ^[0-9]+-[0-9]+$ ]] || continue
+    [ "$(start_of "${owner%-*}")" = "${owner#*-}" ] || rm -rf "$folder"
+done
+
 SCRIPT="$project/src/finetune_cpm_bee.py"
 PROCESSES=$((NNODES * GPUS_PER_NODE))
 if [ "$PROCESSES" = 1 ]; then                         # checks itself, and needs no torchrun
@@ -109,6 +127,7 @@ fi
 CMD=(
     torchrun --nnodes="$NNODES" --nproc_per_node="$GPUS_PER_NODE" --rdzv_id="${RDZV_ID:-1}"
     --rdzv_backend=c10d --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT" "${RDZV_FLAGS[@]}"
+    --log-dir="$torchrun_folders-$$-$(start_of $$)"
     "$SCRIPT" "${OPTS[@]}" "$@"
 )
 echo "${CMD[*]}"

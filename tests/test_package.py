@@ -56,7 +56,19 @@ def test_data_reformat_runs_without_anything_installed() -> None:
 # From the ground up. Modules of one floor may import each other where there is no circle.
 # `rank` imports nothing of ours: it reads the environment, and all messages need it.
 FLOORS = [
-    ["errors", "checksums", "files", "progress", "cli", "options", "hints", "distributed.rank"],
+    [
+        "errors",
+        "checksums",
+        "disk",
+        "paths",
+        "temporary_files",
+        "files",
+        "progress",
+        "cli",
+        "options",
+        "hints",
+        "distributed.rank",
+    ],
     ["json_lines", "records", "tokenizer", "segments", "encoding"],
     ["data"],
     ["checkpoint", "model", "delta", "quantize", "pretrained"],

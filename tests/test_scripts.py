@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -215,6 +216,54 @@ def test_several_processes_stop_at_a_mistake_before_torchrun(calls: Callable) ->
         done, _ = calls(**{"GPUS_PER_NODE": "2", name: value})
         assert done.returncode == 2 and f"{name}={value}" in done.stderr
         assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+FAKE_TORCHRUN = """#!/usr/bin/env bash
+for flag in "$@"; do
+    case "$flag" in --log-dir=*) mkdir -p "${flag#*=}/attempt_0" ;; esac
+done
+[ -z "${KEEP_RUNNING:-}" ] || exec sleep 600
+"""
+
+
+def test_folders_of_ended_torchruns_are_removed(checkout: Path, tmp_path: Path) -> None:
+    (checkout / "src" / "finetune_cpm_bee.py").write_text("")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "torchrun").write_text(FAKE_TORCHRUN)
+    (tmp_path / "bin" / "torchrun").chmod(0o755)
+    temporary = tmp_path / "tmp"
+    for name in ("torchelastic_x", "cpm_bee-torchrun-elsewhere-1-1", "cpm_bee-torchrun-odd"):
+        (temporary / name).mkdir(parents=True)
+    others = set(temporary.iterdir())
+    path = f"{tmp_path / 'bin'}{os.pathsep}{VENV_BIN}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "GPUS_PER_NODE": "2", "TMPDIR": str(temporary)}
+    command = ["bash", "scripts/finetune_cpm_bee.sh"]
+
+    def run(**settings: str) -> set[Path]:
+        subprocess.run(command, cwd=checkout / "src", env={**environment, **settings}, check=True)
+        return set(temporary.iterdir()) - others
+
+    living = subprocess.Popen(
+        command, cwd=checkout / "src", env={**environment, "KEEP_RUNNING": "1"}
+    )
+    try:
+        while not (folders := set(temporary.iterdir()) - others):
+            assert living.poll() is None
+            time.sleep(0.05)
+        (own,) = folders
+        assert own.name.split("-")[-2] == str(living.pid)
+        first = run()
+        assert len(first) == 2 and own in first
+        second = run()  # without that of the first run, which has ended by itself
+        assert len(second) == 2 and own in second and not first - {own} & second
+    finally:
+        living.kill()
+        living.wait()
+    # The number of the process is another one's now, which began at another time.
+    reused = temporary / f"{own.name.rpartition('-')[0].rpartition('-')[0]}-{os.getpid()}-1"
+    reused.mkdir()
+    left = run(GPUS_PER_NODE="1")
+    assert left == set() and set(temporary.iterdir()) == others
 
 
 def test_without_pytorch_the_script_says_what_to_do(checkout: Path) -> None:

@@ -25,6 +25,7 @@ from cpm_bee.checkpoint.sidecar import (
 from cpm_bee.errors import InputError, Problems, shown
 from cpm_bee.model.layers import Linear
 from cpm_bee.model.network import CPMBee
+from cpm_bee.paths import not_a_file
 
 logger = logging.getLogger(__name__)
 
@@ -139,8 +140,8 @@ def load(
             sidecar contradicts it, or tensors do not fit (all are listed).
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such delta file")
+    if reason := not_a_file(path, "delta file"):
+        raise InputError(f"{path}: {reason}")
     loaded = load_tensors(path, "a delta file", verify=True)
     recorded = _recorded(path, loaded)
     base, vocabulary = (recorded.get(f"{of}_fingerprint") for of in ("base", "vocabulary"))

@@ -27,6 +27,7 @@ from cpm_bee.quantize import cache
 from cpm_bee.quantize.cache import cache_path
 from cpm_bee.quantize.formats import FORMATS, NF4
 from cpm_bee.quantize.linear import QuantizedLinear
+from cpm_bee.temporary_files import temporary_name
 
 CPU = torch.device("cpu")
 SIZES = {"dim_model": 64, "num_heads": 4, "dim_head": 16, "dim_ff": 128}
@@ -302,7 +303,8 @@ def test_nothing_is_left_when_it_is_interrupted(
 
 
 def test_what_a_killed_run_left_is_removed(checkpoint: Path) -> None:
-    left = checkpoint.with_name(f".{beside(checkpoint).name}.partial-123")
+    name = temporary_name(beside(checkpoint).name).replace(str(os.getpid()), "123")
+    left = checkpoint.with_name(name)
     left.write_bytes(b"half")
     load(checkpoint)
     assert not left.exists() and beside(checkpoint).is_file()

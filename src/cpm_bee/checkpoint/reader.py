@@ -17,6 +17,7 @@ from cpm_bee.checkpoint.torch_file import check_before_loading, check_held
 from cpm_bee.checkpoint.verification import verify_file
 from cpm_bee.errors import DamagedFile, InputError, Problems, shown
 from cpm_bee.files import atomic_file, is_usable_name, refuse_lfs_pointer
+from cpm_bee.paths import not_a_file
 
 _PREFIX = "cpmbee."
 _WRAPPED = "module."  # what DataParallel and DDP put before the names
@@ -151,9 +152,9 @@ def _resolve(path: Path) -> Path:
         if shards := sorted(p for p in path.iterdir() if _SHARD.fullmatch(p.name)):
             return shards[0]
         raise InputError(f"{path}: a folder without a checkpoint ({', '.join(_IN_FOLDER)})")
-    if not path.is_file():
+    if reason := not_a_file(path, "checkpoint"):
         raise InputError(
-            f"{path}: no such checkpoint. Put a CPM-Bee model there, or give another --load; "
+            f"{path}: {reason}. Put a CPM-Bee model there, or give another --load; "
             "--load ckpts/cpm-bee-tiny is the model that comes with this project"
         )
     return path

@@ -49,6 +49,7 @@ class BlockLayout:
         self._offset = 0  # within the current block
         self._nbytes = 0
         self._nlines = 0
+        self._full: list[int] = []  # where the records of each block before the current one end
 
     @property
     def size(self) -> int:
@@ -66,6 +67,7 @@ class BlockLayout:
         total = 0
         for size in frame_sizes:
             if offset + size + len(END) > block_size:
+                self._full.append(begin + offset)
                 begin += block_size
                 offset = 0
             offsets.append(begin + offset)
@@ -75,6 +77,11 @@ class BlockLayout:
         self._nlines += len(offsets)
         self._nbytes += total - len(offsets) * (HEAD - LENGTH.size)
         return offsets
+
+    @property
+    def ends(self) -> list[int]:
+        """Where the records of each block end, at which there is an `END`."""
+        return [*self._full, self._begin + self._offset]
 
     def info(self, file_name: str) -> FileInfo:
         blocks = self.size // self._block_size

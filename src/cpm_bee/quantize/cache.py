@@ -8,6 +8,7 @@ tensor has the checksums of all others, which are compared when the file is open
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -25,12 +26,14 @@ from safetensors import SafetensorError, safe_open
 
 from cpm_bee.checkpoint.loading import drop_pages, read_ahead
 from cpm_bee.checkpoint.reader import Checkpoint, LazyTensor
+from cpm_bee.disk import shortage
 from cpm_bee.errors import InputError
 from cpm_bee.files import atomic_file
 from cpm_bee.model.network import CPMBee
 from cpm_bee.progress import progress_bar
 from cpm_bee.quantize.formats import FORMATS, Format
 from cpm_bee.quantize.linear import insert_quantized_linears
+from cpm_bee.temporary_files import abandoned_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -106,20 +109,20 @@ def _from_cache(
     """The tensors of the file, which is made first if necessary; None if it cannot be written."""
     path = cache_path(checkpoint.path, fmt)
     notes = {"format": fmt.name, "base_fingerprint": checkpoint.fingerprint()}
-    with _alone(checkpoint.path) as locked:
+    with _alone(checkpoint.path):
         found = _open(path, checkpoint.path, notes, stored)
         if found is None:
-            return _make(path, checkpoint, fmt, stored, notes, locked)
+            return _make(path, checkpoint, fmt, stored, notes)
     if _first_damaged(path, found) is None:  # without the lock: several processes at once
         return found.entries
-    with _alone(checkpoint.path) as locked:
+    with _alone(checkpoint.path):
         found = _open(path, checkpoint.path, notes, stored)
         if found is not None:
             damaged = _first_damaged(path, found)
             if damaged is None:  # another process has made it again
                 return found.entries
             logger.warning(f"{path}: {damaged} has changed since it was written (checksum)")
-        return _make(path, checkpoint, fmt, stored, notes, locked)
+        return _make(path, checkpoint, fmt, stored, notes)
 
 
 def _make(
@@ -128,13 +131,10 @@ def _make(
     fmt: Format,
     stored: list[_Stored],
     notes: dict[str, str],
-    locked: bool,
 ) -> dict[str, LazyTensor] | None:
     logger.info(f"quantizing {checkpoint.path} to {fmt.name}, once")
     try:
-        if locked:  # files left by a killed run are not in use
-            for left in path.parent.glob(f".{path.name}.partial-*"):
-                left.unlink()
+        _require_room(path, stored)
         with atomic_file(path, "wb") as file:
             values = _with_checksums(_values(checkpoint, fmt, stored), stored)
             content = [*stored, _checksums_of(stored)]
@@ -152,20 +152,24 @@ def _make(
     return None if made is None else made.entries
 
 
+def _require_room(path: Path, stored: list[_Stored]) -> None:
+    """Raise `OSError` if the disk has no room for the file, instead of quantizing in vain."""
+    needed = sum(tensor.num_bytes for tensor in stored) - abandoned_bytes(path.parent)
+    if reason := shortage(path.parent, needed, "the quantized base"):
+        raise OSError(errno.ENOSPC, reason, str(path))
+
+
 @contextlib.contextmanager
-def _alone(checkpoint: Path) -> Iterator[bool]:
+def _alone(checkpoint: Path) -> Iterator[None]:
     """Hold a lock, so that only one of several processes quantizes and the others use its file.
 
-    Yields false if the file system has no locks: then each process makes the file, and the last
-    one replaces the others.
+    If the file system has no locks, each process makes the file, and the last one replaces the
+    others.
     """
     with open(checkpoint, "rb") as file:
-        locked = True
-        try:
+        with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            locked = False
-        yield locked
+        yield
 
 
 def _open(

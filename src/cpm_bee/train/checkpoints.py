@@ -19,9 +19,11 @@ from cpm_bee.checkpoint.reader import load_tensors, save_tensors
 from cpm_bee.checkpoint.sidecar import write_sidecar
 from cpm_bee.delta import DeltaConfig
 from cpm_bee.delta import save as save_delta
-from cpm_bee.errors import DamagedFile, InputError, Problems, shown
+from cpm_bee.disk import shortage
+from cpm_bee.errors import DamagedFile, InputError, Problems, RunError, shown
 from cpm_bee.files import exclusive, refuse_if_held
 from cpm_bee.model.config import ModelConfig
+from cpm_bee.temporary_files import remove_abandoned
 from cpm_bee.train.log import least_loss
 from cpm_bee.train.run_folder import RunFolder
 from cpm_bee.train.saved_state import check_state
@@ -81,10 +83,37 @@ class RunFiles:
     def lock(self) -> Iterator[None]:
         """Returns the context of a run, in which no other run can write the same files."""
         with exclusive(*self._lock):
+            remove_abandoned(self._folder)
             try:
                 yield
             finally:
                 self.places.discard_unstarted()
+
+    def require_room(self, num_trained: int, *, resume: bool) -> None:
+        """Raise `RunError` if the disk has no room for the files of a run.
+
+        Args:
+            num_trained: the number of trained values.
+            resume: the run replaces the files that are there; otherwise it keeps them.
+        """
+        halved = self._provenance.delta is None and self._provenance.config.half
+        weights, state = num_trained * (2 if halved else 4), num_trained * 12  # with two moments
+        needed = -self.places.removed_at_start()
+        sizes = []
+        states: list[Path | None] = [*self.states()] if resume else []
+        states += [None] * (self._limit - len(states))
+        files = [(self.best, weights), (self.last, weights), *((path, state) for path in states)]
+        for path, size in files:
+            present = path.stat().st_size if resume and path and path.is_file() else 0
+            sizes.append(max(size, present))
+            needed += sizes[-1] - present
+        needed += max(sizes)  # a file is replaced only when the new one is whole
+        what = (
+            f"the weights (best and last) and {self._limit} states (--save-total-limit), one of them "
+            "twice while it is replaced,"
+        )
+        if reason := shortage(self._folder, needed, what):
+            raise RunError(f"{self.state}: {reason}; make room, or give another --save")
 
     def refuse_if_locked(self) -> None:
         """Raise `InputError` if another run is writing these files; for a dry run."""

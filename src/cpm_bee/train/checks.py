@@ -79,6 +79,7 @@ def check(options: Options) -> Inputs:
 
     Raises:
         InputError: lists all problems.
+        RunError: there are none, but the disk has no room for the results.
     """
     problems = Problems()
     num_processes = RankInfo.of_this_process().world_size
@@ -127,6 +128,9 @@ def check(options: Options) -> Inputs:
 
     problems.raise_if_any("this run cannot start:")
     assert device is not None and pretrained is not None and files is not None
+    if RankInfo.of_this_process().rank == 0:  # which writes
+        trained = sum(p.numel() for p in pretrained.model.parameters() if p.requires_grad)
+        files.require_room(trained, resume=options.resume)
     return Inputs(
         num_processes=num_processes,
         device=device,

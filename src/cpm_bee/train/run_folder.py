@@ -22,6 +22,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from cpm_bee.temporary_files import abandoned_bytes
+
 _LOG_END = 1 << 16  # bytes at the end of a log that contain its last line
 
 
@@ -93,6 +95,12 @@ class RunFolder:
         self._is_staged = False
         self.finish()
         return self.previous
+
+    def removed_at_start(self) -> int:
+        """Returns the bytes of files of killed runs that the start of a run removes."""
+        left = [p for f in (self._new, self._dropped) if f.is_dir() for p in f.rglob("*")]
+        sizes = sum(path.stat().st_size for path in left if path.is_file())
+        return sizes + (abandoned_bytes(self._folder) if self._folder.is_dir() else 0)
 
     def discard_unstarted(self) -> None:
         """Remove the files of a run that failed before `take_place`."""

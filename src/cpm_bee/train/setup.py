@@ -14,7 +14,7 @@ from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.distributed.rank import RankInfo
 from cpm_bee.engine import Engine, OptimizerSettings
 from cpm_bee.engine.select import make_engine
-from cpm_bee.errors import CpmBeeError, InputError, RunError
+from cpm_bee.errors import CpmBeeError, InputError, RunError, keeping
 from cpm_bee.model.frozen.buffers import return_freed_memory
 from cpm_bee.model.network import CPMBee
 from cpm_bee.tokenizer import Tokenizer
@@ -54,7 +54,11 @@ def finetune(options: Options) -> None:
         if is_first:
             print("\n".join(describe_run(options, inputs)), flush=True)
         return
-    with inputs.files.lock() if is_first else nullcontext(), set_up(options, inputs) as run:
+    with (
+        keeping("this run had not begun, and what earlier runs saved is kept"),
+        inputs.files.lock() if is_first else nullcontext(),
+        set_up(options, inputs) as run,
+    ):
         for line in run.summary:
             run.reporter.line(line)
         run.reporter.start({"options": asdict(options), "world_size": run.engine.world_size})

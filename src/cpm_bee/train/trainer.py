@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from cpm_bee.distributed import rank
 from cpm_bee.engine import Engine, StepResult
 from cpm_bee.engine.finite import not_finite
-from cpm_bee.errors import InterruptedRun, RunError
+from cpm_bee.errors import InterruptedRun, RunError, describe
 from cpm_bee.model.network import CPMBee
 from cpm_bee.progress import progress_bar, silence_terminal
 from cpm_bee.train.checkpoints import RunFiles
@@ -81,9 +81,27 @@ class Trainer:
         """Train to the end; returns the reason for the end, which is also logged.
 
         Raises:
-            RunError: the loss or the gradients are not finite, or the run was interrupted; the
-                last good state is saved.
+            RunError: the loss or the gradients are not finite, a file could not be written, or the
+                run was interrupted; the last good state is saved.
         """
+        try:
+            return self._run()
+        except OSError as error:  # a full disk, or a file system that is gone
+            reason = f"{describe(error)}; {self._kept()}"
+            with suppress(OSError):
+                self._reporter.end(reason, self.state.step)
+            raise RunError(reason) from error
+
+    def _kept(self) -> str:
+        steps = self.state.saved_step
+        if steps < 0:
+            return "this run had not saved a state; what earlier runs saved is kept"
+        return (
+            f"the state saved after {steps} steps is kept ({self._files.state}): make room, and "
+            "the same command with --resume goes on from there"
+        )
+
+    def _run(self) -> str:
         state = self.state
         self._model.train()
         with self._watch_signals():
@@ -256,7 +274,15 @@ class Trainer:
         state = self.state
         if state.saved_step == state.step:
             return
-        state.saved_step = state.step
+        before, state.saved_step = state.saved_step, state.step
+        try:
+            self._write_results()
+        except BaseException:
+            state.saved_step = before
+            raise
+
+    def _write_results(self) -> None:
+        state = self.state
         self._save_weights("last")
         if self._evaluation is None:
             self._save_weights("best")  # without evaluations, the last are the best
