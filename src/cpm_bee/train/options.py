@@ -175,12 +175,10 @@ class Options(ModelOptions, CommandOptions):
 
     engine: str = MACHINE.option(
         AUTO,
-        "training engine: `torch`, or `bmtrain` (ZeRO-3, on GPUs only); `auto` is `bmtrain` on "
-        "GPUs where bmtrain is installed (`python -m pip install --no-deps bmtrain==1.0.1`, Python "
-        "3.10 or 3.11), else `torch`",
-        "训练引擎：`torch`，或 `bmtrain`（ZeRO-3，仅限 GPU）；`auto` 在使用 GPU 且已安装 bmtrain 时"
-        "（`python -m pip install --no-deps bmtrain==1.0.1`，Python 3.10 或 3.11）选 `bmtrain`，"
-        "否则选 `torch`",
+        "training engine: `torch`, which is also `auto`, or `bmtrain` (ZeRO-3, on GPUs only; "
+        "`python -m pip install --no-deps bmtrain==1.0.1`, Python 3.10 or 3.11)",
+        "训练引擎：`torch`（`auto` 同此），或 `bmtrain`（ZeRO-3，仅限 GPU；"
+        "`python -m pip install --no-deps bmtrain==1.0.1`，Python 3.10 或 3.11）",
         choices=(AUTO, "torch", "bmtrain"),
     )
     parallel: str = MACHINE.option(
@@ -205,9 +203,9 @@ class Options(ModelOptions, CommandOptions):
     )
     dtype: str = MACHINE.option(
         AUTO,
-        "compute type; `auto` is fp32 on a CPU, and bf16 (fp16 where that is not supported) on a "
-        "GPU",
-        "计算精度；`auto` 在 CPU 上为 fp32，在 GPU 上为 bf16（不支持时为 fp16）",
+        "compute type; `auto` is fp32 on a CPU, and bf16 on a GPU (fp16 on those without bf16 "
+        "arithmetic, such as V100 and T4)",
+        "计算精度；`auto` 在 CPU 上为 fp32，在 GPU 上为 bf16（V100、T4 等没有 bf16 运算的 GPU 上为 fp16）",
         choices=(AUTO, "fp32", "bf16", "fp16"),
     )
     checkpointing: str = MACHINE.option(
