@@ -205,7 +205,8 @@ class Options(ModelOptions, CommandOptions):
         AUTO,
         "compute type; `auto` is fp32 on a CPU, and bf16 on a GPU (fp16 on those without bf16 "
         "arithmetic, such as V100 and T4)",
-        "计算精度；`auto` 在 CPU 上为 fp32，在 GPU 上为 bf16（V100、T4 等没有 bf16 运算的 GPU 上为 fp16）",
+        "计算精度；`auto` 在 CPU 上为 fp32，在 GPU 上为 bf16（V100、T4 等没有 bf16 运算的 GPU "
+        "上为 fp16）",
         choices=(AUTO, "fp32", "bf16", "fp16"),
     )
     checkpointing: str = MACHINE.option(
