@@ -65,7 +65,7 @@ def test_bmtrain_only_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_engine("bmtrain", CPU, "none", []) == "bmtrain"
     for wanted in ("auto", "torch"):
         assert choose_engine(wanted, CPU, "none", []) == "torch"
-    with pytest.raises(InputError, match="--engine bmtrain: .*--compile"):
+    with pytest.raises(InputError, match=r"--engine bmtrain: .*--compile"):
         choose_engine("bmtrain", CPU, "none", ["--compile"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import rounding
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn.attention import flex_attention as torch_flex
 
 from cpm_bee.data.batch import Batch, collate
-from cpm_bee.errors import InputError
+from cpm_bee.errors import InputError, RunError
 from cpm_bee.model import flex_attention
 from cpm_bee.model.attention import PaddedAttention, PaddedGroups, align_bias
 from cpm_bee.model.network import CPMBee
@@ -128,20 +129,48 @@ def test_the_model_by_either(monkeypatch: pytest.MonkeyPatch) -> None:
             made.append(self)
 
     monkeypatch.setattr(flex_attention, "FlexAttention", Counted)
-    monkeypatch.setattr(flex_attention, "unavailable_reason", lambda *_: None)
-    rounding.assert_as_exact(loss_of(model, batch), losses, exact, "loss")
-    assert len(made) == 2
-    model.attention = "sdpa"
+    assert model.attention == "sdpa"
     assert loss_of(model, batch) == losses[0]
+    assert not made
+    model.attention = "flex"
+    rounding.assert_as_exact(loss_of(model, batch), losses, exact, "loss")
     assert len(made) == 2
 
 
 def test_what_is_in_the_way() -> None:
     cpu = torch.device("cpu")
-    assert not flex_attention.is_chosen("auto", cpu, 0.0)
-    with pytest.raises(InputError, match="no backward pass on a cpu"):
-        flex_attention.is_chosen("flex", cpu, 0.0)
+    with pytest.raises(InputError, match="--attention flex: it has no backward pass on a cpu"):
+        flex_attention.refuse_if_unavailable(cpu, 0.0)
     assert "dropout" in str(flex_attention.unavailable_reason(torch.device("cuda"), 0.1))
+
+
+@pytest.mark.slow
+def test_more_variants_than_the_limit_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the limit, PyTorch would otherwise run it uncompiled, with all scores in memory."""
+    compile_function: Any = torch.compile
+    compiled: dict[Any, Any] = {}
+
+    def traced_only(function: Any) -> Any:
+        if function not in compiled:
+            options = {"dynamic": True, "fullgraph": True, "recompile_limit": 1}
+            compiled[function] = compile_function(function, backend="eager", **options)
+        return compiled[function]
+
+    monkeypatch.setattr(flex_attention, "_compiled", traced_only)
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
+    torch._dynamo.reset()
+    inputs = Inputs(False)
+    with torch.no_grad():
+        assert by_flex(inputs).isfinite().all()
+    with pytest.raises(RunError, match="--attention sdpa"):
+        by_flex(inputs)
+
+
+def test_how_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the fixture above
+    monkeypatch.setattr(torch, "compile", lambda function, **options: options)
+    options: Any = flex_attention._compiled.__wrapped__(torch.neg)
+    assert options == {"dynamic": True, "fullgraph": True, "recompile_limit": 64}
 
 
 @pytest.mark.parametrize("length", [1, 8, 13])

@@ -101,10 +101,10 @@ def check(options: Options) -> Inputs:
     surveys: dict[str, DataSurvey] = {}
     files = saved_state = None
     shapes = step_shapes(options, num_processes)
-    if device is not None:
+    if device is not None and options.attention == flex_attention.FLEX:
         dropout = 0.0 if pretrained is None else pretrained.model.config.dropout_p
         with problems.collecting():
-            flex_attention.is_chosen(options.attention, device, dropout)
+            flex_attention.refuse_if_unavailable(device, dropout)
     if pretrained is not None:
         if delta_config is not None:
             _insert_delta(pretrained, delta_config, _seed(options), problems)

@@ -220,9 +220,11 @@ class Options(ModelOptions, CommandOptions):
     )
     attention: str = MACHINE.option(
         AUTO,
-        "`sdpa`, or `flex` (FlexAttention, which needs a GPU and triton); `auto` is `flex` where "
-        "it can run",
-        "`sdpa` 或 `flex`（FlexAttention，需要 GPU 和 triton）；`auto` 在可用时选 `flex`",
+        "`sdpa`, which is also `auto`, or `flex` (FlexAttention; it needs a GPU and triton, and is "
+        "tried first: where it fails, or where the bias table is trained, the run says so and "
+        "uses `sdpa`)",
+        "`sdpa`（`auto` 同此），或 `flex`（FlexAttention，需要 GPU 和 triton；使用前先试算："
+        "试算失败，或偏置表参与训练时，会给出提示并改用 `sdpa`）",
         choices=(AUTO, "sdpa", "flex"),
     )
     compile: bool = MACHINE.option(
