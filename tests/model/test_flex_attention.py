@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import rounding
@@ -147,30 +146,20 @@ def test_what_is_in_the_way() -> None:
 @pytest.mark.slow
 def test_more_variants_than_the_limit_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the limit, PyTorch would otherwise run it uncompiled, with all scores in memory."""
-    compile_function: Any = torch.compile
-    compiled: dict[Any, Any] = {}
-
-    def traced_only(function: Any) -> Any:
-        if function not in compiled:
-            options = {"dynamic": True, "fullgraph": True, "recompile_limit": 1}
-            compiled[function] = compile_function(function, backend="eager", **options)
-        return compiled[function]
-
-    monkeypatch.setattr(flex_attention, "_compiled", traced_only)
+    monkeypatch.undo()  # the fixture above
+    monkeypatch.setattr(flex_attention, "_BACKEND", "eager")
+    monkeypatch.setattr(flex_attention, "_RECOMPILE_LIMIT", 1)
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
     torch._dynamo.reset()
-    inputs = Inputs(False)
-    with torch.no_grad():
-        assert by_flex(inputs).isfinite().all()
-    with pytest.raises(RunError, match="--attention sdpa"):
-        by_flex(inputs)
-
-
-def test_how_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()  # the fixture above
-    monkeypatch.setattr(torch, "compile", lambda function, **options: options)
-    options: Any = flex_attention._compiled.__wrapped__(torch.neg)
-    assert options == {"dynamic": True, "fullgraph": True, "recompile_limit": 64}
+    flex_attention._compiled.cache_clear()
+    try:
+        inputs = Inputs(False)
+        with torch.no_grad():
+            assert by_flex(inputs).isfinite().all()
+        with pytest.raises(RunError, match=r"more than 1 compiled .* --attention sdpa"):
+            by_flex(inputs)
+    finally:
+        flex_attention._compiled.cache_clear()
 
 
 @pytest.mark.parametrize("length", [1, 8, 13])

@@ -40,6 +40,7 @@ SDPA, FLEX = "sdpa", "flex"
 # The kernels need this compute capability or later.
 _CAPABILITY = (8, 0)
 _RECOMPILE_LIMIT = 64
+_BACKEND = "inductor"
 
 
 def unavailable_reason(device: torch.device, dropout_p: float) -> str | None:
@@ -63,12 +64,28 @@ def refuse_if_unavailable(device: torch.device, dropout_p: float) -> None:
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
     compile_function: Any = torch.compile  # its types lack `recompile_limit`
     # Dynamic, because the number of tokens differs in every batch.
-    compiled: Callable[..., Any] = compile_function(
-        function, dynamic=True, fullgraph=True, recompile_limit=_RECOMPILE_LIMIT
+    compiled = compile_function(
+        function,
+        backend=_BACKEND,
+        dynamic=True,
+        fullgraph=True,
+        recompile_limit=_RECOMPILE_LIMIT,
     )
-    return compiled
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        try:
+            return compiled(*arguments, **options)
+        except FailOnRecompileLimitHit:
+            raise RunError(
+                f"--attention flex: it needs more than {_RECOMPILE_LIMIT} compiled variants for "
+                "these batches; --attention sdpa needs none"
+            ) from None
+
+    return call
 
 
 class FlexAttention:
@@ -97,16 +114,8 @@ class FlexAttention:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
         """q [N, H, D], k and v [T, H, D] -> [N, H, D]."""
-        from torch._dynamo.exc import FailOnRecompileLimitHit
-
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, N or T, D)
-        try:
-            o = self._attend(q, k, v, score_mod=self._score, block_mask=self._mask)
-        except FailOnRecompileLimitHit:
-            raise RunError(
-                f"--attention flex: it needs more than {_RECOMPILE_LIMIT} compiled variants for "
-                "these batches; --attention sdpa needs none"
-            ) from None
+        o = self._attend(q, k, v, score_mod=self._score, block_mask=self._mask)
         return o[0].transpose(0, 1)  # (1, H, N, D) -> (N, H, D)
 
 
