@@ -2,6 +2,8 @@
 # Fine-tune CPM-Bee. Run it from src/:   bash scripts/finetune_cpm_bee.sh [more flags]
 # Every setting can be given in the environment, e.g.   LR=0.001 EPOCH=3 bash scripts/...
 # and any flag of finetune_cpm_bee.py can follow, e.g.  bash scripts/... --delta-rank 16
+# BMTrain instead of plain PyTorch (GPUs; Python 3.10 or 3.11):  bash scripts/... --engine bmtrain
+# after   python -m pip install --no-deps bmtrain==1.0.1
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 use_venv

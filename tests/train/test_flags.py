@@ -18,12 +18,13 @@ import pytest
 import rounding
 import torch
 import train_support
+from torch.nn.attention import flex_attention as torch_flex
 from train_support import Run, Workspace, distance
 
 from cpm_bee.cli import not_negative, positive, run_command, whole_number
 from cpm_bee.data.batch import Batch
 from cpm_bee.errors import InputError
-from cpm_bee.model import compiled
+from cpm_bee.model import compiled, flex_attention, flex_probe
 from cpm_bee.model.attention import PaddedAttention
 from cpm_bee.model.network import BlockStack, CPMBee
 from cpm_bee.train import activation_checkpointing
@@ -625,8 +626,26 @@ def _checkpointing(lab: Lab) -> None:
 
 @case
 def _attention(lab: Lab) -> None:
-    assert lab.run(attention="sdpa").losses == lab.run(attention="auto").losses
-    assert "no backward pass on a cpu" in lab.refusal(attention="flex")  # see tests/model/test_flex
+    # More of flex is in tests/model/test_flex_attention.py and test_flex_probe.py.
+    usual = lab.run(attention="sdpa")
+    assert usual.losses == lab.run(attention="auto").losses
+    assert "attention sdpa" not in lab.printed and "attention flex" not in lab.printed
+    assert "no backward pass on a cpu" in lab.refusal(attention="flex")
+    lab.patch.setattr(flex_attention, "unavailable_reason", lambda *_: None)
+    assert lab.run(attention="flex").losses == usual.losses
+    assert lab.printed.count("attention sdpa instead of flex: its kernels need dim_head 16") == 1
+    lab.patch.setattr(flex_probe, "probe", lambda *_: None)
+    used = []
+    lab.patch.setattr(flex_attention, "_compiled", lambda f: used.append(f) or f)
+    lab.patch.setattr(torch_flex, "_validate_device", lambda *_: None)
+    run = lab.run(attention="flex")
+    assert lab.printed.count("attention flex: agrees with sdpa") == 1
+    assert run.losses == pytest.approx(usual.losses, rel=1e-5)
+    assert torch_flex.flex_attention in used
+    used.clear()
+    lab.run(attention="flex", use_delta=None)
+    assert lab.printed.count("attention sdpa instead of flex: the bias table is trained") == 1
+    assert not used
 
 
 @case
@@ -636,7 +655,7 @@ def _compile(lab: Lab) -> None:
     original = torch.compile
     lab.patch.setattr(torch, "compile", lambda *a, **k: wanted.append(a) or original(*a, **k))
     run, usual = lab.run(compile=True), lab.run()
-    assert len(wanted) == train_support.CONFIG.num_layers
+    assert len(wanted) == 1  # for all layers
     assert run.losses == pytest.approx(usual.losses, rel=1e-6)
     assert distance(run.weights(), usual.weights()) < 1e-6
 

@@ -138,9 +138,10 @@ class TextGenerationOptions(GenerationOptions, CommandOptions):
     verify: bool = verify_option(MODEL)
     dtype: str = MACHINE.option(
         "auto",
-        "compute type; `auto` is fp32 on a CPU, and bf16 (fp16 where that is not supported) on a "
-        "GPU",
-        "计算精度；`auto` 在 CPU 上为 fp32，在 GPU 上为 bf16（不支持时为 fp16）",
+        "compute type; `auto` is fp32 on a CPU, and bf16 on a GPU (fp16 on those without bf16 "
+        "arithmetic, such as V100 and T4)",
+        "计算精度；`auto` 在 CPU 上为 fp32，在 GPU 上为 bf16（V100、T4 等没有 bf16 运算的 GPU "
+        "上为 fp16）",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     device: str = MACHINE.option(

@@ -30,6 +30,9 @@ class QuantizedLinear(Linear):
         InputError: the format does not support a matrix of this size.
     """
 
+    # Its autograd function works piece by piece, into parts of one tensor.
+    is_traceable = False
+
     def __init__(self, dim_in: int, dim_out: int, fmt: Format) -> None:
         with torch.device("meta"):
             super().__init__(dim_in, dim_out)

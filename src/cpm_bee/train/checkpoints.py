@@ -109,8 +109,8 @@ class RunFiles:
             needed += sizes[-1] - present
         needed += max(sizes)  # a file is replaced only when the new one is whole
         what = (
-            f"the weights (best and last) and {self._limit} states (--save-total-limit), one of them "
-            "twice while it is replaced,"
+            f"the weights (best and last) and {self._limit} states (--save-total-limit), one of "
+            "them twice while it is replaced,"
         )
         if reason := shortage(self._folder, needed, what):
             raise RunError(f"{self.state}: {reason}; make room, or give another --save")

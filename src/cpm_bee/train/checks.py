@@ -106,10 +106,10 @@ def check(options: Options) -> Inputs:
     files = saved_state = None
     fresh_start = ""
     shapes = step_shapes(options, num_processes)
-    if device is not None:
+    if device is not None and options.attention == flex_attention.FLEX:
         dropout = 0.0 if pretrained is None else pretrained.model.config.dropout_p
         with problems.collecting():
-            flex_attention.is_chosen(options.attention, device, dropout)
+            flex_attention.refuse_if_unavailable(device, dropout)
     if pretrained is not None:
         if delta_config is not None:
             _insert_delta(pretrained, delta_config, _seed(options), problems)
@@ -130,7 +130,8 @@ def check(options: Options) -> Inputs:
     assert device is not None and pretrained is not None and files is not None
     if RankInfo.of_this_process().rank == 0:  # which writes
         trained = sum(p.numel() for p in pretrained.model.parameters() if p.requires_grad)
-        files.require_room(trained, resume=options.resume)
+        goes_on = saved_state is not None and not files.begins_new_run
+        files.require_room(trained, resume=goes_on)
     return Inputs(
         num_processes=num_processes,
         device=device,

@@ -197,12 +197,10 @@ class Options(ModelOptions, CommandOptions):
 
     engine: str = MACHINE.option(
         AUTO,
-        "training engine: `torch`, or `bmtrain` (ZeRO-3, on GPUs only); `auto` is `bmtrain` on "
-        "GPUs where bmtrain is installed (`python -m pip install --no-deps bmtrain==1.0.1`, Python "
-        "3.10 or 3.11), else `torch`",
-        "训练引擎：`torch`，或 `bmtrain`（ZeRO-3，仅限 GPU）；`auto` 在使用 GPU 且已安装 bmtrain 时"
-        "（`python -m pip install --no-deps bmtrain==1.0.1`，Python 3.10 或 3.11）选 `bmtrain`，"
-        "否则选 `torch`",
+        "training engine: `torch`, which is also `auto`, or `bmtrain` (ZeRO-3, on GPUs only; "
+        "`python -m pip install --no-deps bmtrain==1.0.1`, Python 3.10 or 3.11)",
+        "训练引擎：`torch`（`auto` 同此），或 `bmtrain`（ZeRO-3，仅限 GPU；"
+        "`python -m pip install --no-deps bmtrain==1.0.1`，Python 3.10 或 3.11）",
         choices=(AUTO, "torch", "bmtrain"),
     )
     parallel: str = MACHINE.option(
@@ -227,9 +225,10 @@ class Options(ModelOptions, CommandOptions):
     )
     dtype: str = MACHINE.option(
         AUTO,
-        "compute type; `auto` is fp32 on a CPU, and bf16 (fp16 where that is not supported) on a "
-        "GPU",
-        "计算精度；`auto` 在 CPU 上为 fp32，在 GPU 上为 bf16（不支持时为 fp16）",
+        "compute type; `auto` is fp32 on a CPU, and bf16 on a GPU (fp16 on those without bf16 "
+        "arithmetic, such as V100 and T4)",
+        "计算精度；`auto` 在 CPU 上为 fp32，在 GPU 上为 bf16（V100、T4 等没有 bf16 运算的 GPU "
+        "上为 fp16）",
         choices=(AUTO, "fp32", "bf16", "fp16"),
     )
     checkpointing: str = MACHINE.option(
@@ -243,9 +242,11 @@ class Options(ModelOptions, CommandOptions):
     )
     attention: str = MACHINE.option(
         AUTO,
-        "`sdpa`, or `flex` (FlexAttention, which needs a GPU and triton); `auto` is `flex` where "
-        "it can run",
-        "`sdpa` 或 `flex`（FlexAttention，需要 GPU 和 triton）；`auto` 在可用时选 `flex`",
+        "`sdpa`, which is also `auto`, or `flex` (FlexAttention; it needs a GPU and triton, and is "
+        "tried first: where it fails, or where the bias table is trained, the run says so and "
+        "uses `sdpa`)",
+        "`sdpa`（`auto` 同此），或 `flex`（FlexAttention，需要 GPU 和 triton；使用前先试算："
+        "试算失败，或偏置表参与训练时，会给出提示并改用 `sdpa`）",
         choices=(AUTO, "sdpa", "flex"),
     )
     compile: bool = MACHINE.option(

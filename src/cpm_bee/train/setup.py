@@ -15,6 +15,8 @@ from cpm_bee.distributed.rank import RankInfo
 from cpm_bee.engine import Engine, OptimizerSettings
 from cpm_bee.engine.select import make_engine
 from cpm_bee.errors import CpmBeeError, InputError, RunError, keeping
+from cpm_bee.model import flex_probe
+from cpm_bee.model.flex_attention import FLEX, SDPA
 from cpm_bee.model.frozen.buffers import return_freed_memory
 from cpm_bee.model.network import CPMBee
 from cpm_bee.tokenizer import Tokenizer
@@ -115,7 +117,7 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
         training, evaluation = _loaders(options, engine, indexes, tokenizer)
         checkpointing = _choose_checkpointing(options, inputs, engine, indexes[0])
         model.encoder.set_checkpointing(checkpointing.checkpointing)
-        model.attention = options.attention
+        model.attention, attention_lines = _choose_attention(options, model, engine)
         if engine.device.type == "cpu":
             return_freed_memory()
         if options.compile:
@@ -145,7 +147,7 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
         summary = [inputs.fresh_start] if inputs.fresh_start else []
         summary += [] if resumed_step is None else [f"resumed after step {resumed_step}"]
         summary += [_engine_line(engine), sizes, *_data_lines(options, training, evaluation)]
-        summary += [distribution, checkpointing_line(checkpointing)]
+        summary += [distribution, checkpointing_line(checkpointing), *attention_lines]
         with closing(reporter):
             yield Run(
                 model=model,
@@ -264,6 +266,22 @@ def _choose_checkpointing(
     if engine.reduce_max([int(own.checkpointing)])[0] and not own.checkpointing:
         return CheckpointingChoice(True, "another process has less memory")
     return own
+
+
+def _choose_attention(options: Options, model: CPMBee, engine: Engine) -> tuple[str, list[str]]:
+    """How the model attends, and a line about it if flex was requested; collective.
+
+    All ranks do the same: sums that differ in their rounding would add up to different weights.
+    """
+    if options.attention != FLEX:
+        return SDPA, []
+    reason: str | None = "the bias table is trained, and flex is only for a frozen one"
+    if not model.position_bias.relative_attention_bias.requires_grad:
+        with engine.autocast():  # as in training, so that the compiled kernels are used again
+            reason = flex_probe.probe(model.config, engine.dtype, engine.device)
+    if not engine.reduce_max([int(reason is not None)])[0]:
+        return FLEX, ["attention flex: agrees with sdpa on this machine"]
+    return SDPA, [f"attention sdpa instead of flex: {reason or 'it fails in another process'}"]
 
 
 def _optimizer_settings(options: Options) -> OptimizerSettings:
