@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from cpm_bee.distributed.rank import is_reporting_rank, report_error
 from cpm_bee.distributed.rank import record as record_failure
-from cpm_bee.errors import CpmBeeError, InputError, describe
+from cpm_bee.errors import CpmBeeError, InputError, describe, exit_status_of
 
 # Waiting threads sleep instead of spinning, so that another busy process does not stall them.
 # OpenMP reads this when torch is loaded; every entry script imports this module before torch.
@@ -205,12 +205,12 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     try:
         status = record_failure(reporting_main, lambda error: message_of(error) is not None)()
         sys.stdout.flush()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if debug:
             raise
         if is_reporting_rank():
             print("interrupted", file=sys.stderr)
-        status = 130
+        status = exit_status_of(interrupt)
     except BrokenPipeError:
         # The reader of our output has gone (`... | head`): exit quietly. Without this the
         # interpreter would report the error again while flushing stdout.
@@ -219,7 +219,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except Exception as error:
         if message_of(error) is None:
             raise
-        status = error.exit_status if isinstance(error, CpmBeeError) else 1
+        status = exit_status_of(error)
     sys.exit(status or 0)
 
 

@@ -33,6 +33,13 @@ class InputError(CpmBeeError):
     exit_status = 2
 
 
+def exit_status_of(error: BaseException) -> int:
+    """The exit status of a command that an error ends: 130 for Ctrl-C, 1 for an unknown one."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return error.exit_status if isinstance(error, CpmBeeError) else 1
+
+
 class Problems:
     """Collects all problems of one input, to report them together.
 

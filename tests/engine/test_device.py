@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from cpm_bee.engine import device
-from cpm_bee.engine.device import choose_device, choose_dtype, free_memory
+from cpm_bee.engine.device import choose_device, choose_dtype, free_memory, use_device
+from cpm_bee.engine.torch_engine import TorchEngine
 from cpm_bee.errors import InputError
 
 CPU = torch.device("cpu")
@@ -26,6 +27,18 @@ def test_types_and_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     for supported, dtype in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda s=supported: s)
         assert choose_dtype("auto", gpu) == dtype
+
+
+def test_the_gpu_of_a_run_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    assert use_device(CPU) == CPU
+    assert use_device(torch.device("cuda")) == torch.device("cuda", 2)
+    assert made == []
+    second = torch.device("cuda", 1)
+    assert TorchEngine(second, torch.float32).device == second
+    assert made == [second]
 
 
 def test_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
