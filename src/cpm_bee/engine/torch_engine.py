@@ -64,7 +64,11 @@ class TorchEngine:
             from cpm_bee.engine.fsdp import FSDPStrategy  # takes a second and 100 MiB
 
             self._strategy = FSDPStrategy(
-                self.device, self.world_size, pretrained.tensors, offload=offload
+                self.device,
+                self.world_size,
+                pretrained.tensors,
+                dtype=self.dtype,
+                offload=offload,
             )
         else:
             self._strategy = DDPStrategy(self.device, self.world_size)
