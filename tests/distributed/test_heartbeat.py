@@ -115,6 +115,25 @@ def test_one_thread_reports_a_loss_with_nccl(
     own.close(None)
 
 
+def test_a_rank_that_has_reported_an_error_leaves_time_for_the_others_with_nccl(
+    store: dist.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may have the same error, with an exit status of its own."""
+    ended: list[float] = []
+    monkeypatch.setattr(
+        Heartbeat, "_end_process", lambda self, cause: ended.append(time.monotonic())
+    )
+    monkeypatch.setattr(heartbeat, "_NCCL_PAUSE", 0.02)
+    monkeypatch.setattr(heartbeat, "_GRACE", 0.5)
+    first, second = (Heartbeat(store, r, 2, nccl=True) for r in (0, 1))
+    begin = time.monotonic()
+    second.close("no such file")
+    while not ended:
+        time.sleep(0.01)
+    assert ended[0] - begin > 0.5
+    first.close(None)
+
+
 HANGING = """
 import sys, time
 import torch.distributed as dist

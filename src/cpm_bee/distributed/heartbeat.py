@@ -18,7 +18,7 @@ a broken connection (between machines), PyTorch's watchdog thread, which looks t
 aborts the process with a C++ error that does not name the lost rank. Where it does not see one
 (on one machine), nothing ends the collective before its timeout of half an hour. So with NCCL the
 heartbeat thread looks five times a second for the note and for the processes of its own machine,
-and ends the process as soon as it knows the cause. The watchdog may still be faster.
+and ends the process as soon as a rank is lost without a word. The watchdog may still be faster.
 """
 
 from __future__ import annotations
@@ -131,8 +131,13 @@ class Heartbeat:
                     self._end_process(cause)
 
     def _must_end(self) -> bool:
-        """Whether this thread has to end the process; waits for the main thread to do so."""
-        if self._nccl and self._claims_report("heartbeat"):
+        """Whether this thread has to end the process; waits for the main thread to do so.
+
+        With NCCL it waits only if the ranks have reported errors of their own: the main thread may
+        have the same error, and an exit status for it, or still be saving what they all saved.
+        """
+        reported = all(self._store.check([f"{_DONE}/{rank}"]) for rank in tuple(lost_ranks))
+        if self._nccl and not reported and self._claims_report("heartbeat"):
             return True
         return not self._closed.wait(_GRACE)
 
