@@ -16,7 +16,7 @@ def main() -> None:
     options = TextGenerationOptions.parse()
     # Imported late, with torch: --help and wrong usage answer at once.
     from cpm_bee import delta, pretrained
-    from cpm_bee.engine.device import choose_device, choose_dtype
+    from cpm_bee.engine.device import choose_device, choose_dtype, use_device
     from cpm_bee.generate.beam_search import Generator
     from cpm_bee.generate.jsonl import (
         STANDARD,
@@ -29,7 +29,7 @@ def main() -> None:
     check_output(options.output, options.files_read())
     records = read_records(options.input, escape=options.escape)
     check_resume(options.output, records, resume=options.resume)
-    device = choose_device(options.device)
+    device = use_device(choose_device(options.device))
     dtype = choose_dtype(options.dtype, device)
     model = (options.load, options.model_config, options.vocab)
     loaded = pretrained.load_pretrained(

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from cpm_bee.distributed.rank import is_reporting_rank, report_error
 from cpm_bee.distributed.rank import record as record_failure
-from cpm_bee.errors import DISK_FULL, CpmBeeError, InputError, describe, exit_status, naming
+from cpm_bee.errors import DISK_FULL, CpmBeeError, InputError, describe, exit_status_of, naming
 
 # Waiting threads sleep instead of spinning, so that another busy process does not stall them.
 # OpenMP reads this when torch is loaded; every entry script imports this module before torch.
@@ -207,18 +207,18 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     status: int | None
     try:
         status = record_failure(reporting_main, lambda error: message_of(error) is not None)()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if debug:
             raise
         if is_reporting_rank():
             print("interrupted", file=sys.stderr)
-        status = 130
+        status = exit_status_of(interrupt)
     except BrokenPipeError:
         status = 1  # the reader of our output has gone (`... | head`): exit quietly
     except Exception as error:
         if message_of(error) is None:
             raise
-        status = exit_status(error)
+        status = exit_status_of(error)
     _drop_unwritten_output()
     sys.exit(status or 0)
 

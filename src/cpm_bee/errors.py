@@ -113,8 +113,13 @@ def describe(error: Exception) -> str:
     return str(error)
 
 
-def exit_status(error: Exception) -> int:
-    """The exit status for an error: 2 for wrong usage or bad input, 1 for a failed run."""
+def exit_status_of(error: BaseException) -> int:
+    """The exit status for an error: 2 for wrong usage or bad input, 1 for a failed run.
+
+    It is 130 for Ctrl-C.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return 130
     if isinstance(error, CpmBeeError):
         return error.exit_status
     is_wrong_path = isinstance(error, OSError) and error.filename and error.errno in _WRONG_PATH

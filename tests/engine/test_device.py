@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from cpm_bee.engine import bmtrain_engine, device
-from cpm_bee.engine.device import choose_device, choose_dtype, free_memory
+from cpm_bee.engine.device import choose_device, choose_dtype, free_memory, use_device
 from cpm_bee.engine.select import choose_engine
+from cpm_bee.engine.torch_engine import TorchEngine
 from cpm_bee.errors import InputError
 
 CPU = torch.device("cpu")
@@ -67,6 +68,18 @@ def test_bmtrain_only_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         assert choose_engine(wanted, CPU, "none", []) == "torch"
     with pytest.raises(InputError, match=r"--engine bmtrain: .*--compile"):
         choose_engine("bmtrain", CPU, "none", ["--compile"])
+
+
+def test_the_gpu_of_a_run_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    assert use_device(CPU) == CPU
+    assert use_device(torch.device("cuda")) == torch.device("cuda", 2)
+    assert made == []
+    second = torch.device("cuda", 1)
+    assert TorchEngine(second, torch.float32).device == second
+    assert made == [second]
 
 
 def test_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,19 @@ def choose_device(name: str = AUTO) -> torch.device:
     return device
 
 
+def use_device(device: torch.device) -> torch.device:
+    """Make a GPU this process's current one; returns it with its index. Does nothing for a CPU.
+
+    Some libraries' kernels and new streams use the current GPU, whatever their tensors are on.
+    """
+    if device.type != "cuda":
+        return device
+    if device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.set_device(device)
+    return device
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Returns the compute type of `--dtype`.
 

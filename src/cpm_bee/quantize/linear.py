@@ -73,7 +73,7 @@ class QuantizedLinear(Linear):
             and not (torch.is_grad_enabled() and x.requires_grad)
             and x.numel() <= _FEW_ROWS * self.dim_in
             and isinstance(self.format, NF4)
-            and kernels.available()
+            and kernels.available(x.device, x.dtype)
         )
 
     def pieces(

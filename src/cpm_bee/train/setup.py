@@ -20,13 +20,12 @@ from cpm_bee.model.flex_attention import FLEX, SDPA
 from cpm_bee.model.frozen.buffers import return_freed_memory
 from cpm_bee.model.network import CPMBee
 from cpm_bee.tokenizer import Tokenizer
-from cpm_bee.train.activation_checkpointing import choose_for_run
+from cpm_bee.train.activation_checkpointing import CheckpointingChoice, choose_for_run
 from cpm_bee.train.checkpoints import RunFiles
 from cpm_bee.train.checks import Inputs, check, step_shapes
 from cpm_bee.train.data_loader import DataLoader
 from cpm_bee.train.dry_run import describe_run
 from cpm_bee.train.log import Reporter
-from cpm_bee.train.memory_estimate import CheckpointingChoice
 from cpm_bee.train.options import Options
 from cpm_bee.train.summary import (
     checkpointing_line,
