@@ -8,7 +8,7 @@ outside and ends one step only.
 
 from __future__ import annotations
 
-import cpm_bee.cli  # sets OMP_WAIT_POLICY, before torch is loaded  # isort: skip
+import cpm_bee.cli  # noqa: F401  # sets OMP_WAIT_POLICY, before torch is loaded  # isort: skip
 
 import importlib
 import json

@@ -21,5 +21,5 @@ def examine(options: DoctorOptions) -> tuple[list[Finding], Facts]:
     return findings, facts
 
 
-def facts_for_report(facts: Facts) -> dict[str, Any]:
+def as_dict(facts: Facts) -> dict[str, Any]:
     return asdict(facts)

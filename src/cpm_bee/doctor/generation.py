@@ -49,7 +49,7 @@ def _logits(model: CPMBee, device: torch.device) -> dict[str, torch.Tensor]:
     found = {}
     for number, record in enumerate(workload.records(_RECORDS)):
         decoder = Decoder(model, tokenizer, Prompt.of(record, Encoder(tokenizer)))
-        beams = [(Token(tokenizer.bos, 0, 0, 0),)] * 2
+        beams: list[tuple[Token, ...]] = [(Token(tokenizer.bos, 0, 0, 0),)] * 2
         for step in range(1, 5):
             logits = decoder.logits(beams, [0, 0] if step == 1 else [0, 1])
             # <unk> is forbidden: -inf in every dtype.

@@ -1,4 +1,4 @@
-"""Judges the facts about cards, driver, NCCL and the packages that only a GPU needs; see `rules`."""
+"""Judges the facts about cards, driver, NCCL, and packages that only a GPU needs; see `rules`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def driver(facts: Facts) -> Iterator[Finding]:
         yield Finding("driver", OK, "no NVIDIA GPU on this machine: everything runs on the CPU")
         return
     elif not facts.libcuda:
-        text = "there is a GPU, but libcuda.so.1 cannot be loaded: the driver is not in this container"
+        text = (
+            "there is a GPU, but libcuda.so.1 cannot be loaded: the driver is not in this container"
+        )
         fix = (
             "docker run --gpus all, with NVIDIA_DRIVER_CAPABILITIES=compute,utility; outside of "
             "containers, install the driver's compute libraries"
@@ -33,13 +35,15 @@ def driver(facts: Facts) -> Iterator[Finding]:
         yield Finding("driver", FAULT, text, fix)
         return
     elif not facts.device_files:
-        text = "the driver's library is there, but no /dev/nvidia0: the card is not in this container"
+        text = (
+            "the driver's library is there, but no /dev/nvidia0: the card is not in this container"
+        )
         yield Finding("driver", FAULT, text, "docker run --gpus all")
         return
     if facts.driver and cuda:
         needed = _DRIVERS.get(numbers(cuda)[0])
         if needed is not None and numbers(facts.driver)[0] < needed:
-            text = f"{facts.driver} is too old for PyTorch's CUDA {cuda}, which needs {needed} or later"
+            text = f"{facts.driver} is too old for PyTorch's CUDA {cuda}, which needs {needed}"
             fix = f"update the driver to {needed} or later, or install PyTorch for an older CUDA"
             yield Finding("driver", FAULT, text, fix)
         else:
@@ -49,11 +53,12 @@ def driver(facts: Facts) -> Iterator[Finding]:
 
 
 def gpus(facts: Facts) -> Iterator[Finding]:
-    if facts.torch.get("cuda") and facts.gpus and not facts.torch.get("cuda_available"):
-        if facts.variables.get("CUDA_VISIBLE_DEVICES", "0").strip() not in ("", "-1"):
-            reason = next(iter(facts.torch.get("warnings", [])), "PyTorch gives no reason")
-            fix = "nvidia-smi; the line on the driver above; sudo modprobe nvidia_uvm; reboot"
-            yield Finding("GPU", FAULT, f"PyTorch cannot use the GPU: {reason}", fix)
+    hidden = facts.variables.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+    unusable = facts.torch.get("cuda") and not facts.torch.get("cuda_available")
+    if facts.gpus and unusable and not hidden:
+        reason = next(iter(facts.torch.get("warnings", [])), "PyTorch gives no reason")
+        fix = "nvidia-smi; the line on the driver above; sudo modprobe nvidia_uvm; reboot"
+        yield Finding("GPU", FAULT, f"PyTorch cannot use the GPU: {reason}", fix)
     for i, device in enumerate(facts.torch.get("devices", [])):
         yield _gpu(f"GPU {i}", device, facts.torch.get("arch_list", []))
     for i, card in enumerate(facts.gpus):
@@ -125,10 +130,10 @@ def nccl(facts: Facts) -> Iterator[Finding]:
     for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         given = facts.variables.get(name, "")
         wanted = [part for part in given.lstrip("^=").split(",") if part]
-        if given and not given.startswith("^"):
-            if not any(i.startswith(part) for part in wanted for i in facts.interfaces):
-                text = f"{name}={given}: this machine has only {', '.join(facts.interfaces)}"
-                yield Finding("network", FAULT, text, f"unset {name}, or name one of these")
+        found = any(i.startswith(part) for part in wanted for i in facts.interfaces)
+        if given and not given.startswith("^") and not found:
+            text = f"{name}={given}: this machine has only {', '.join(facts.interfaces)}"
+            yield Finding("network", FAULT, text, f"unset {name}, or name one of these")
     if not facts.own_address:
         text = "this host's own name has no address: several processes may not find each other"
         fix = "add it to /etc/hosts, or export GLOO_SOCKET_IFNAME=lo on one machine"
@@ -156,17 +161,21 @@ def bmtrain(facts: Facts) -> Iterator[Finding]:
     install = f"pip install --no-deps bmtrain=={_BMTRAIN}"
     if version is None:
         if facts.python[:2] in _BMTRAIN_PYTHONS:
-            yield Finding("bmtrain", OK, f"not installed; only --engine bmtrain needs it ({install})")
+            yield Finding(
+                "bmtrain", OK, f"not installed; only --engine bmtrain needs it ({install})"
+            )
         else:
             # pip would build it, which fails without CUDA_HOME and for another torch.
-            text = "not installed, and it has no wheels for this Python; --engine torch does not need it"
-            yield Finding("bmtrain", OK, text)
+            yield Finding("bmtrain", OK, "not installed; it has no wheels for this Python")
     elif version != _BMTRAIN:
-        text = f"{version} is not supported: a build for torch 1.x, or without CUDA_HOME, fails with torch 2"
+        # Older ones have no wheels: pip builds them, which needs CUDA_HOME and an older torch.
+        text = f"{version} is not supported, and does not work with torch 2"
         yield Finding("bmtrain", FAULT, text, f"pip uninstall -y bmtrain && {install}")
     elif facts.python[:2] not in _BMTRAIN_PYTHONS:
         fix = "use Python 3.10 or 3.11, or --engine torch"
-        yield Finding("bmtrain", WARNING, f"{version} has wheels for Python 3.10 and 3.11 only", fix)
+        yield Finding(
+            "bmtrain", WARNING, f"{version} has wheels for Python 3.10 and 3.11 only", fix
+        )
     elif facts.bmtrain_error:
         fix = f"pip uninstall -y bmtrain && {install}; or --engine torch"
         yield Finding("bmtrain", FAULT, f"{version}: {facts.bmtrain_error}", fix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from cpm_bee import hints
@@ -81,6 +82,8 @@ class DoctorOptions(CommandOptions):
     list: bool = STEPS.option(False, "list the steps of `--gpu`", "列出 `--gpu` 的全部步骤")
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise InputError(f"--device {self.device}: cpu, cuda and cuda:N can be used")
         if self.steps is not None and not self.gpu:
             raise InputError("--steps: needs --gpu")
         if self.load is None and (self.vocab is not None or self.model_config != "auto"):

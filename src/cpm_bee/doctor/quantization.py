@@ -82,7 +82,7 @@ def _losses(context: Context, fmt: Format) -> None:
     for name, layer in model.named_modules():
         if isinstance(layer, QuantizedLinear):
             dense = fmt.dense(layer.codes, layer.absmax, torch.float32)
-            plain.get_submodule(name).weight.data.copy_(dense)  # type: ignore[union-attr]
+            plain.get_parameter(f"{name}.weight").data.copy_(dense)
     batches = [workload.batch_of(workload.records(6))]
     exact = workload.train_exactly(plain, batches)
     trusted = workload.train_trusted(plain, batches, torch.float32)

@@ -59,7 +59,7 @@ def torch(facts: Facts) -> Iterator[Finding]:
         if "did not answer" in reason:
             fix = "the driver hangs: run nvidia-smi; reboot, or restart the container"
         elif ".so" in reason:
-            fix = f"libraries of several installations are mixed: unset LD_LIBRARY_PATH, or {INSTALL_TORCH}"
+            fix = f"unset LD_LIBRARY_PATH, which mixes installations; or {INSTALL_TORCH}"
         else:
             fix = INSTALL_TORCH
         yield Finding("torch", FAULT, f"{facts.packages['torch']}: {reason}", fix)
@@ -101,7 +101,9 @@ def threads(facts: Facts) -> Iterator[Finding]:
     ]
     if spinning:
         text = f"{', '.join(spinning)}: waiting threads spin, and stall beside other work"
-        yield Finding("threads", WARNING, text, "export OMP_WAIT_POLICY=PASSIVE; unset KMP_BLOCKTIME")
+        yield Finding(
+            "threads", WARNING, text, "export OMP_WAIT_POLICY=PASSIVE; unset KMP_BLOCKTIME"
+        )
 
 
 def memory(facts: Facts) -> Iterator[Finding]:
@@ -141,5 +143,7 @@ def scripts(facts: Facts) -> Iterator[Finding]:
 def leftovers(facts: Facts) -> Iterator[Finding]:
     names = [n for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if n in facts.variables]
     if names and "TORCHELASTIC_RUN_ID" not in facts.variables:
-        text = f"{', '.join(names)} set in this shell: a run would wait for processes that never come"
+        text = (
+            f"{', '.join(names)} set in this shell: a run would wait for processes that never come"
+        )
         yield Finding("environment", FAULT, text, f"unset {' '.join(names)}")

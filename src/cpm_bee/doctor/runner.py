@@ -63,23 +63,21 @@ class StepResult:
 
 
 def run_steps(
-    steps: Sequence[Step], device: str, cards: Sequence[Any], total: float = TOTAL_SECONDS
+    steps: Sequence[Step], device: str, cards: int, total: float = TOTAL_SECONDS
 ) -> list[StepResult]:
     """Run steps in order and print the lines of each.
 
     Args:
-        cards: the cards that PyTorch sees.
+        cards: the number of cards that PyTorch sees.
         total: the number of seconds for all steps; those that it does not reach are not run.
     """
     begin = time.monotonic()
     results = []
     for step in steps:
         left = total - (time.monotonic() - begin)
-        verdict = step.unmet(device, len(cards))
+        verdict = step.unmet(device, cards)
         if verdict:
             result = StepResult(step, verdict, reason=step.title)
-        elif device != "cpu" and not cards:
-            result = StepResult(step, FAULT, reason="PyTorch finds no GPU: see the lines above")
         elif left < 1:
             reason = f"not run: the {total:.0f} seconds of all steps are over"
             result = StepResult(step, NOT_AVAILABLE, reason=reason)
@@ -91,7 +89,9 @@ def run_steps(
 
 
 def _shown(result: StepResult) -> list[str]:
-    lines = [f"{result.step.name}: {result.verdict} ({result.seconds:.1f} s) {result.reason}".rstrip()]
+    lines = [
+        f"{result.step.name}: {result.verdict} ({result.seconds:.1f} s) {result.reason}".rstrip()
+    ]
     lines += [f"    {line['verdict']:<8}  {line['what']}: {line['text']}" for line in result.lines]
     if result.verdict == FAULT and result.output:
         lines += [f"    | {line}" for line in result.output.splitlines()[-15:]]
@@ -108,7 +108,7 @@ def run_step(step: Step, device: str, limit: float) -> StepResult:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=_environment(),
+                env=_environment() | dict(step.variables),
             )
             try:
                 status = process.wait(limit)

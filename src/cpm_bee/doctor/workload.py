@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +27,6 @@ TOKENIZER = Tokenizer([*REQUIRED, "<mask>", "<option>", *_LETTERS], source="doct
 SETTINGS = OptimizerSettings(
     weight_decay=0.01, clip_grad=1.0, loss_scale=1024.0, loss_scale_factor=2.0, loss_scale_steps=4
 )
-_LR = 1e-3
 
 
 def make_config(device: torch.device) -> ModelConfig:
@@ -75,7 +74,7 @@ def records(count: int, seed: int = 0) -> list[Record]:
         if number % 2:
             made.append({"input": word, "question": "春", "<ans>": word[:8]})
         else:
-            options = {f"<option_{i}>": c for i, c in enumerate(rng.sample(_LETTERS, 3))}
+            options: Record = {f"<option_{i}>": c for i, c in enumerate(rng.sample(_LETTERS, 3))}
             made.append({"input": word, "options": options, "<ans>": "<option_1>"})
     return made
 
@@ -112,10 +111,17 @@ def train(
     settings: OptimizerSettings = SETTINGS,
     *,
     attention: str = "sdpa",
+    lr: float = 1e-3,
+    prepare: Callable[[CPMBee], None] = lambda model: None,
 ) -> Training:
-    """Train a copy of a model, one step a batch; dropout masks are seeded by the step."""
+    """Train a copy of a model, one step a batch; dropout masks are seeded by the step.
+
+    Args:
+        prepare: changes the copy before it is trained.
+    """
     model = copy.deepcopy(model).to(device).train()
     model.attention = attention
+    prepare(model)
     engine = TorchEngine(device, dtype)
     engine.prepare(model, settings)
     done = Training(engine=engine)
@@ -131,23 +137,26 @@ def train(
             scale = engine.loss_scale
             found = {n: p.grad for n, p in trained.items() if p.grad is not None}
             done.gradients = {n: g.cpu() / scale for n, g in found.items()}
-        done.results.append(engine.step(_LR))
+        done.results.append(engine.step(lr))
         done.scales.append(engine.loss_scale)
     done.updates = {n: (p.detach() - before[n]).cpu() for n, p in trained.items()}
     done.weights = {n: p.detach().cpu() for n, p in trained.items()}
     return done
 
 
-def train_exactly(model: CPMBee, batches: Sequence[Batch]) -> Training:
+def train_exactly(model: CPMBee, batches: Sequence[Batch], lr: float = 1e-3) -> Training:
     """The same in double precision on the CPU."""
     with double_precision():
-        return train(
-            copy.deepcopy(model).double(), batches, torch.device("cpu"), torch.float32, SETTINGS
-        )
+        double = copy.deepcopy(model).double()
+        return train(double, batches, torch.device("cpu"), torch.float32, lr=lr)
 
 
 def train_trusted(
-    model: CPMBee, batches: Sequence[Batch], dtype: torch.dtype, samples: int = 3
+    model: CPMBee,
+    batches: Sequence[Batch],
+    dtype: torch.dtype,
+    samples: int = 3,
+    lr: float = 1e-3,
 ) -> list[Training]:
     """The same in a dtype on the CPU: once as it is, then with the last bits moved by chance.
 
@@ -159,5 +168,5 @@ def train_trusted(
         if seed:
             wide = {n: p for n, p in nudged.named_parameters() if p.dtype == torch.float32}
             nudge(wide, seed)
-        made.append(train(nudged, batches, torch.device("cpu"), dtype))
+        made.append(train(nudged, batches, torch.device("cpu"), dtype, lr=lr))
     return made
