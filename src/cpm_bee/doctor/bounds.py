@@ -60,11 +60,12 @@ def judge(
         return Line(what, FAULT, f"not finite: {', '.join(broken[:3])}")
     x = _joined(exact, exact)
     error = float((_joined(actual, exact) - x).norm() / x.norm())
-    measured = max(float((_joined(t, exact) - x).norm() / x.norm()) for t in trusted)
+    errors = [float((_joined(t, exact) - x).norm() / x.norm()) for t in trusted]
+    measured = max(errors)
     eps = torch.finfo(dtype).eps
     allowed = max(16 * eps if dtype == torch.float32 else eps, MARGIN * measured)
     # A trusted computation that is itself worthless would allow anything.
-    is_right = math.isfinite(allowed) and allowed < 1 and error <= allowed
+    is_right = all(map(math.isfinite, errors)) and allowed < 1 and error <= allowed
     name = str(dtype).removeprefix("torch.")
     text = f"error {error:.1e}, allowed {allowed:.1e} (of {name} here: {measured:.1e})"
     return judge_exact(what, is_right, text)

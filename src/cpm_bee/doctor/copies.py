@@ -22,7 +22,7 @@ _ROUNDS = 5
 
 def prefetching(context: Context) -> None:
     batches = [batch_of(records(24, seed)) for seed in range(8)]
-    plain = [batch.tensors() for batch in batches]
+    plain = [{n: t.clone() for n, t in batch.tensors().items()} for batch in batches]
     for number in range(1 if context.on_cpu else _ROUNDS):
         found = list(_read_while_computing(context, batches))
         for i, (tensors, expected) in enumerate(zip(found, plain, strict=True)):

@@ -88,14 +88,22 @@ def _gpu(name: str, device: dict[str, Any], arch_list: list[str]) -> Finding:
 
 
 def _has_kernels(major: int, minor: int, arch_list: list[str]) -> bool:
-    """Binary code runs on later minor versions of the same major one, PTX on all later ones."""
+    """Whether a PyTorch for these architectures runs on a card.
+
+    Binary code runs on later minor versions of the same major one, PTX on all later ones, and what
+    ends in "a" on that very architecture.
+    """
     for arch in arch_list:
         kind, _, number = arch.partition("_")
         digits = "".join(c for c in number if c.isdigit())
         own = (int(digits[:-1]), int(digits[-1]))
-        if (kind == "sm" and own[0] == major and own[1] <= minor) or (
-            kind == "compute" and own <= (major, minor)
-        ):
+        if number.endswith("a"):
+            fits = own == (major, minor)
+        elif kind == "sm":
+            fits = own[0] == major and own[1] <= minor
+        else:
+            fits = own <= (major, minor)
+        if fits:
             return True
     return not arch_list
 
