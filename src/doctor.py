@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import time
 from typing import Any
 
 from cpm_bee.cli import run_command
@@ -27,7 +28,8 @@ def main() -> int:
         findings.append(report.Finding("--gpu", report.FAULT, "PyTorch finds no GPU", fix))
         chosen = []
     print(report.table(findings), flush=True)
-    found: dict[str, Any] = {"command": shlex.join(sys.argv), "facts": as_dict(facts)}
+    found: dict[str, Any] = {"command": shlex.join(sys.argv), "date": time.strftime("%F %T %z")}
+    found["facts"] = as_dict(facts)
     if options.gpu and chosen:
         print(
             f"\n{len(chosen)} steps on {options.device}, each in a process of its own", flush=True

@@ -1,4 +1,4 @@
-"""Steps of doctor.py that go wrong, run in processes of their own by tests/doctor/test_runner.py."""
+"""Steps of doctor.py that go wrong; tests/doctor/test_runner.py runs each in a process."""
 
 from __future__ import annotations
 

@@ -113,9 +113,7 @@ def only_tested(monkeypatch: Patch) -> Callable[[], bool]:
     return lambda: not running
 
 
-def test_a_wrong_loss(
-    tmp_path: Path, monkeypatch: Patch, only_tested: Callable[[], bool]
-) -> None:
+def test_a_wrong_loss(tmp_path: Path, monkeypatch: Patch, only_tested: Callable[[], bool]) -> None:
     from cpm_bee.model.network import CPMBee
 
     changed(CPMBee, "loss", monkeypatch, lambda x: x * 1.00001, lambda *a: only_tested())
@@ -248,20 +246,22 @@ def test_too_many_entries_of_dynamo(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("reason", [None, "mismatch: 0.3 instead of 0.1"])
 def test_the_probe_of_flex(tmp_path: Path, monkeypatch: Patch, reason: str | None) -> None:
+    config = workload.make_config(CPU)
+
     class Probe:
         @staticmethod
-        def probe(*given: Any) -> str | None:
-            assert given == (4, 64, torch.bfloat16, CPU)
+        def probe(given: Any, *, dtype: torch.dtype, device: torch.device) -> str | None:
+            assert (given, dtype, device) == (config, torch.bfloat16, CPU)
             return reason
 
     monkeypatch.setitem(sys.modules, compilers._PROBE, Probe)  # type: ignore[arg-type]
     context = Context(CPU, tmp_path)
-    compilers._probe(context, 4, 64, torch.bfloat16)
+    compilers._probe(context, config, torch.bfloat16)
     (line,) = context.lines
     assert line.verdict == (OK if reason is None else FAULT)
     assert reason is None or line.text == reason
     monkeypatch.setitem(sys.modules, compilers._PROBE, None)  # type: ignore[arg-type]
-    compilers._probe(context, 4, 64, torch.bfloat16)
+    compilers._probe(context, config, torch.bfloat16)
     assert context.lines[1].verdict == NOT_AVAILABLE
 
 

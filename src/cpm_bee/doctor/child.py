@@ -21,6 +21,8 @@ import torch
 
 from cpm_bee.doctor.bounds import Line, judge_exact
 from cpm_bee.doctor.report import NEEDS_CUDA, NOT_AVAILABLE
+from cpm_bee.engine.device import choose_device
+from cpm_bee.engine.torch_engine import TorchEngine
 
 RESULT = "result.json"
 
@@ -55,14 +57,17 @@ class Context:
 
 def main(function: str, device: str, folder: str) -> None:
     result = Path(folder, RESULT)
-    context = Context(torch.device(device), Path(folder))
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", chosen.index or 0)
+        torch.cuda.set_device(chosen)
+    TorchEngine(chosen, torch.float32)  # sets up PyTorch as a run does
+    context = Context(chosen, Path(folder))
 
     def save() -> None:
         result.write_text(json.dumps([line._asdict() for line in context.lines]), encoding="utf-8")
 
     context.on_change = save
-    if context.device.type == "cuda":
-        torch.cuda.set_device(context.device)
     torch.manual_seed(0)
     module, _, name = function.partition(":")
     getattr(importlib.import_module(module), name)(context)

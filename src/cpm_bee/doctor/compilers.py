@@ -10,6 +10,7 @@ import torch
 from cpm_bee.doctor import workload
 from cpm_bee.doctor.bounds import judge
 from cpm_bee.doctor.child import Context
+from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.network import CPMBee
 
 _BATCHES = 40
@@ -21,7 +22,7 @@ def flex(context: Context) -> None:
     """FlexAttention: the product's own probe, then many batches of different lengths."""
     config = workload.make_config(context.device)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        _probe(context, config.num_heads, config.dim_head, dtype)
+        _probe(context, config, dtype)
     batches = [workload.batch_of(workload.records(2 + i % 7, seed=i)) for i in range(_BATCHES)]
     model = workload.make_model(config, lora=True)
     exact = workload.train_exactly(model, batches, lr=0.0)
@@ -43,14 +44,14 @@ def flex(context: Context) -> None:
         _check_entries(context, f"{name}, {_BATCHES} batches", seconds)
 
 
-def _probe(context: Context, heads: int, dim_head: int, dtype: torch.dtype) -> None:
+def _probe(context: Context, config: ModelConfig, dtype: torch.dtype) -> None:
     what = f"probe, {str(dtype).removeprefix('torch.')}"
     try:
         probe = importlib.import_module(_PROBE).probe
     except ImportError:
         context.not_available(what, "this version has no probe of FlexAttention")
         return
-    reason = probe(heads, dim_head, dtype, context.device)
+    reason = probe(config, dtype=dtype, device=context.device)
     context.check(what, reason is None, reason or "forward and backward agree with SDPA")
 
 

@@ -25,7 +25,7 @@ from cpm_bee.doctor import workload
 from cpm_bee.doctor.bounds import judge
 from cpm_bee.doctor.child import Context
 from cpm_bee.doctor.facts import SRC
-from cpm_bee.doctor.runner import descendants, end_processes
+from cpm_bee.doctor.runner import descendants, end_processes, is_running
 from cpm_bee.engine import bmtrain_engine
 
 _STEPS = 8
@@ -90,7 +90,7 @@ def kill(context: Context) -> None:
             process.wait(_LOST_SECONDS)
         seconds, status = time.monotonic() - began, process.poll()
         context.check("the run ends", status not in (None, 0), f"{seconds:.0f} s, status {status}")
-        left = [pid for pid in started if Path(f"/proc/{pid}").exists()]
+        left = [pid for pid in started if is_running(pid)]
         context.check("no process is left", not left, f"{len(left)} of {len(started)}")
     text = _text(output)
     context.check("it is named", "rank 1 of this run has ended" in text, _tail(text))

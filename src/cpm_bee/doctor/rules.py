@@ -58,6 +58,8 @@ def torch(facts: Facts) -> Iterator[Finding]:
         reason = facts.torch_error
         if "did not answer" in reason:
             fix = "the driver hangs: run nvidia-smi; reboot, or restart the container"
+        elif "CUDA" in reason:
+            fix = "nvidia-smi: is the card in use, or in another mode? Otherwise reboot"
         elif ".so" in reason:
             fix = f"unset LD_LIBRARY_PATH, which mixes installations; or {INSTALL_TORCH}"
         else:

@@ -184,6 +184,13 @@ def descendants(pid: int) -> dict[int, int]:
     return found
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process exists and is no zombie, which waits for its parent alone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
 def _processes() -> dict[int, tuple[int, int]]:
     """The parent and the start time of each process of this machine (Linux)."""
     found = {}

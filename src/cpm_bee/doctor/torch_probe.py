@@ -5,6 +5,7 @@ A process of its own, because a broken driver or library can crash or hang it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from typing import Any
@@ -26,7 +27,8 @@ def facts() -> dict[str, Any]:
     found["warnings"] = [str(w.message).splitlines()[0] for w in caught]
     if found["cuda_available"]:
         found["cudnn"] = torch.backends.cudnn.version()
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        with contextlib.suppress(AttributeError):  # a build without NCCL
+            found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
         found["devices"] = [_device(torch, i) for i in range(torch.cuda.device_count())]
     return found
 
