@@ -109,7 +109,8 @@ def test_options() -> None:
 
 def test_nothing_heavy_before_the_flags_are_read() -> None:
     """Not even with --list: it answers at once."""
-    code = "import runpy, sys\nsys.argv = ['doctor.py', '--list']\n"
+    code = f"import runpy, sys\nsys.path.insert(0, {str(ROOT / 'src')!r})\n"
+    code += "sys.argv = ['doctor.py', '--list']\n"
     code += f"try: runpy.run_path({str(ROOT / SCRIPT)!r}, run_name='__main__')\n"
     code += "except SystemExit: pass\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

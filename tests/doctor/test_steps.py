@@ -324,8 +324,9 @@ def test_a_lost_process_that_nobody_names(tmp_path: Path, monkeypatch: Patch) ->
     """Stands in for torchrun and its rank 1: the rest neither ends nor names the one that died."""
     code = (
         "import os, subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'],"
-        " env={**os.environ, 'RANK': '1'})\n"
+        "for rank in '01':\n"
+        "    subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'],"
+        " env={**os.environ, 'RANK': rank})\n"
         "time.sleep(600)\n"
     )
     fake_run(monkeypatch, code)

@@ -22,6 +22,7 @@ from cpm_bee.progress import print_above_bar
 
 _GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 _SHOWN = 4000  # characters of a failed step's output
+_PATIENCE_ON_CPU = 3  # a CPU has other work, and its steps have less to do
 
 
 @dataclass
@@ -82,7 +83,8 @@ def run_steps(
             reason = f"not run: the {total:.0f} seconds of all steps are over"
             result = StepResult(step, NOT_AVAILABLE, reason=reason)
         else:
-            result = run_step(step, device, min(step.seconds, left))
+            limit = step.seconds * (_PATIENCE_ON_CPU if device == "cpu" else 1)
+            result = run_step(step, device, min(limit, left))
         results.append(result)
         print_above_bar("\n".join(_shown(result)))
     return results
@@ -166,11 +168,14 @@ def end_processes(process: subprocess.Popen[Any]) -> None:
         started |= descendants(process.pid)
         process.kill()
         process.wait()
-    for pid, start in started.items():
-        # Another process may have got the same id by now: it began at another time.
-        if _processes().get(pid, (0, 0))[1] == start:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    # Another process may have got the same id by now: it began at another time.
+    left = [pid for pid, (_, start) in _processes().items() if started.get(pid) == start]
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + _GRACE
+    while any(map(is_running, left)) and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def descendants(pid: int) -> dict[int, int]:
