@@ -173,8 +173,11 @@ def bmtrain(facts: Facts) -> Iterator[Finding]:
                 "bmtrain", OK, f"not installed; only --engine bmtrain needs it ({install})"
             )
         else:
-            # pip would build it, which fails without CUDA_HOME and for another torch.
-            yield Finding("bmtrain", OK, "not installed; it has no wheels for this Python")
+            builds = (
+                "pip would build it" if facts.nvcc else "pip would build it, which needs CUDA_HOME"
+            )
+            text = f"not installed; it has wheels for Python 3.10 and 3.11 only, here {builds}"
+            yield Finding("bmtrain", OK, text)
     elif version != _BMTRAIN:
         # Older ones have no wheels: pip builds them, which needs CUDA_HOME and an older torch.
         text = f"{version} is not supported, and does not work with torch 2"

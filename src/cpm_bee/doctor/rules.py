@@ -94,6 +94,7 @@ def threads(facts: Facts) -> Iterator[Finding]:
         yield Finding("threads", WARNING, text, fix)
     else:
         text = f"{count or 'unknown number of'} thread(s) on {cores} cores ({facts.cores_reason})"
+        text += f", OMP_WAIT_POLICY={facts.variables.get('OMP_WAIT_POLICY', 'unset')}"
         yield Finding("threads", OK, text)
     spinning = [
         f"{name}={value}"
