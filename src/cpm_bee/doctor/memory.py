@@ -17,11 +17,11 @@ import torch
 from cpm_bee import delta
 from cpm_bee.data.batch import Batch
 from cpm_bee.doctor.child import Context
+from cpm_bee.doctor.quantization import has_bitsandbytes
 from cpm_bee.doctor.workload import SETTINGS
 from cpm_bee.engine.torch_engine import TorchEngine
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.frozen import buffers
-from cpm_bee.quantize import kernels
 from cpm_bee.quantize.formats import FORMATS
 from cpm_bee.quantize.linear import QuantizedLinear
 from cpm_bee.train.memory_estimate import (
@@ -72,7 +72,7 @@ def _decoded(config: ModelConfig, training: TrainingSetup) -> int:
     values = config.dim_model * config.dim_ff
     if training.quantize == "int8":
         return 4 * values  # in fp32
-    if training.quantize == "nf4" and not kernels.available():
+    if training.quantize == "nf4" and not has_bitsandbytes():
         return 8 * values  # and the indices of the pairs
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from dataclasses import replace
 
 import torch
@@ -15,7 +16,13 @@ from cpm_bee.quantize import kernels
 from cpm_bee.quantize.formats import FORMATS, Format
 from cpm_bee.quantize.linear import QuantizedLinear, quantize_
 
+# What is installed is tried, whatever the product thinks of it.
+_BITSANDBYTES = "bitsandbytes"
 _ROWS = (4, 100)  # few rows have a kernel of their own
+
+
+def has_bitsandbytes() -> bool:
+    return importlib.util.find_spec(_BITSANDBYTES) is not None
 
 
 def quantize(context: Context) -> None:
@@ -28,7 +35,7 @@ def quantize(context: Context) -> None:
         _losses(context, fmt)
     if context.on_cpu:
         context.needs_cuda("bitsandbytes' kernels")
-    elif not kernels.available():
+    elif not has_bitsandbytes():
         context.not_available("bitsandbytes' kernels", "pip install bitsandbytes")
 
 
@@ -42,7 +49,7 @@ def _dense(context: Context, fmt: Format, weight: torch.Tensor) -> None:
         actual = Format.dense(fmt, *moved, dtype)
         name = f"{fmt.name} to {str(dtype).removeprefix('torch.')}"
         context.add(judge_equal(name, {"weight": actual}, {"weight": expected}))
-        if context.device.type == "cuda" and fmt.name == "nf4" and kernels.available():
+        if context.device.type == "cuda" and fmt.name == "nf4" and has_bitsandbytes():
             actual = kernels.dequantize(*moved, dtype)
             exact = {"weight": Format.dense(fmt, codes, absmax, torch.float32)}
             trusted = [{"weight": expected}]
