@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from cpm_bee.cli import ArgumentParser, run_command, shown_default
 from cpm_bee.data.preprocess.options import PreprocessOptions
+from cpm_bee.doctor.options import DoctorOptions
 from cpm_bee.errors import RunError
 from cpm_bee.files import atomic_file
 from cpm_bee.generate.options import TextGenerationOptions
@@ -29,7 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python scripts/make_docs.py"
 TEMPLATES = Path("scripts", "templates")
 SCRIPTS: dict[str, type[CommandOptions]] = {
-    options.script: options for options in (Options, TextGenerationOptions, PreprocessOptions)
+    options.script: options
+    for options in (Options, TextGenerationOptions, PreprocessOptions, DoctorOptions)
 }
 
 

@@ -40,6 +40,7 @@ GENERATED = [
     "*vocab.txt", "bee.txt", "config.json", "*pytorch_model.bin", "ckpts/nothing.bin",
     "src/results*", "results/*", "cpm_bee_finetune-*", "answers.jsonl*", "train.jsonl",
     "eval.jsonl", "*my_records*", "../shared/golden", ".venv/bin/*",
+    "doctor.json",
 ]  # fmt: skip
 # Words with a slash or an ending that are no paths.
 NOT_PATHS = {
@@ -50,7 +51,7 @@ NOT_PATHS = {
 # Flags of torchrun, nvidia-smi, sbatch and pip; a name that another tool has for a flag of ours.
 FOREIGN_FLAGS = {
     "--nproc_per_node", "--query-gpu", "--format", "--nodes", "--gpus-per-node", "--no-deps",
-    "--learning_rate", "--hypothesis-seed", "--requeue",
+    "--learning_rate", "--hypothesis-seed", "--requeue", "--shm-size", "--ipc",
 }  # fmt: skip
 # Of other software; what the scripts do with OMP_WAIT_POLICY has a section of its own.
 FOREIGN_VARIABLES = {
@@ -65,7 +66,7 @@ TAKES_FLAGS = {
     "finetune_cpm_bee.py": FINETUNE, "finetune_cpm_bee.sh": FINETUNE, "quickstart.sh": FINETUNE,
     "slurm_finetune.sh": FINETUNE, "data_reformat.py": REFORMAT,
     "preprocess_dataset.py": "src/preprocess_dataset.py",
-    "text_generation.py": "src/text_generation.py",
+    "text_generation.py": "src/text_generation.py", "doctor.py": "src/doctor.py",
 }  # fmt: skip
 
 

@@ -8,13 +8,19 @@ from support import run_script
 from cpm_bee import hints
 from cpm_bee.cli import ArgumentParser, positive
 from cpm_bee.data.preprocess.options import PreprocessOptions
+from cpm_bee.doctor.options import DoctorOptions
 from cpm_bee.errors import InputError
 from cpm_bee.generate.options import TextGenerationOptions
 from cpm_bee.options import CommandOptions, Group
 from cpm_bee.train.options import Options
 
-SCRIPTS: list[type[CommandOptions]] = [Options, TextGenerationOptions, PreprocessOptions]
-TABLES = [hints.FINETUNE, hints.GENERATE, hints.PREPROCESS]
+SCRIPTS: list[type[CommandOptions]] = [
+    Options,
+    TextGenerationOptions,
+    PreprocessOptions,
+    DoctorOptions,
+]
+TABLES = [hints.FINETUNE, hints.GENERATE, hints.PREPROCESS, hints.DOCTOR]
 HINTS = [(o, theirs, ours) for o in SCRIPTS for theirs, ours in o.hints.items()]
 
 

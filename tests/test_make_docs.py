@@ -16,13 +16,19 @@ from support import ROOT, run_script
 
 from cpm_bee import delta
 from cpm_bee.data.preprocess.options import PreprocessOptions
+from cpm_bee.doctor.options import DoctorOptions
 from cpm_bee.errors import RunError
 from cpm_bee.generate.options import TextGenerationOptions
 from cpm_bee.options import CommandOptions
 from cpm_bee.train.options import Options
 
 SCRIPT = "scripts/make_docs.py"
-SCRIPTS: list[type[CommandOptions]] = [Options, TextGenerationOptions, PreprocessOptions]
+SCRIPTS: list[type[CommandOptions]] = [
+    Options,
+    TextGenerationOptions,
+    PreprocessOptions,
+    DoctorOptions,
+]
 ENGLISH, CHINESE = "docs/training.md", "docs/zh/training.md"
 
 both_pages = pytest.mark.parametrize("page", [ENGLISH, CHINESE])

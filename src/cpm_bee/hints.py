@@ -85,6 +85,17 @@ _PREPROCESS = {
     "--overwrite": "force overwrite-output-dir overwrite-cache",
 }
 
+_DOCTOR = {
+    "--load": _MODEL["--load"],
+    "--model-config": _MODEL["--model-config"],
+    "--vocab": _MODEL["--vocab"],
+    "--save": _FINETUNE["--save"],
+    "--device cpu": _MODEL["--device cpu"],
+    "--steps": "only checks tests",
+    "--gpu": "cuda full",
+    "--json": "report json-file",
+}
+
 
 def _by_foreign_flag(table: Mapping[str, str]) -> dict[str, str]:
     return {f"--{name}": ours for ours, names in table.items() for name in names.split()}
@@ -94,3 +105,4 @@ def _by_foreign_flag(table: Mapping[str, str]) -> dict[str, str]:
 FINETUNE = _by_foreign_flag(_FINETUNE)
 GENERATE = _by_foreign_flag(_GENERATE)
 PREPROCESS = _by_foreign_flag(_PREPROCESS)
+DOCTOR = _by_foreign_flag(_DOCTOR)
