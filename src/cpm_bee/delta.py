@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,77 @@ def save(
     write_sidecar(path, settings)
 
 
+@dataclass(frozen=True)
+class DeltaFile:
+    """A delta file in memory; fingerprints are None where the file does not record them."""
+
+    path: Path
+    config: DeltaConfig
+    tensors: dict[str, torch.Tensor]
+    base_fingerprint: str | None
+    vocabulary_fingerprint: str | None
+
+    @classmethod
+    def read(cls, path: str | Path, *, alpha: float | None = None) -> DeltaFile:
+        """Read a delta file made by this or another CPM-Bee tool.
+
+        Rank and targets are read from the tensors. If neither the file nor its sidecar records
+        alpha, it is `alpha` or, with a warning, 16.
+
+        Raises:
+            InputError: it is not a delta file, was trained with another alpha, or its sidecar
+                contradicts it.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"{path}: no such delta file")
+        loaded = load_tensors(path, "a delta file")
+        recorded = _recorded(path, loaded)
+        base, vocabulary = (recorded.get(f"{of}_fingerprint") for of in ("base", "vocabulary"))
+        config = _config_of(path, loaded, recorded, alpha)
+        return cls(path, config, loaded, base, vocabulary)
+
+    def check_base(self, base_fingerprint: str, vocabulary_fingerprint: str) -> None:
+        """Raise `InputError` if the delta was trained on another base or vocabulary."""
+        base, vocabulary = self.base_fingerprint, self.vocabulary_fingerprint
+        if base is not None and base != base_fingerprint:
+            raise InputError(
+                f"{self.path}: was trained on another base model (fingerprint {str(base)[:12]}..., "
+                f"the loaded one has {base_fingerprint[:12]}...); name its own base with --load"
+            )
+        if vocabulary is not None and vocabulary != vocabulary_fingerprint:
+            raise InputError(
+                f"{self.path}: was trained with another vocabulary (fingerprint "
+                f"{str(vocabulary)[:12]}..., the loaded one has "
+                f"{vocabulary_fingerprint[:12]}...); name its own with --vocab"
+            )
+
+    def insert_into(self, model: CPMBee, *, dropout: float = 0.0) -> None:
+        """Insert the delta into a model, in place of an earlier one.
+
+        Raises:
+            InputError: tensors do not fit the model (all are listed).
+        """
+        # Before anything is inserted: one tensor of a huge rank would claim it for all layers.
+        expected = _shapes(model, self.config)
+        problems = Problems()
+        for name in sorted({*self.tensors, *expected}):
+            if name not in self.tensors:
+                problems.add(name, "is missing")
+            elif name not in expected:
+                problems.add(name, "is unexpected")
+            elif self.tensors[name].shape != expected[name]:
+                problems.add(
+                    name,
+                    f"has shape {list(self.tensors[name].shape)}, expected {list(expected[name])}",
+                )
+        problems.raise_if_any(f"{self.path}: does not fit the model:")
+        insert(model, replace(self.config, dropout=dropout), seed=0)
+        parameters = dict(model.named_parameters())
+        for name, value in self.tensors.items():
+            copy_values(parameters[name], value)
+
+
 def load(
     model: CPMBee,
     path: str | Path,
@@ -128,50 +199,15 @@ def load(
     *,
     alpha: float | None = None,
 ) -> DeltaConfig:
-    """Load a delta file made by this or another CPM-Bee tool into a model.
-
-    Rank and targets are read from the tensors. If neither the file nor its sidecar records alpha,
-    it is `alpha` or, with a warning, 16.
+    """Load a delta file into a model; see `DeltaFile` for what is checked.
 
     Raises:
-        InputError: the delta was trained on another base or vocabulary or with another alpha, its
-            sidecar contradicts it, or tensors do not fit (all are listed).
+        InputError: the file cannot be used with this model.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such delta file")
-    loaded = load_tensors(path, "a delta file")
-    recorded = _recorded(path, loaded)
-    base, vocabulary = (recorded.get(f"{of}_fingerprint") for of in ("base", "vocabulary"))
-    if base is not None and base != base_fingerprint:
-        raise InputError(
-            f"{path}: was trained on another base model (fingerprint {str(base)[:12]}..., "
-            f"the loaded one has {base_fingerprint[:12]}...); name its own base with --load"
-        )
-    if vocabulary is not None and vocabulary != vocabulary_fingerprint:
-        raise InputError(
-            f"{path}: was trained with another vocabulary (fingerprint {str(vocabulary)[:12]}..., "
-            f"the loaded one has {vocabulary_fingerprint[:12]}...); name its own with --vocab"
-        )
-    config = _config_of(path, loaded, recorded, alpha)
-    # Before anything is inserted: one tensor of a huge rank would claim it for all layers.
-    expected = _shapes(model, config)
-    problems = Problems()
-    for name in sorted({*loaded, *expected}):
-        if name not in loaded:
-            problems.add(name, "is missing")
-        elif name not in expected:
-            problems.add(name, "is unexpected")
-        elif loaded[name].shape != expected[name]:
-            problems.add(
-                name, f"has shape {list(loaded[name].shape)}, expected {list(expected[name])}"
-            )
-    problems.raise_if_any(f"{path}: does not fit the model:")
-    insert(model, config, seed=0)
-    parameters = dict(model.named_parameters())
-    for name, value in loaded.items():
-        copy_values(parameters[name], value)
-    return config
+    file = DeltaFile.read(path, alpha=alpha)
+    file.check_base(base_fingerprint, vocabulary_fingerprint)
+    file.insert_into(model)
+    return file.config
 
 
 def _shapes(model: CPMBee, config: DeltaConfig) -> dict[str, tuple[int, int]]:

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
-import struct
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from cpm_bee.checkpoint.loading import drop_pages
 from cpm_bee.checkpoint.reader import Checkpoint, LazyTensor
+from cpm_bee.checkpoint.writer import TYPE_NAMES, StoredTensor, write_safetensors
 from cpm_bee.errors import InputError
 from cpm_bee.files import atomic_file
 from cpm_bee.model.network import CPMBee
@@ -33,23 +31,6 @@ logger = logging.getLogger(__name__)
 
 VERSION = "1"
 _WEIGHT, _CODES, _ABSMAX = ".weight", ".codes", ".absmax"
-_TYPE_NAMES = {
-    torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float32: "F32",
-}  # fmt: skip
-_ALIGNMENT = 64  # of the first tensor; later tensors are aligned to their dtype
-
-
-class _Stored(NamedTuple):
-    """A tensor of the file."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def cache_path(checkpoint: Path, fmt: Format) -> Path:
@@ -77,18 +58,18 @@ def quantized_entries(model: CPMBee, checkpoint: Checkpoint, kind: str) -> dict[
     return _from_cache(checkpoint, fmt, stored) or _in_memory(checkpoint, fmt, stored)
 
 
-def _stored_tensors(model: CPMBee, checkpoint: Checkpoint) -> list[_Stored]:
+def _stored_tensors(model: CPMBee, checkpoint: Checkpoint) -> list[StoredTensor]:
     stored = []
     for name, parameter in model.named_parameters():
         entry = checkpoint.entries.get(name)  # None for codes and absmax
         dtype = parameter.dtype if entry is None else entry.dtype
-        stored.append(_Stored(name, tuple(parameter.shape), dtype))
+        stored.append(StoredTensor(name, tuple(parameter.shape), dtype))
     # Tensors whose size is a multiple of 4 bytes come first, so that all of them are aligned.
     return sorted(stored, key=lambda s: s.num_bytes % 4 != 0)
 
 
 def _from_cache(
-    checkpoint: Checkpoint, fmt: Format, stored: list[_Stored]
+    checkpoint: Checkpoint, fmt: Format, stored: list[StoredTensor]
 ) -> dict[str, LazyTensor] | None:
     """The tensors of the file, which is made first if necessary; None if it cannot be written."""
     path = cache_path(checkpoint.path, fmt)
@@ -107,7 +88,7 @@ def _from_cache(
                 for left in path.parent.glob(f".{path.name}.partial-*"):
                     left.unlink()
             with atomic_file(path, "wb") as file:
-                _write(file, checkpoint, fmt, stored, notes)
+                write_safetensors(file, stored, _values(checkpoint, fmt, stored), notes)
             # Never older than the checkpoint, even if the checkpoint's time is in the future.
             newest = max(path.stat().st_mtime_ns, checkpoint.path.stat().st_mtime_ns)
             os.utime(path, ns=(newest, newest))
@@ -137,7 +118,7 @@ def _alone(checkpoint: Path) -> Iterator[bool]:
 
 
 def _open(
-    path: Path, checkpoint: Path, notes: dict[str, str], stored: list[_Stored]
+    path: Path, checkpoint: Path, notes: dict[str, str], stored: list[StoredTensor]
 ) -> dict[str, LazyTensor] | None:
     """The tensors of a file; None if it is missing, damaged, or of another base or version."""
     try:
@@ -150,42 +131,14 @@ def _open(
         return None
     if any(metadata.get(key) != value for key, value in notes.items()):
         return None
-    expected = {s.name: (list(s.shape), _TYPE_NAMES[s.dtype]) for s in stored}
+    expected = {s.name: (list(s.shape), TYPE_NAMES[s.dtype]) for s in stored}
     if {n: (list(s.get_shape()), s.get_dtype()) for n, s in slices.items()} != expected:
         return None
     return {s.name: LazyTensor(s.shape, s.dtype, partial(file.get_tensor, s.name)) for s in stored}
 
 
-def _write(
-    file: IO[bytes],
-    checkpoint: Checkpoint,
-    fmt: Format,
-    stored: list[_Stored],
-    notes: dict[str, str],
-) -> None:
-    header: dict[str, object] = {"__metadata__": notes}
-    offsets = {}
-    end = 0
-    for tensor in stored:
-        offsets[tensor.name] = end
-        end += tensor.num_bytes
-        header[tensor.name] = {
-            "dtype": _TYPE_NAMES[tensor.dtype],
-            "shape": tensor.shape,
-            "data_offsets": [end - tensor.num_bytes, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
-    file.write(struct.pack("<Q", len(text)) + text)
-    begin = 8 + len(text)
-    for name, value in _values(checkpoint, fmt, stored):
-        file.seek(begin + offsets[name])
-        # As bytes: NumPy has no bfloat16.
-        file.write(value.contiguous().view(-1).view(torch.uint8).numpy().data)
-
-
 def _values(
-    checkpoint: Checkpoint, fmt: Format, stored: list[_Stored]
+    checkpoint: Checkpoint, fmt: Format, stored: list[StoredTensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields all tensors of the file; reads one tensor of the checkpoint at a time."""
     total = sum(torch.Size(e.shape).numel() * e.dtype.itemsize for e in checkpoint.entries.values())
@@ -207,7 +160,9 @@ def _values(
             drop_pages(value)
 
 
-def _in_memory(checkpoint: Checkpoint, fmt: Format, stored: list[_Stored]) -> dict[str, LazyTensor]:
+def _in_memory(
+    checkpoint: Checkpoint, fmt: Format, stored: list[StoredTensor]
+) -> dict[str, LazyTensor]:
     values = dict(_values(checkpoint, fmt, stored))
     return {
         s.name: LazyTensor(s.shape, s.dtype, partial(values.__getitem__, s.name)) for s in stored
