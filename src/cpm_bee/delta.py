@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 # The Linear layers that can carry a delta, by the last part of their name.
 TARGETS = ("project_q", "project_k", "project_v", "attention_out", "w_0", "w_1", "w_out")
 
-_INFIX = ".lora."
+INFIX = ".lora."  # between the name of a Linear and that of its A or B
 # What a delta file and its sidecar both record.
 _RECORDED = ("rank", "alpha", "targets", "base_fingerprint", "vocabulary_fingerprint")
 
@@ -98,25 +98,31 @@ def insert(model: CPMBee, config: DeltaConfig, seed: int) -> None:
 
 def tensors(model: CPMBee) -> dict[str, torch.Tensor]:
     """The delta's tensors by the names they have in a delta file (docs/format.md §7)."""
-    return {name: p.detach().cpu() for name, p in model.named_parameters() if _INFIX in name}
+    return {name: p.detach().cpu() for name, p in model.named_parameters() if INFIX in name}
 
 
 def save(
     path: Path,
     values: dict[str, torch.Tensor],
     config: DeltaConfig,
-    base_fingerprint: str,
-    vocabulary_fingerprint: str,
+    base_fingerprint: str | None,
+    vocabulary_fingerprint: str | None,
 ) -> None:
-    """Write a delta file with its settings and its base, and the same in a `.json` sidecar."""
-    settings = {
+    """Write a delta file with its settings and its base, and the same in a `.json` sidecar.
+
+    A fingerprint that is None, because it is not known, is not recorded.
+    """
+    settings: dict[str, Any] = {
         "rank": config.rank,
         "alpha": config.alpha,
         "targets": list(config.targets),
-        "base_fingerprint": base_fingerprint,
     }
-    metadata = metadata_tensor({**settings, "vocabulary_fingerprint": vocabulary_fingerprint})
-    save_tensors(path, {**values, METADATA: metadata})
+    if base_fingerprint is not None:
+        settings["base_fingerprint"] = base_fingerprint
+    recorded = dict(settings)
+    if vocabulary_fingerprint is not None:
+        recorded["vocabulary_fingerprint"] = vocabulary_fingerprint
+    save_tensors(path, {**values, METADATA: metadata_tensor(recorded)})
     write_sidecar(path, settings)
 
 
@@ -146,9 +152,21 @@ class DeltaFile:
             raise InputError(f"{path}: no such delta file")
         loaded = load_tensors(path, "a delta file")
         recorded = _recorded(path, loaded)
+        return cls.of(path, loaded, recorded, alpha=alpha)
+
+    @classmethod
+    def of(
+        cls,
+        path: Path,
+        tensors: dict[str, Any],
+        recorded: dict[str, Any],
+        *,
+        alpha: float | None = None,
+    ) -> DeltaFile:
+        """Make it from tensors by the names of a delta file, and what is recorded of them."""
+        config = _config_of(path, tensors, recorded, alpha)
         base, vocabulary = (recorded.get(f"{of}_fingerprint") for of in ("base", "vocabulary"))
-        config = _config_of(path, loaded, recorded, alpha)
-        return cls(path, config, loaded, base, vocabulary)
+        return cls(path, config, tensors, base, vocabulary)
 
     def check_base(self, base_fingerprint: str, vocabulary_fingerprint: str) -> None:
         """Raise `InputError` if the delta was trained on another base or vocabulary."""
@@ -215,8 +233,8 @@ def _shapes(model: CPMBee, config: DeltaConfig) -> dict[str, tuple[int, int]]:
     shapes = {}
     for name, module in model.named_modules():
         if isinstance(module, Linear) and name.rpartition(".")[2] in config.targets:
-            shapes[f"{name}{_INFIX}lora_A"] = (config.rank, module.dim_in)
-            shapes[f"{name}{_INFIX}lora_B"] = (module.dim_out, config.rank)
+            shapes[f"{name}{INFIX}lora_A"] = (config.rank, module.dim_in)
+            shapes[f"{name}{INFIX}lora_B"] = (module.dim_out, config.rank)
     return shapes
 
 
@@ -247,7 +265,7 @@ def _config_of(
 ) -> DeltaConfig:
     if not all(_is_matrix(name, value) for name, value in loaded.items()):
         raise InputError(f"{path}: not a delta file, which contains only named matrices")
-    ending = f"{_INFIX}lora_A"
+    ending = f"{INFIX}lora_A"
     lora_a = {name.removesuffix(ending): v for name, v in loaded.items() if name.endswith(ending)}
     targets = {name.rpartition(".")[2] for name in lora_a} & set(TARGETS)
     if not targets:
