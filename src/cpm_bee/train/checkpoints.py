@@ -41,6 +41,27 @@ class RunProvenance(NamedTuple):
     delta: DeltaConfig | None  # None: full fine-tuning
 
 
+def saved_delta_config(folder: str, name: str) -> DeltaConfig | None:
+    """The settings of the delta in a run's training state; None if there is no such state.
+
+    Raises:
+        InputError: the state is damaged.
+    """
+    path = Path(folder) / f"{name}-state.pt"
+    place = RunFolder(Path(folder), name, [], 1).to_read(path)
+    if not place.is_file():
+        return None
+    state = load_tensors(place, "a training state")
+    check_state(path, state)
+    saved = state["delta"]
+    if not saved:
+        return None
+    try:
+        return DeltaConfig(**{**saved, "targets": tuple(saved["targets"])})
+    except (TypeError, KeyError):
+        raise InputError(f"{path}: its delta is {shown(saved)}, not what a run saves") from None
+
+
 class RunFiles:
     """Names, writes and reads the files `SAVE/SAVE_NAME-...`. Only rank 0 writes."""
 

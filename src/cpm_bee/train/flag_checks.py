@@ -22,6 +22,8 @@ def check_flags(options: Options, num_processes: int, problems: Problems) -> Non
             f"--quantize {options.quantize}",
             "needs --use-delta: a quantized base cannot be trained in full",
         )
+    if options.init_delta is not None and not options.use_delta:
+        problems.add("--init-delta", "needs --use-delta: full fine-tuning has no delta")
     if options.offload and options.parallel != FSDP:
         problems.add("--offload", "needs --parallel fsdp: it keeps the parts in host memory")
     if options.offload and num_processes == 1:
@@ -73,6 +75,9 @@ def check_paths(options: Options, problems: Problems) -> set[str]:
     config = None if options.model_config == AUTO else options.model_config
     for flag, file in (("--model-config", config), ("--vocab", options.vocab)):
         require(flag, file, Path(file or "").is_file(), "no such file")
+    if not options.resume:  # whose state has the delta
+        delta = options.init_delta
+        require("--init-delta", delta, Path(delta or "").is_file(), "no such delta file")
     return missing
 
 

@@ -22,6 +22,7 @@ from cpm_bee.train.checkpoints import RunFiles
 from cpm_bee.train.checks import Inputs, check, step_shapes
 from cpm_bee.train.data_loader import DataLoader
 from cpm_bee.train.dry_run import describe_run
+from cpm_bee.train.initial_delta import digest_of, init_delta_line
 from cpm_bee.train.log import Reporter
 from cpm_bee.train.memory_estimate import CheckpointingChoice
 from cpm_bee.train.options import Options
@@ -104,6 +105,7 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
     """
     model, tokenizer, files = inputs.pretrained.model, inputs.pretrained.tokenizer, inputs.files
     with closing(make_engine(inputs.engine, inputs.device, inputs.dtype)) as engine:
+        _refuse_different_deltas(engine, options)
         sizes = model_line(model)
         distribution = engine.load_model(inputs.pretrained, options.parallel, options.offload)
         indexes = [open_index(engine, data, tokenizer) for data in inputs.datasets.values()]
@@ -136,7 +138,8 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
             tensorboard=options.tensorboard,
         )
         summary = [f"resumed after step {state.step}"] if options.resume else []
-        summary += [_engine_line(engine), sizes, *_data_lines(options, training, evaluation)]
+        summary += [_engine_line(engine), sizes, *init_delta_line(options)]
+        summary += _data_lines(options, training, evaluation)
         summary += [distribution, checkpointing_line(checkpointing)]
         with closing(reporter):
             yield Run(
@@ -167,13 +170,28 @@ def open_index(engine: Engine, dataset: BinaryDataset, tokenizer: Tokenizer) -> 
     if engine.reduce([float(failure is not None)])[0]:
         raise failure or InputError(f"{dataset.folder}: the first process cannot read it")
     own = int(dataset.fingerprint[:15], 16) ^ int(tokenizer.fingerprint[:15], 16)
-    largest, least = engine.reduce_max([own, -own])
-    if largest != -least:
+    if not _is_same_on_all_ranks(engine, own):
         raise InputError(
             f"{dataset.folder}: the processes have different data or vocabularies; copy the folder "
             "and the vocabulary to all machines again"
         )
     return TokenIndex.of(dataset, tokenizer)
+
+
+def _is_same_on_all_ranks(engine: Engine, number: int) -> bool:
+    largest, least = engine.reduce_max([number, -number])
+    return largest == -least
+
+
+def _refuse_different_deltas(engine: Engine, options: Options) -> None:
+    """Raise `InputError`, on all ranks, if they begin with different deltas; collective."""
+    if options.init_delta is None or options.resume:
+        return
+    if not _is_same_on_all_ranks(engine, digest_of(options.init_delta)):
+        raise InputError(
+            f"--init-delta {options.init_delta}: the processes have different files; copy it to "
+            "all machines again"
+        )
 
 
 def _loaders(
