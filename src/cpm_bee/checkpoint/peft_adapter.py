@@ -103,10 +103,7 @@ def read_adapter(folder: Path) -> DeltaFile:
         if other not in tensors:
             problems.add(name, f"has no {other[-6:]} beside it")
     problems.raise_if_any(f"{folder}: this adapter cannot become a delta:")
-    alpha, rank = config["lora_alpha"], config["r"]
-    if config.get("use_rslora"):  # scaled by alpha / sqrt(r)
-        alpha *= math.sqrt(rank)
-    recorded = {"rank": rank, "alpha": alpha, **_read_fingerprints(path)}
+    recorded = {"rank": config["r"], "alpha": _alpha(config), **_read_fingerprints(path)}
     return DeltaFile.of(folder, tensors, recorded)
 
 
@@ -131,11 +128,23 @@ def _config_problems(config: dict[str, Any]) -> list[str]:
         problems.append(f"init_lora_weights is {shown(initial)}, which changes the base's weights")
     if type(config.get("r")) is not int or config["r"] < 1:
         problems.append(f"r is {shown(config.get('r'))}, expected a whole number from 1")
-    alpha = config.get("lora_alpha")
-    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-    if not number or not 0 < alpha < math.inf:  # type: ignore[operator]
-        problems.append(f"lora_alpha is {shown(alpha)}, expected a number above 0")
+    if not 0 < _alpha(config) < math.inf:
+        problems.append(
+            f"lora_alpha is {shown(config.get('lora_alpha'))}, expected a number above 0"
+        )
     return problems
+
+
+def _alpha(config: dict[str, Any]) -> float:
+    """The alpha with which alpha/r is the adapter's scale; NaN if there is none."""
+    alpha, rank = config.get("lora_alpha"), config.get("r")
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+        return math.nan
+    try:
+        # With `use_rslora`, an adapter is scaled by alpha / sqrt(r).
+        return float(alpha) * (math.sqrt(rank or 1) if config.get("use_rslora") else 1)
+    except (OverflowError, TypeError, ValueError):
+        return math.nan
 
 
 def _read_fingerprints(path: Path) -> dict[str, str]:
