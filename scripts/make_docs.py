@@ -17,6 +17,7 @@ from pathlib import Path
 # Works even if the project is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
+from cpm_bee.checkpoint.options import ConvertOptions, MergeOptions
 from cpm_bee.cli import ArgumentParser, run_command, shown_default
 from cpm_bee.data.preprocess.options import PreprocessOptions
 from cpm_bee.doctor.options import DoctorOptions
@@ -31,7 +32,14 @@ COMMAND = "python scripts/make_docs.py"
 TEMPLATES = Path("scripts", "templates")
 SCRIPTS: dict[str, type[CommandOptions]] = {
     options.script: options
-    for options in (Options, TextGenerationOptions, PreprocessOptions, DoctorOptions)
+    for options in (
+        Options,
+        TextGenerationOptions,
+        PreprocessOptions,
+        MergeOptions,
+        ConvertOptions,
+        DoctorOptions,
+    )
 }
 
 

@@ -40,7 +40,7 @@ GENERATED = [
     "*vocab.txt", "bee.txt", "config.json", "*pytorch_model.bin", "ckpts/nothing.bin",
     "src/results*", "results/*", "cpm_bee_finetune-*", "answers.jsonl*", "train.jsonl",
     "eval.jsonl", "*my_records*", "../shared/golden", ".venv/bin/*",
-    "doctor.json",
+    "doctor.json", "first.pt", "second.pt", "adapter_config.json", "model.safetensors.index.json",
 ]  # fmt: skip
 # Words with a slash or an ending that are no paths.
 NOT_PATHS = {
@@ -66,7 +66,8 @@ TAKES_FLAGS = {
     "finetune_cpm_bee.py": FINETUNE, "finetune_cpm_bee.sh": FINETUNE, "quickstart.sh": FINETUNE,
     "slurm_finetune.sh": FINETUNE, "data_reformat.py": REFORMAT,
     "preprocess_dataset.py": "src/preprocess_dataset.py",
-    "text_generation.py": "src/text_generation.py", "doctor.py": "src/doctor.py",
+    "text_generation.py": "src/text_generation.py", "merge_delta.py": "src/merge_delta.py",
+    "convert_checkpoint.py": "src/convert_checkpoint.py", "doctor.py": "src/doctor.py",
 }  # fmt: skip
 
 

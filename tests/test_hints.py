@@ -6,6 +6,7 @@ import pytest
 from support import run_script
 
 from cpm_bee import hints
+from cpm_bee.checkpoint.options import ConvertOptions, MergeOptions
 from cpm_bee.cli import ArgumentParser, positive
 from cpm_bee.data.preprocess.options import PreprocessOptions
 from cpm_bee.doctor.options import DoctorOptions
@@ -14,13 +15,10 @@ from cpm_bee.generate.options import TextGenerationOptions
 from cpm_bee.options import CommandOptions, Group
 from cpm_bee.train.options import Options
 
-SCRIPTS: list[type[CommandOptions]] = [
-    Options,
-    TextGenerationOptions,
-    PreprocessOptions,
-    DoctorOptions,
-]
-TABLES = [hints.FINETUNE, hints.GENERATE, hints.PREPROCESS, hints.DOCTOR]
+SCRIPTS: list[type[CommandOptions]] = [Options, TextGenerationOptions, PreprocessOptions]
+SCRIPTS += [MergeOptions, ConvertOptions, DoctorOptions]
+TABLES = [hints.FINETUNE, hints.GENERATE, hints.PREPROCESS, hints.MERGE, hints.CONVERT]
+TABLES += [hints.DOCTOR]
 HINTS = [(o, theirs, ours) for o in SCRIPTS for theirs, ours in o.hints.items()]
 
 
@@ -75,6 +73,8 @@ def test_what_a_hint_names_exists(options: type[CommandOptions], theirs: str, ou
         (TextGenerationOptions, "--max_new_tokens", "--max-length"),
         (TextGenerationOptions, "--output_dir", "--output"),
         (PreprocessOptions, "--output_dir", "--output-path"),
+        (MergeOptions, "--adapter", "--delta"),
+        (ConvertOptions, "--max_shard_size", "--shard-size"),
     ],
 )
 def test_names_that_people_bring_along(

@@ -26,7 +26,15 @@ def test_no_module_imports_bmtrain_or_matplotlib() -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["finetune_cpm_bee.py", "text_generation.py", "preprocess_dataset.py", "doctor.py"]
+    "script",
+    [
+        "finetune_cpm_bee.py",
+        "text_generation.py",
+        "preprocess_dataset.py",
+        "merge_delta.py",
+        "convert_checkpoint.py",
+        "doctor.py",
+    ],
 )
 def test_help_is_quick(script: str) -> None:
     """Under a second on an idle machine; the best of three allows for a busy one."""

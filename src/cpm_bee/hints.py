@@ -96,6 +96,22 @@ _DOCTOR = {
     "--json": "report json-file",
 }
 
+_MERGE = {
+    "--load": _MODEL["--load"],
+    "--vocab": _MODEL["--vocab"],
+    "--delta": _GENERATE["--delta"],
+    "--output": "output-dir output-path output-file out-dir save save-dir export-dir",
+    "--overwrite": _PREPROCESS["--overwrite"],
+    "--shard-size": "max-shard-size export-size shard-max-size",
+}
+
+_CONVERT = {name: _MERGE[name] for name in ("--vocab", "--output", "--overwrite", "--shard-size")}
+_CONVERT |= {
+    "--input": "input-dir input-path input-file checkpoint checkpoint-path model model-path",
+    "--to": "output-format target-format export-format outtype",
+    "--load": "base-model base-model-name-or-path base-model-path pretrained-model",
+}
+
 
 def _by_foreign_flag(table: Mapping[str, str]) -> dict[str, str]:
     return {f"--{name}": ours for ours, names in table.items() for name in names.split()}
@@ -106,3 +122,5 @@ FINETUNE = _by_foreign_flag(_FINETUNE)
 GENERATE = _by_foreign_flag(_GENERATE)
 PREPROCESS = _by_foreign_flag(_PREPROCESS)
 DOCTOR = _by_foreign_flag(_DOCTOR)
+MERGE = _by_foreign_flag(_MERGE)
+CONVERT = _by_foreign_flag(_CONVERT)

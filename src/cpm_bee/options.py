@@ -55,6 +55,7 @@ class Group:
         choices: Sequence[str] | None = None,
         metavar: str | None = None,
         bare: str | None = None,
+        repeated: bool = False,
     ) -> Any:
         """Returns a dataclass field that declares a flag of this group.
 
@@ -64,10 +65,12 @@ class Group:
             chinese: the help text in Chinese.
             type: converts the text to the value; raises `argparse.ArgumentTypeError`.
             bare: the value if the flag is given without one; None if it needs one.
+            repeated: the flag may be given several times; the value is a tuple.
         """
         declared = {
             "group": self, "help": help, "chinese": chinese,
             "type": type, "choices": choices, "metavar": metavar, "bare": bare,
+            "repeated": repeated,
         }  # fmt: skip
         return dataclasses.field(default=default, metadata=declared)
 
@@ -100,6 +103,7 @@ class Flag:
     choices: Sequence[str] | None = None
     metavar: str | None = None
     bare: str | None = None
+    repeated: bool = False
 
     @property
     def flag(self) -> str:
@@ -119,6 +123,7 @@ class Flag:
             metavar = "N" if self.type in (whole_number, positive, not_negative) else "X"
         parser.add_argument(
             self.flag,
+            action="append" if self.repeated else "store",
             default=None if self.required else self.default,
             required=self.required,
             type=self.type,  # type: ignore[arg-type]  # None, the default, leaves text
@@ -186,4 +191,7 @@ class CommandOptions:
     @classmethod
     def parse(cls: type[Parsed], arguments: Sequence[str] | None = None) -> Parsed:
         values = vars(cls.parser().parse_args(arguments))
+        for flag in cls.flags():
+            if flag.repeated and values[flag.name] is not None:
+                values[flag.name] = tuple(values[flag.name])
         return cls(**{flag.name: values[flag.name] for flag in cls.flags()})

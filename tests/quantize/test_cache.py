@@ -278,7 +278,7 @@ def test_a_full_disk(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache, "_write", fail)
+    monkeypatch.setattr(cache, "write_safetensors", fail)
     check_values(load(checkpoint).model, checkpoint)
     assert "no space left" in caplog.text
     assert len(list(checkpoint.parent.iterdir())) == 3  # no partial file

@@ -230,6 +230,17 @@ def _use_delta(lab: Lab) -> None:
 
 
 @case
+def _init_delta(lab: Lab) -> None:
+    first = lab.run(max_steps=5)
+    second = lab.run(init_delta=first.save / "cpm_bee_finetune-delta-last.pt", lr=1e-9)
+    assert "the delta begins as " in lab.printed
+    assert distance(second.weights(), first.weights()) < 1e-6
+    assert second.losses[0] != lab.run().losses[0]
+    assert "no such delta file" in lab.refusal(init_delta=lab.folder / "none.pt")
+    assert "--use-delta" in lab.refusal(init_delta=second.save, use_delta=None)
+
+
+@case
 def _delta_rank(lab: Lab) -> None:
     weights = lab.run(delta_rank=3).weights()
     assert all(tensor.shape[n.endswith("lora_B")] == 3 for n, tensor in weights.items())

@@ -19,7 +19,7 @@ from cpm_bee.errors import DamagedFile, InputError, Problems, shown
 from cpm_bee.files import atomic_file, is_usable_name, refuse_lfs_pointer
 from cpm_bee.paths import not_a_file
 
-_PREFIX = "cpmbee."
+PREFIX = "cpmbee."  # what Hugging Face's model has before the native names
 _WRAPPED = "module."  # what DataParallel and DDP put before the names
 _TIED = "lm_head.weight"
 _INDEX = ".index.json"
@@ -68,6 +68,9 @@ class Checkpoint:
         path: a `.bin`/`.pt` or `.safetensors` file, an index of shards, or a folder of these.
         verify: read all files and compare them with their checksums.
 
+    Attributes:
+        is_hugging_face: whether the tensors have Hugging Face's names.
+
     Raises:
         DamagedFile: a checksum differs.
         InputError: there is no readable checkpoint, or tensors are not usable (all are listed).
@@ -78,8 +81,11 @@ class Checkpoint:
         self.entries: dict[str, LazyTensor] = {}
         problems = Problems()
         tied = None
+        self.is_hugging_face = False
         for name, entry in _read_entries(self.path, verify).items():
-            native = name.removeprefix(_WRAPPED).removeprefix(_PREFIX)
+            unwrapped = name.removeprefix(_WRAPPED)
+            self.is_hugging_face |= unwrapped.startswith(PREFIX)
+            native = unwrapped.removeprefix(PREFIX)
             if native == _TIED:
                 tied = entry
             elif native in self.entries:
@@ -284,7 +290,7 @@ def _named(name: Any) -> str:
 
 
 def _is_tied(name: Any) -> bool:
-    return isinstance(name, str) and name.removeprefix(_WRAPPED).removeprefix(_PREFIX) == _TIED
+    return isinstance(name, str) and name.removeprefix(_WRAPPED).removeprefix(PREFIX) == _TIED
 
 
 def _same(value: torch.Tensor) -> torch.Tensor:

@@ -108,6 +108,13 @@ class ModelConfig:
             del values["distance_scale"]
         return values
 
+    def to_hugging_face(self) -> dict[str, Any]:
+        """The fields for a Hugging Face config file; all are given, as its defaults are others."""
+        theirs = {ours: name for name, ours in _HUGGING_FACE.items()}
+        values = {theirs.get(name, name): value for name, value in asdict(self).items()}
+        values["mask_modules"] = self.mask_modules or None
+        return values
+
     def has_attention(self, layer: int) -> bool:
         return not self.mask_modules or not self.mask_modules[layer][0]
 

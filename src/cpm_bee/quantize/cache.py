@@ -10,15 +10,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import logging
 import os
-import struct
 import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from cpm_bee.checkpoint.loading import drop_pages, read_ahead
 from cpm_bee.checkpoint.reader import Checkpoint, LazyTensor
+from cpm_bee.checkpoint.writer import TYPE_NAMES, StoredTensor, write_safetensors
 from cpm_bee.disk import shortage
 from cpm_bee.errors import InputError
 from cpm_bee.files import atomic_file
@@ -42,23 +41,6 @@ _WITHOUT_CHECKSUMS = "1"  # files of this version are still read
 # The CRC-32 of each tensor, in the order of the file; uint8 [tensors, 4], little-endian.
 _CHECKSUMS = "cpm_bee.crc32"
 _WEIGHT, _CODES, _ABSMAX = ".weight", ".codes", ".absmax"
-_TYPE_NAMES = {
-    torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float32: "F32",
-}  # fmt: skip
-_ALIGNMENT = 64  # of the first tensor; later tensors are aligned to their dtype
-
-
-class _Stored(NamedTuple):
-    """A tensor of the file."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def cache_path(checkpoint: Path, fmt: Format) -> Path:
@@ -86,12 +68,12 @@ def quantized_entries(model: CPMBee, checkpoint: Checkpoint, kind: str) -> dict[
     return _from_cache(checkpoint, fmt, stored) or _in_memory(checkpoint, fmt, stored)
 
 
-def _stored_tensors(model: CPMBee, checkpoint: Checkpoint) -> list[_Stored]:
+def _stored_tensors(model: CPMBee, checkpoint: Checkpoint) -> list[StoredTensor]:
     stored = []
     for name, parameter in model.named_parameters():
         entry = checkpoint.entries.get(name)  # None for codes and absmax
         dtype = parameter.dtype if entry is None else entry.dtype
-        stored.append(_Stored(name, tuple(parameter.shape), dtype))
+        stored.append(StoredTensor(name, tuple(parameter.shape), dtype))
     # Tensors whose size is a multiple of 4 bytes come first, so that all of them are aligned.
     return sorted(stored, key=lambda s: s.num_bytes % 4 != 0)
 
@@ -104,7 +86,7 @@ class _Cached(NamedTuple):
 
 
 def _from_cache(
-    checkpoint: Checkpoint, fmt: Format, stored: list[_Stored]
+    checkpoint: Checkpoint, fmt: Format, stored: list[StoredTensor]
 ) -> dict[str, LazyTensor] | None:
     """The tensors of the file, which is made first if necessary; None if it cannot be written."""
     path = cache_path(checkpoint.path, fmt)
@@ -129,7 +111,7 @@ def _make(
     path: Path,
     checkpoint: Checkpoint,
     fmt: Format,
-    stored: list[_Stored],
+    stored: list[StoredTensor],
     notes: dict[str, str],
 ) -> dict[str, LazyTensor] | None:
     logger.info(f"quantizing {checkpoint.path} to {fmt.name}, once")
@@ -138,7 +120,7 @@ def _make(
         with atomic_file(path, "wb") as file:
             values = _with_checksums(_values(checkpoint, fmt, stored), stored)
             content = [*stored, _checksums_of(stored)]
-            _write(file, content, values, {**notes, "format_version": VERSION})
+            write_safetensors(file, content, values, {**notes, "format_version": VERSION})
         # Never older than the checkpoint, even if the checkpoint's time is in the future.
         newest = max(path.stat().st_mtime_ns, checkpoint.path.stat().st_mtime_ns)
         os.utime(path, ns=(newest, newest))
@@ -152,7 +134,7 @@ def _make(
     return None if made is None else made.entries
 
 
-def _require_room(path: Path, stored: list[_Stored]) -> None:
+def _require_room(path: Path, stored: list[StoredTensor]) -> None:
     """Raise `OSError` if the disk has no room for the file, instead of quantizing in vain."""
     needed = sum(tensor.num_bytes for tensor in stored) - abandoned_bytes(path.parent)
     if reason := shortage(path.parent, needed, "the quantized base"):
@@ -173,7 +155,7 @@ def _alone(checkpoint: Path) -> Iterator[None]:
 
 
 def _open(
-    path: Path, checkpoint: Path, notes: dict[str, str], stored: list[_Stored]
+    path: Path, checkpoint: Path, notes: dict[str, str], stored: list[StoredTensor]
 ) -> _Cached | None:
     """The open file; None if it is missing, damaged, or of another base or version."""
     try:
@@ -190,7 +172,7 @@ def _open(
     if any(metadata.get(key) != value for key, value in notes.items()):
         return None
     content = stored if version == _WITHOUT_CHECKSUMS else [*stored, _checksums_of(stored)]
-    expected = {s.name: (list(s.shape), _TYPE_NAMES[s.dtype]) for s in content}
+    expected = {s.name: (list(s.shape), TYPE_NAMES[s.dtype]) for s in content}
     if {n: (list(s.get_shape()), s.get_dtype()) for n, s in slices.items()} != expected:
         return None
     entries = {
@@ -199,12 +181,12 @@ def _open(
     return _Cached(entries, entries.pop(_CHECKSUMS, None))
 
 
-def _checksums_of(stored: list[_Stored]) -> _Stored:
-    return _Stored(_CHECKSUMS, (len(stored), 4), torch.uint8)
+def _checksums_of(stored: list[StoredTensor]) -> StoredTensor:
+    return StoredTensor(_CHECKSUMS, (len(stored), 4), torch.uint8)
 
 
 def _with_checksums(
-    values: Iterator[tuple[str, torch.Tensor]], stored: list[_Stored]
+    values: Iterator[tuple[str, torch.Tensor]], stored: list[StoredTensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields the values, and then their checksums."""
     checksums = {}
@@ -237,34 +219,8 @@ def _bytes_of(value: torch.Tensor) -> memoryview:
     return value.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def _write(
-    file: IO[bytes],
-    stored: list[_Stored],
-    values: Iterator[tuple[str, torch.Tensor]],
-    notes: dict[str, str],
-) -> None:
-    header: dict[str, object] = {"__metadata__": notes}
-    offsets = {}
-    end = 0
-    for tensor in stored:
-        offsets[tensor.name] = end
-        end += tensor.num_bytes
-        header[tensor.name] = {
-            "dtype": _TYPE_NAMES[tensor.dtype],
-            "shape": tensor.shape,
-            "data_offsets": [end - tensor.num_bytes, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
-    file.write(struct.pack("<Q", len(text)) + text)
-    begin = 8 + len(text)
-    for name, value in values:
-        file.seek(begin + offsets[name])
-        file.write(_bytes_of(value))
-
-
 def _values(
-    checkpoint: Checkpoint, fmt: Format, stored: list[_Stored]
+    checkpoint: Checkpoint, fmt: Format, stored: list[StoredTensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields all tensors of the file; reads one tensor of the checkpoint at a time."""
     total = sum(torch.Size(e.shape).numel() * e.dtype.itemsize for e in checkpoint.entries.values())
@@ -286,7 +242,9 @@ def _values(
             drop_pages(value)
 
 
-def _in_memory(checkpoint: Checkpoint, fmt: Format, stored: list[_Stored]) -> dict[str, LazyTensor]:
+def _in_memory(
+    checkpoint: Checkpoint, fmt: Format, stored: list[StoredTensor]
+) -> dict[str, LazyTensor]:
     values = dict(_values(checkpoint, fmt, stored))
     return {
         s.name: LazyTensor(s.shape, s.dtype, partial(values.__getitem__, s.name)) for s in stored

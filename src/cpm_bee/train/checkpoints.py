@@ -49,6 +49,31 @@ class RunProvenance(NamedTuple):
     delta: DeltaConfig | None  # None: full fine-tuning
 
 
+def saved_delta_config(folder: str, name: str, path: Path | None = None) -> DeltaConfig | None:
+    """The settings of the delta in a run's newest training state; None if there is no such state.
+
+    Args:
+        path: another state to read instead.
+
+    Raises:
+        InputError: the state is damaged.
+    """
+    if path is None:
+        files = RunFolder(Path(folder), name, ["-state.pt"], 1).current()
+        path = next((file for file in files if file.name == f"{name}-state.pt"), None)
+    if path is None or not path.is_file():
+        return None
+    state = load_tensors(path, "a training state")
+    check_state(path, state)
+    saved = state["delta"]
+    if not saved:
+        return None
+    try:
+        return DeltaConfig(**{**saved, "targets": tuple(saved["targets"])})
+    except (TypeError, KeyError):
+        raise InputError(f"{path}: its delta is {shown(saved)}, not what a run saves") from None
+
+
 class RunFiles:
     """Names, writes and reads the files `SAVE/SAVE_NAME-...`. Only rank 0 writes."""
 

@@ -19,7 +19,6 @@ from cpm_bee.checkpoint.config_from_weights import derive_config
 from cpm_bee.checkpoint.reader import Checkpoint
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.delta import DeltaConfig
-from cpm_bee.delta import insert as insert_delta
 from cpm_bee.distributed.rank import RankInfo
 from cpm_bee.engine.device import choose_device, choose_dtype
 from cpm_bee.engine.select import choose_engine
@@ -39,6 +38,7 @@ from cpm_bee.train.flag_checks import (
     data_folders,
     torch_only_flags,
 )
+from cpm_bee.train.initial_delta import InitialDelta
 from cpm_bee.train.options import ALWAYS, AUTO, NEVER, Options
 
 SavedState = tuple[dict[str, Any], dict[str, Any]]  # of the engine, and of the trainer
@@ -83,15 +83,17 @@ def check(options: Options) -> Inputs:
     """
     problems = Problems()
     num_processes = RankInfo.of_this_process().world_size
-    device, dtype, engine, delta_config = None, torch.float32, "", None
+    device, dtype, engine, initial_delta = None, torch.float32, "", None
     check_flags(options, num_processes, problems)
     missing = check_paths(options, problems)
     with problems.collecting():
         device = choose_device(options.device)
         dtype = choose_dtype(options.dtype, device)
         engine = choose_engine(options.engine, device, options.quantize, torch_only_flags(options))
-    with problems.collecting():
-        delta_config = _delta_config(options)
+    if options.use_delta and "--init-delta" not in missing:
+        with problems.collecting():
+            initial_delta = InitialDelta(options)
+    delta_config = None if initial_delta is None else initial_delta.config
 
     datasets: dict[str, BinaryDataset] = {}
     for flag, folder in data_folders(options).items():
@@ -111,8 +113,8 @@ def check(options: Options) -> Inputs:
         with problems.collecting():
             flex_attention.refuse_if_unavailable(device, dropout)
     if pretrained is not None:
-        if delta_config is not None:
-            _insert_delta(pretrained, delta_config, _seed(options), problems)
+        if initial_delta is not None:
+            _insert_delta(pretrained, initial_delta, _seed(options), problems)
         files = _run_files(options, pretrained, delta_config, datasets.get("--eval-dataset"))
         if options.dry_run:  # a run takes the lock on its first rank, later
             with problems.collecting():
@@ -176,17 +178,6 @@ def _seed(options: Options) -> int:
     return options.seed if abs(options.seed) < MAX_SEED else 0
 
 
-def _delta_config(options: Options) -> DeltaConfig | None:
-    if not options.use_delta:
-        return None
-    return DeltaConfig(
-        rank=options.delta_rank,
-        alpha=options.delta_alpha,
-        targets=options.delta_targets,
-        dropout=options.delta_dropout,
-    )
-
-
 def _open_pretrained(
     options: Options, dtype: torch.dtype, missing: set[str], problems: Problems
 ) -> PretrainedModel | None:
@@ -218,11 +209,12 @@ def _open_pretrained(
 
 
 def _insert_delta(
-    pretrained: PretrainedModel, config: DeltaConfig, seed: int, problems: Problems
+    pretrained: PretrainedModel, delta: InitialDelta, seed: int, problems: Problems
 ) -> None:
-    insert_delta(pretrained.model, config, seed)
-    if not any(p.requires_grad for p in pretrained.model.parameters()):
-        problems.add("--delta-targets", "this model has none of these layers")
+    with problems.collecting():
+        delta.insert_into(pretrained, seed)
+        if not any(p.requires_grad for p in pretrained.model.parameters()):
+            problems.add("--delta-targets", "this model has none of these layers")
 
 
 def _check_each_alone(options: Options, missing: set[str], problems: Problems) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from cpm_bee.engine.select import expected_distribution
 from cpm_bee.train.activation_checkpointing import choose_for_run
 from cpm_bee.train.checks import Inputs, step_shapes
+from cpm_bee.train.initial_delta import init_delta_line
 from cpm_bee.train.options import Options
 from cpm_bee.train.summary import (
     KINDS,
@@ -35,6 +36,7 @@ def describe_run(options: Options, inputs: Inputs) -> list[str]:
             inputs.engine, inputs.num_processes, inputs.device, inputs.dtype, options.loss_scale
         ),
         model_line(inputs.pretrained.model),
+        *init_delta_line(options, inputs.saved_state is not None),
     ]
     for flag, found in inputs.surveys.items():
         about = "" if found.is_exact else "about "

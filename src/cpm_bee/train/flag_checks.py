@@ -13,7 +13,7 @@ from cpm_bee.paths import (
     not_a_folder,
     unwritable_folder,
 )
-from cpm_bee.train.options import AUTO, FSDP, Options
+from cpm_bee.train.options import AUTO, FSDP, NEVER, Options
 
 MAX_SEED = 2**48
 
@@ -29,6 +29,8 @@ def check_flags(options: Options, num_processes: int, problems: Problems) -> Non
             f"--quantize {options.quantize}",
             "needs --use-delta: a quantized base cannot be trained in full",
         )
+    if options.init_delta is not None and not options.use_delta:
+        problems.add("--init-delta", "needs --use-delta: full fine-tuning has no delta")
     if options.offload and options.parallel != FSDP:
         problems.add("--offload", "needs --parallel fsdp: it keeps the parts in host memory")
     if options.offload and num_processes == 1:
@@ -69,6 +71,8 @@ def check_paths(options: Options, problems: Problems) -> set[str]:
     for flag, file in (("--model-config", config), ("--vocab", options.vocab)):
         if file is not None:
             require(flag, file, not_a_file(file))
+    if options.init_delta is not None and options.resume == NEVER:  # else a state has the delta
+        require("--init-delta", options.init_delta, not_a_file(options.init_delta, "delta file"))
     return missing
 
 

@@ -25,6 +25,7 @@ from cpm_bee.train.checkpoints import RunFiles
 from cpm_bee.train.checks import Inputs, check, step_shapes
 from cpm_bee.train.data_loader import DataLoader
 from cpm_bee.train.dry_run import describe_run
+from cpm_bee.train.initial_delta import begins_with_file, digest_of, init_delta_line
 from cpm_bee.train.log import Reporter
 from cpm_bee.train.options import Options
 from cpm_bee.train.summary import (
@@ -110,6 +111,7 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
     """
     model, tokenizer, files = inputs.pretrained.model, inputs.pretrained.tokenizer, inputs.files
     with closing(make_engine(inputs.engine, inputs.device, inputs.dtype)) as engine:
+        _refuse_different_deltas(engine, options)
         sizes = model_line(model)
         distribution = engine.load_model(inputs.pretrained, options.parallel, options.offload)
         indexes = [open_index(engine, data, tokenizer) for data in inputs.datasets.values()]
@@ -144,8 +146,14 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
             tensorboard=options.tensorboard,
         )
         summary = [inputs.fresh_start] if inputs.fresh_start else []
-        summary += [] if resumed_step is None else [f"resumed after step {resumed_step}"]
-        summary += [_engine_line(engine), sizes, *_data_lines(options, training, evaluation)]
+        is_resumed = resumed_step is not None
+        summary += [f"resumed after step {resumed_step}"] if is_resumed else []
+        summary += [
+            _engine_line(engine),
+            sizes,
+            *init_delta_line(options, is_resumed),
+        ]
+        summary += _data_lines(options, training, evaluation)
         summary += [distribution, checkpointing_line(checkpointing), *attention_lines]
         with closing(reporter):
             yield Run(
@@ -176,8 +184,7 @@ def open_index(engine: Engine, dataset: BinaryDataset, tokenizer: Tokenizer) -> 
     if engine.reduce([float(failure is not None)])[0]:
         raise failure or InputError(f"{dataset.folder}: the first process cannot read it")
     own = int(dataset.fingerprint[:15], 16) ^ int(tokenizer.fingerprint[:15], 16)
-    largest, least = engine.reduce_max([own, -own])
-    if largest != -least:
+    if not _is_same_on_all_ranks(engine, own):
         raise InputError(
             f"{dataset.folder}: the processes have different data or vocabularies; copy the folder "
             "and the vocabulary to all machines again"
@@ -218,6 +225,22 @@ def _begin(engine: Engine, files: RunFiles, resumes: bool, state: TrainingState)
         if figures[1]:
             state.best_loss, state.evaluated_step = math.inf, -1
             state.evaluations_without_gain = 0
+
+
+def _is_same_on_all_ranks(engine: Engine, number: int) -> bool:
+    largest, least = engine.reduce_max([number, -number])
+    return largest == -least
+
+
+def _refuse_different_deltas(engine: Engine, options: Options) -> None:
+    """Raise `InputError`, on all ranks, if they begin with different deltas; collective."""
+    if options.init_delta is None or not begins_with_file(options):
+        return
+    if not _is_same_on_all_ranks(engine, digest_of(options.init_delta)):
+        raise InputError(
+            f"--init-delta {options.init_delta}: the processes have different files; copy it to "
+            "all machines again"
+        )
 
 
 def _loaders(
