@@ -42,6 +42,7 @@ from cpm_bee.quantize.linear import QuantizedLinear, quantize_
 from cpm_bee.train.memory_estimate import (
     TrainingSetup,
     estimate,
+    estimate_sharded,
     meta_model,
     set_parameters,
     typical_batch,
@@ -108,24 +109,11 @@ def print_table(batch: Batch) -> None:
 
 
 def sharded_row(config: ModelConfig, batch: Batch, checkpointing: bool, ranks: int) -> str:
-    """A row for full fine-tuning on several ranks (FSDP2, bf16), partly by arithmetic.
-
-    A rank has its share of weights, gradients and moments in fp32. In bf16 it gathers the root
-    group (the embedding) with its gradient, and two layers (the current one and the prefetched one)
-    with the gradient of one. The rest is predicted for a step entirely in bf16.
-    """
-    training = TrainingSetup(torch.bfloat16, None, "none", checkpointing, held=torch.bfloat16)
-    step = estimate(config, training, batch)
-    parameters = step.weights // 2
-    with torch.device("meta"):
-        model = CPMBee(config)
-    largest = max(sum(p.numel() for p in b.parameters()) for b in model.encoder.layers)
-    root = parameters - sum(p.numel() for p in model.encoder.layers.parameters())
-    gathered = 2 * (2 * root + 3 * largest)
-    own = 4 * parameters // ranks
-    rest = gathered + step.rest
+    """A row for full fine-tuning on several ranks (FSDP2, bf16)."""
+    training = TrainingSetup(torch.bfloat16, checkpointing=checkpointing)
+    p = estimate_sharded(config, training, batch, ranks)
     name = f"in full, {ranks} ranks" + (", checkpointing" if checkpointing else "")
-    parts = (own, 3 * own, rest, 4 * own + rest)
+    parts = (p.weights, p.gradients + p.moments, p.rest, p.peak)
     return f"| 1B | {name} | " + " | ".join(f"{x / GIB:.2f}" for x in parts) + " |"
 
 

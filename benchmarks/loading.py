@@ -1,6 +1,7 @@
 """Measure loading of a generated native checkpoint (fp16) for training in fp32 on the CPU.
 
     python benchmarks/loading.py [--gigabytes 2] [--format bin|safetensors] [--repeat 5] [--warm]
+                                 [--verify]
 
 Compares the time with that of reading the file, and the peak memory with the size of the model.
 Loading runs in a separate process. Before each phase the file is dropped from the page cache, so
@@ -80,7 +81,7 @@ def fetch_memory(size: int) -> None:
     os.waitpid(child, 0)
 
 
-def load(path: Path, size: int) -> None:
+def load(path: Path, size: int, verify: bool) -> None:
     """Runs in a separate process; prints seconds, and MiB above the memory after imports."""
     import safetensors  # noqa: F401 - importing is not part of loading
     import torch
@@ -93,7 +94,7 @@ def load(path: Path, size: int) -> None:
     floor = peak_memory()
     fetch_memory(size)
     started, begin = time.perf_counter(), os.times()
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint(path, verify=verify)
     checkpoint.fingerprint()  # a run computes it to identify its base
     with torch.device("meta"):
         model = CPMBee(derive_config(checkpoint))
@@ -147,6 +148,7 @@ def main() -> None:
     )
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--format", choices=("bin", "safetensors"), default="bin")
+    parser.add_argument("--verify", action="store_true", help="compare the file with its checksums")
     parser.add_argument("--warm", action="store_true", help="leave the file in the page cache")
     parser.add_argument(
         "--repeat", type=int, default=5, help="number of repeats; the best one counts (5)"
@@ -157,7 +159,7 @@ def main() -> None:
     parser.add_argument("--fill", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.load:
-        return load(arguments.load, arguments.size)
+        return load(arguments.load, arguments.size, arguments.verify)
     if arguments.fill:
         return fill(arguments.fill, arguments.size)
     with tempfile.TemporaryDirectory() as folder:
@@ -175,7 +177,8 @@ def main() -> None:
             reading.append(read(path))
             filling.append(run_apart("--fill", values, "--size", size))
             prepare(path)
-            result = run_apart("--load", path, "--size", size)
+            verify = ["--verify"] if arguments.verify else []
+            result = run_apart("--load", path, "--size", size, *verify)
             loading.append(result["seconds"])
             peak = max(peak, result["mib"] - model)
             print(f"  reading {reading[-1]:.2f} s, filling {filling[-1]:.2f} s, "

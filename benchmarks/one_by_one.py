@@ -221,7 +221,7 @@ class Search:
             beams, parents = self._advance(beams, candidates, is_last=step == last_step)
             if not beams:
                 break
-        return self._finished.hypotheses[0].tokens
+        return self._finished.hypotheses[0].tokens  # type: ignore[return-value]
 
     def _candidates(
         self, beams: Sequence[Beam], parents: Sequence[int]
@@ -252,7 +252,7 @@ class Search:
             if is_last or (closes and last.answer + 1 == self._num_answers):
                 # Each token so far, `<s>` included, has predicted the next one.
                 score = log_p / len(tokens)
-                self._finished.add(score, tokens if closes else (*tokens, following))
+                self._finished.add(score, tokens if closes else (*tokens, following))  # type: ignore[arg-type]
                 continue
             if closes:
                 following = Token(self._bos, 0, last.answer + 1, 0)

@@ -13,7 +13,7 @@ folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
 python3 -m pip download --quiet --disable-pip-version-check --no-deps -d "$folder" viscpm==0.0.1.dev0
 python3 - "$folder" "$member" "$expected" "$target" <<'PY'
-import hashlib, os, pathlib, sys, zipfile
+import contextlib, hashlib, os, pathlib, sys, zipfile
 
 folder, member, expected, target = sys.argv[1:]
 (wheel,) = pathlib.Path(folder).glob("*.whl")
@@ -22,9 +22,14 @@ found = hashlib.sha256(data).hexdigest()
 if found != expected:
     sys.exit(f"error: {member} has sha256 {found}, expected {expected}; nothing was written")
 path = pathlib.Path(target)
-path.parent.mkdir(parents=True, exist_ok=True)
 partial = path.with_name(f".{path.name}.partial")
-partial.write_bytes(data)
-os.replace(partial, path)
+try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_bytes(data)
+    os.replace(partial, path)
+except OSError as error:
+    with contextlib.suppress(OSError):
+        partial.unlink()
+    sys.exit(f"error: {path}: cannot be written: {error.strerror}")
 print(f"{path}: {len(data.decode().split(chr(10))):,} tokens")
 PY

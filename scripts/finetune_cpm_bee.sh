@@ -2,6 +2,8 @@
 # Fine-tune CPM-Bee. Run it from src/:   bash scripts/finetune_cpm_bee.sh [more flags]
 # Every setting can be given in the environment, e.g.   LR=0.001 EPOCH=3 bash scripts/...
 # and any flag of finetune_cpm_bee.py can follow, e.g.  bash scripts/... --delta-rank 16
+# BMTrain instead of plain PyTorch (GPUs; Python 3.10 or 3.11):  bash scripts/... --engine bmtrain
+# after   python -m pip install --no-deps bmtrain==1.0.1
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 use_venv
@@ -87,6 +89,24 @@ done
 [ "${USE_DELTA:-1}" = 0 ] || OPTS+=(--use-delta)               # delta tuning (LoRA)
 [ -n "${VOCAB:-}" ] && OPTS+=(--vocab "$VOCAB")                # default: vocab.txt beside LOAD
 
+# torchrun makes a folder for its own files and leaves it behind. Ours has a name that tells whose it
+# is: this process becomes torchrun, with the same number and start. Folders of ended ones go.
+start_of() {                                          # of a process, in clock ticks since the boot
+    local fields
+    [ -r "/proc/$1/stat" ] || return
+    read -r fields < "/proc/$1/stat" || return
+    read -ra fields <<< "${fields##*) }"
+    echo "${fields[19]}"
+}
+torchrun_folders="${TMPDIR:-/tmp}/cpm_bee-torchrun-$HOSTNAME"
+for folder in "$torchrun_folders"-*-*; do
+    [ -d "$folder" ] || continue
+    [ -O "$folder" ] || continue
+    owner="${folder#"$torchrun_folders"-}"
+    [[ "$owner" =~ ^[0-9]+-[0-9]+$ ]] || continue
+    [ "$(start_of "${owner%-*}")" = "${owner#*-}" ] || rm -rf "$folder"
+done
+
 SCRIPT="$project/src/finetune_cpm_bee.py"
 PROCESSES=$((NNODES * GPUS_PER_NODE))
 if [ "$PROCESSES" = 1 ]; then                         # checks itself, and needs no torchrun
@@ -103,9 +123,13 @@ case " $* " in *" --dry-run "* | *" --dry_run "* | *" --help "* | *" -h "*) exit
 flags="$(PYTHONPATH="$project/src" python -m cpm_bee.distributed.rendezvous \
     "$MASTER_ADDR" "$MASTER_PORT" "$NNODES" "$RDZV_TIMEOUT")" || exit $?
 read -ra RDZV_FLAGS <<< "$flags"
+if [ -n "$(trap -p HUP)" ] && [[ "$(torchrun --help)" == *signals_to_handle* ]]; then
+    RDZV_FLAGS+=("--signals_to_handle=SIGTERM,SIGINT,SIGQUIT")   # under nohup, not SIGHUP
+fi
 CMD=(
     torchrun --nnodes="$NNODES" --nproc_per_node="$GPUS_PER_NODE" --rdzv_id="${RDZV_ID:-1}"
     --rdzv_backend=c10d --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT" "${RDZV_FLAGS[@]}"
+    --log-dir="$torchrun_folders-$$-$(start_of $$)"
     "$SCRIPT" "${OPTS[@]}" "$@"
 )
 echo "${CMD[*]}"

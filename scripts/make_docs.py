@@ -17,13 +17,16 @@ from pathlib import Path
 # Works even if the project is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
+from cpm_bee.checkpoint.options import ConvertOptions, MergeOptions
 from cpm_bee.cli import ArgumentParser, run_command, shown_default
 from cpm_bee.data.preprocess.options import PreprocessOptions
+from cpm_bee.doctor.options import DoctorOptions
 from cpm_bee.errors import RunError
 from cpm_bee.evaluate.options import EvaluateOptions
 from cpm_bee.files import atomic_file
 from cpm_bee.generate.options import TextGenerationOptions
 from cpm_bee.options import DEBUG, GENERAL, CommandOptions, Flag
+from cpm_bee.serve.options import ServeOptions
 from cpm_bee.train.options import Options
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +34,16 @@ COMMAND = "python scripts/make_docs.py"
 TEMPLATES = Path("scripts", "templates")
 SCRIPTS: dict[str, type[CommandOptions]] = {
     options.script: options
-    for options in (Options, TextGenerationOptions, EvaluateOptions, PreprocessOptions)
+    for options in (
+        Options,
+        TextGenerationOptions,
+        EvaluateOptions,
+        ServeOptions,
+        PreprocessOptions,
+        MergeOptions,
+        ConvertOptions,
+        DoctorOptions,
+    )
 }
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tune CPM-Bee under SLURM, on as many nodes as the job has. Submit it from src/:
 #   sbatch --nodes=2 --gpus-per-node=8 scripts/slurm_finetune.sh [flags of finetune_cpm_bee.py]
+# With --requeue and --resume auto, a job that SLURM starts again goes on from its newest state.
 # Settings of finetune_cpm_bee.sh are passed in the environment:
 #   LOAD=ckpts/pytorch_model.bin BATCH_SIZE=2 sbatch --nodes=2 ... scripts/slurm_finetune.sh
 # Model, data and results must be on a file system that all nodes share.

@@ -119,8 +119,10 @@ def test_problems_counts_all_and_shows_the_first() -> None:
     [
         (InputError("bad input"), 2, "error: bad input\n"),
         (RunError("bad luck"), 1, "error: bad luck\n"),
-        (FileNotFoundError(2, "No such file", "x.txt"), 1, "error: x.txt: no such file\n"),
-        (OSError(28, "No space left"), 1, "error: no space left\n"),
+        (FileNotFoundError(2, "No such file", "x.txt"), 2, "error: x.txt: no such file\n"),
+        (OSError(5, "Input error"), 1, "error: input error\n"),
+        (OSError(28, "No space"), 1, "error: standard output: cannot be written: No space\n"),
+        (OSError(28, "No space", "x"), 1, "error: x: cannot be written: No space\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )

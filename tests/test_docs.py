@@ -36,10 +36,12 @@ DOCUMENTS += [p for p in PAGES.glob("*.md") if p.name in ENGLISH_ONLY - {"format
 PLACES = [ROOT, ROOT / "src", TUTORIAL]
 # What is not in a fresh clone: runs, stages and people make it.
 GENERATED = [
-    "*bee_data/*.jsonl", "bee_data/NAME", "*bin_data/*", "meta.bin", "*vocab.txt", "bee.txt",
-    "config.json", "*pytorch_model.bin", "ckpts/nothing.bin", "src/results*", "results/*",
-    "cpm_bee_finetune-*", "answers.jsonl*", "train.jsonl", "eval.jsonl", "*my_records*",
-    "../shared/golden", ".venv/bin/*", "results_DATE.json", "samples_NAME_DATE.jsonl",
+    "*bee_data/*.jsonl", "bee_data/NAME", "*bin_data/*", "meta.bin", "checksums.json",
+    "*vocab.txt", "bee.txt", "config.json", "*pytorch_model.bin", "ckpts/nothing.bin",
+    "src/results*", "results/*", "cpm_bee_finetune-*", "answers.jsonl*", "train.jsonl",
+    "eval.jsonl", "*my_records*", "../shared/golden", ".venv/bin/*",
+    "doctor.json", "results_DATE.json", "samples_NAME_DATE.jsonl",
+    "first.pt", "second.pt", "adapter_config.json", "model.safetensors.index.json",
 ]  # fmt: skip
 # Words with a slash or an ending that are no paths.
 NOT_PATHS = {
@@ -51,7 +53,7 @@ NOT_PATHS = {
 # Flags of torchrun, nvidia-smi, sbatch and pip; a name that another tool has for a flag of ours.
 FOREIGN_FLAGS = {
     "--nproc_per_node", "--query-gpu", "--format", "--nodes", "--gpus-per-node", "--no-deps",
-    "--learning_rate", "--hypothesis-seed",
+    "--learning_rate", "--hypothesis-seed", "--requeue", "--shm-size", "--ipc",
 }  # fmt: skip
 # Of other software; what the scripts do with OMP_WAIT_POLICY has a section of its own.
 FOREIGN_VARIABLES = {
@@ -66,7 +68,9 @@ TAKES_FLAGS = {
     "finetune_cpm_bee.py": FINETUNE, "finetune_cpm_bee.sh": FINETUNE, "quickstart.sh": FINETUNE,
     "slurm_finetune.sh": FINETUNE, "data_reformat.py": REFORMAT,
     "preprocess_dataset.py": "src/preprocess_dataset.py",
-    "text_generation.py": "src/text_generation.py", "evaluate.py": "src/evaluate.py",
+    "text_generation.py": "src/text_generation.py", "merge_delta.py": "src/merge_delta.py",
+    "convert_checkpoint.py": "src/convert_checkpoint.py", "doctor.py": "src/doctor.py",
+    "evaluate.py": "src/evaluate.py", "serve.py": "src/serve.py",
 }  # fmt: skip
 
 

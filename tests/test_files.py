@@ -10,6 +10,7 @@ import pytest
 
 from cpm_bee.errors import InputError
 from cpm_bee.files import atomic_file, atomic_folder
+from cpm_bee.temporary_files import temporary_name
 
 
 def names(folder: Path) -> list[str]:
@@ -21,7 +22,7 @@ def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
     with atomic_file(path) as file:
         file.write("春\n")
         assert not path.exists()
-        assert names(path.parent) == [f".a.txt.partial-{os.getpid()}"]
+        assert names(path.parent) == [temporary_name("a.txt")]
     assert path.read_bytes() == "春\n".encode()
     assert names(path.parent) == ["a.txt"]
 

@@ -184,7 +184,7 @@ def test_an_error_of_the_first_process_alone(
     process = start(command(*flags, ranks=2), tmp_path, **own_tmp)
     _, _, errors = finish(process)
     check_torchrun_ended(process, errors, "special token <no>", tmp_path)
-    assert sorted(p.name for p in dataset.iterdir()) == ["data", "meta.bin"]
+    assert sorted(p.name for p in dataset.iterdir()) == ["checksums.json", "data", "meta.bin"]
     assert not (tmp_path / "run").exists()
 
 

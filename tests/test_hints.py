@@ -6,15 +6,19 @@ import pytest
 from support import run_script
 
 from cpm_bee import hints
+from cpm_bee.checkpoint.options import ConvertOptions, MergeOptions
 from cpm_bee.cli import ArgumentParser, positive
 from cpm_bee.data.preprocess.options import PreprocessOptions
+from cpm_bee.doctor.options import DoctorOptions
 from cpm_bee.errors import InputError
 from cpm_bee.generate.options import TextGenerationOptions
 from cpm_bee.options import CommandOptions, Group
 from cpm_bee.train.options import Options
 
 SCRIPTS: list[type[CommandOptions]] = [Options, TextGenerationOptions, PreprocessOptions]
-TABLES = [hints.FINETUNE, hints.GENERATE, hints.PREPROCESS]
+SCRIPTS += [MergeOptions, ConvertOptions, DoctorOptions]
+TABLES = [hints.FINETUNE, hints.GENERATE, hints.PREPROCESS, hints.MERGE, hints.CONVERT]
+TABLES += [hints.DOCTOR]
 HINTS = [(o, theirs, ours) for o in SCRIPTS for theirs, ours in o.hints.items()]
 
 
@@ -69,6 +73,8 @@ def test_what_a_hint_names_exists(options: type[CommandOptions], theirs: str, ou
         (TextGenerationOptions, "--max_new_tokens", "--max-length"),
         (TextGenerationOptions, "--output_dir", "--output"),
         (PreprocessOptions, "--output_dir", "--output-path"),
+        (MergeOptions, "--adapter", "--delta"),
+        (ConvertOptions, "--max_shard_size", "--shard-size"),
     ],
 )
 def test_names_that_people_bring_along(

@@ -27,7 +27,16 @@ def test_no_module_imports_bmtrain_or_matplotlib() -> None:
 
 @pytest.mark.parametrize(
     "script",
-    ["finetune_cpm_bee.py", "text_generation.py", "evaluate.py", "preprocess_dataset.py"],
+    [
+        "finetune_cpm_bee.py",
+        "text_generation.py",
+        "evaluate.py",
+        "serve.py",
+        "preprocess_dataset.py",
+        "merge_delta.py",
+        "convert_checkpoint.py",
+        "doctor.py",
+    ],
 )
 def test_help_is_quick(script: str) -> None:
     """Under a second on an idle machine; the best of three allows for a busy one."""
@@ -57,14 +66,26 @@ def test_data_reformat_runs_without_anything_installed() -> None:
 # From the ground up. Modules of one floor may import each other where there is no circle.
 # `rank` imports nothing of ours: it reads the environment, and all messages need it.
 FLOORS = [
-    ["errors", "files", "progress", "cli", "options", "hints", "distributed.rank"],
+    [
+        "errors",
+        "checksums",
+        "disk",
+        "paths",
+        "temporary_files",
+        "files",
+        "progress",
+        "cli",
+        "options",
+        "hints",
+        "distributed.rank",
+    ],
     ["json_lines", "records", "tokenizer", "segments", "encoding"],
     ["data"],
     ["checkpoint", "model", "delta", "quantize", "pretrained"],
     ["distributed"],
     ["engine"],
     ["train", "generate"],
-    ["evaluate"],
+    ["evaluate", "serve", "doctor"],
 ]
 
 

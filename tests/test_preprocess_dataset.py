@@ -39,7 +39,11 @@ def test_a_folder(bee: Path, run_script: RunScript) -> None:
         "--vocab", "none", cwd=bee,
     )  # fmt: skip
     assert (result.returncode, result.stderr) == (0, "")
-    files = {f"{name}/{file}" for name in ("train", "eval") for file in ("meta.bin", "ccpm_data")}
+    files = {
+        f"{name}/{file}"
+        for name in ("train", "eval")
+        for file in ("meta.bin", "checksums.json", "ccpm_data")
+    }
     assert set(tree(bee / "bin_data")) == {"train", "eval", *files}
     assert "bin_data/train: 300 records" in result.stdout
     assert "bin_data/eval: 50 records" in result.stdout
@@ -58,7 +62,12 @@ def test_one_file_hyphens_and_options(bee: Path, run_script: RunScript) -> None:
         "--seed", "5", "--block-size", "4096", "--vocab=none", "--workers=2", cwd=bee,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert set(tree(bee / "a" / "b")) == {"eval", "eval/meta.bin", "eval/data"}
+    assert set(tree(bee / "a" / "b")) == {
+        "eval",
+        "eval/meta.bin",
+        "eval/checksums.json",
+        "eval/data",
+    }
     assert read(bee / "a" / "b" / "eval") == read(make(bee, seed=5) / "eval")
     assert BinaryDataset(bee / "a" / "b" / "eval").files[0].block_size == 4096
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,7 +97,7 @@ def test_tutorial_word_for_word(checkout: Path) -> None:
     assert [e["event"] for e in events] == ["start", "eval", "train", "train", "eval", "end"]
     assert events[1]["records"] == 20
     written = sorted(p.name for p in (checkout / "bin_data" / "train").iterdir())
-    assert written[:2] == ["ccpm_data", "meta.bin"]
+    assert written[:3] == ["ccpm_data", "checksums.json", "meta.bin"]
     assert not list(checkout.rglob("tmp"))
 
 
@@ -142,10 +144,12 @@ def test_an_error_ends_the_script_without_traceback(checkout: Path) -> None:
 
 
 NOTING = """
-import json, os, sys
+import json, os, signal, sys
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_WAIT_POLICY")
 with open("calls.jsonl", "a") as file:
-    file.write(json.dumps([sys.argv[1:], {n: os.environ.get(n) for n in names}]) + "\\n")
+    noted = {n: os.environ.get(n) for n in names}
+    noted["ignores SIGHUP"] = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    file.write(json.dumps([sys.argv[1:], noted]) + "\\n")
 sys.exit(3 if "--wrong" in sys.argv else 0)
 """
 
@@ -182,7 +186,22 @@ def test_several_processes_start_after_one_dry_run(calls: Callable) -> None:
     assert done.returncode == 0, done.stderr
     assert dry[0] == [*others[0][0], "--dry-run"]
     assert sorted(environment["RANK"] for _, environment in others) == ["0", "1", "2"]
+    assert not any(environment["ignores SIGHUP"] for _, environment in others)
     assert len(calls("--dry-run", GPUS_PER_NODE="3")[1]) == 1
+    for flags in (["--resume"], ["--resume", "auto"], ["--resume", "--delta-rank", "2"]):
+        (dry, _) = calls(*flags, "--wrong", GPUS_PER_NODE="3")[1][0]
+        assert dry[-len(flags) - 2 :] == [*flags, "--wrong", "--dry-run"]
+
+
+@pytest.mark.slow
+def test_under_nohup_no_process_listens_to_sighup(calls: Callable) -> None:
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which the script inherits, as from nohup
+    try:
+        done, noted = calls(GPUS_PER_NODE="2")
+    finally:
+        signal.signal(signal.SIGHUP, old)
+    assert len(noted) == 3 and all(environment["ignores SIGHUP"] for _, environment in noted)
+    assert "--signals_to_handle=SIGTERM,SIGINT,SIGQUIT" in done.stdout
 
 
 def test_several_processes_stop_at_a_mistake_before_torchrun(calls: Callable) -> None:
@@ -197,6 +216,54 @@ def test_several_processes_stop_at_a_mistake_before_torchrun(calls: Callable) ->
         done, _ = calls(**{"GPUS_PER_NODE": "2", name: value})
         assert done.returncode == 2 and f"{name}={value}" in done.stderr
         assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+FAKE_TORCHRUN = """#!/usr/bin/env bash
+for flag in "$@"; do
+    case "$flag" in --log-dir=*) mkdir -p "${flag#*=}/attempt_0" ;; esac
+done
+[ -z "${KEEP_RUNNING:-}" ] || exec sleep 600
+"""
+
+
+def test_folders_of_ended_torchruns_are_removed(checkout: Path, tmp_path: Path) -> None:
+    (checkout / "src" / "finetune_cpm_bee.py").write_text("")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "torchrun").write_text(FAKE_TORCHRUN)
+    (tmp_path / "bin" / "torchrun").chmod(0o755)
+    temporary = tmp_path / "tmp"
+    for name in ("torchelastic_x", "cpm_bee-torchrun-elsewhere-1-1", "cpm_bee-torchrun-odd"):
+        (temporary / name).mkdir(parents=True)
+    others = set(temporary.iterdir())
+    path = f"{tmp_path / 'bin'}{os.pathsep}{VENV_BIN}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "GPUS_PER_NODE": "2", "TMPDIR": str(temporary)}
+    command = ["bash", "scripts/finetune_cpm_bee.sh"]
+
+    def run(**settings: str) -> set[Path]:
+        subprocess.run(command, cwd=checkout / "src", env={**environment, **settings}, check=True)
+        return set(temporary.iterdir()) - others
+
+    living = subprocess.Popen(
+        command, cwd=checkout / "src", env={**environment, "KEEP_RUNNING": "1"}
+    )
+    try:
+        while not (folders := set(temporary.iterdir()) - others):
+            assert living.poll() is None
+            time.sleep(0.05)
+        (own,) = folders
+        assert own.name.split("-")[-2] == str(living.pid)
+        first = run()
+        assert len(first) == 2 and own in first
+        second = run()  # without that of the first run, which has ended by itself
+        assert len(second) == 2 and own in second and not first - {own} & second
+    finally:
+        living.kill()
+        living.wait()
+    # The number of the process is another one's now, which began at another time.
+    reused = temporary / f"{own.name.rpartition('-')[0].rpartition('-')[0]}-{os.getpid()}-1"
+    reused.mkdir()
+    left = run(GPUS_PER_NODE="1")
+    assert left == set() and set(temporary.iterdir()) == others
 
 
 def test_without_pytorch_the_script_says_what_to_do(checkout: Path) -> None:

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from cpm_bee.distributed.rank import is_reporting_rank, report_error
 from cpm_bee.distributed.rank import record as record_failure
-from cpm_bee.errors import CpmBeeError, InputError, describe
+from cpm_bee.errors import DISK_FULL, CpmBeeError, InputError, describe, exit_status_of, naming
 
 # Waiting threads sleep instead of spinning, so that another busy process does not stall them.
 # OpenMP reads this when torch is loaded; every entry script imports this module before torch.
@@ -197,8 +197,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run an entry script's `main` and exit; user errors print a message, not a traceback.
 
     The exit status is what `main` returns (None is 0), 2 for wrong usage or bad input, 1 for a
-    failed run, and 130 after Ctrl-C. With `--debug` the traceback is shown. Under torchrun an
-    error is printed once (see `distributed.rank`).
+    failed run or output that cannot be written, and 130 after Ctrl-C. With `--debug` the traceback
+    is shown. Under torchrun an error is printed once (see `distributed.rank`).
     """
     _prepare_output()
     debug = "--debug" in sys.argv
@@ -208,7 +208,10 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
     def reporting_main() -> int | None:
         try:
-            return main()
+            with naming("standard output", DISK_FULL):  # all files have names
+                result = main()
+                sys.stdout.flush()
+            return result
         except Exception as error:
             if (message := message_of(error)) is not None:
                 report_error(message)
@@ -217,23 +220,28 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     status: int | None
     try:
         status = record_failure(reporting_main, lambda error: message_of(error) is not None)()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if debug:
             raise
         if is_reporting_rank():
             print("interrupted", file=sys.stderr)
-        status = 130
+        status = exit_status_of(interrupt)
     except BrokenPipeError:
-        # The reader of our output has gone (`... | head`): exit quietly. Without this the
-        # interpreter would report the error again while flushing stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
+        status = 1  # the reader of our output has gone (`... | head`): exit quietly
     except Exception as error:
         if message_of(error) is None:
             raise
-        status = error.exit_status if isinstance(error, CpmBeeError) else 1
+        status = exit_status_of(error)
+    _drop_unwritten_output()
     sys.exit(status or 0)
+
+
+def _drop_unwritten_output() -> None:
+    """Have the interpreter not report the failure of stdout again while it flushes it."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _message_of(error: BaseException) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,14 @@ from cpm_bee.checkpoint.sidecar import (
 from cpm_bee.errors import InputError, Problems, shown
 from cpm_bee.model.layers import Linear
 from cpm_bee.model.network import CPMBee
+from cpm_bee.paths import not_a_file
 
 logger = logging.getLogger(__name__)
 
 # The Linear layers that can carry a delta, by the last part of their name.
 TARGETS = ("project_q", "project_k", "project_v", "attention_out", "w_0", "w_1", "w_out")
 
-_INFIX = ".lora."
+INFIX = ".lora."  # between the name of a Linear and that of its A or B
 # What a delta file and its sidecar both record.
 _RECORDED = ("rank", "alpha", "targets", "base_fingerprint", "vocabulary_fingerprint")
 
@@ -98,26 +99,116 @@ def insert(model: CPMBee, config: DeltaConfig, seed: int) -> None:
 
 def tensors(model: CPMBee) -> dict[str, torch.Tensor]:
     """The delta's tensors by the names they have in a delta file (docs/format.md §7)."""
-    return {name: p.detach().cpu() for name, p in model.named_parameters() if _INFIX in name}
+    return {name: p.detach().cpu() for name, p in model.named_parameters() if INFIX in name}
 
 
 def save(
     path: Path,
     values: dict[str, torch.Tensor],
     config: DeltaConfig,
-    base_fingerprint: str,
-    vocabulary_fingerprint: str,
+    base_fingerprint: str | None,
+    vocabulary_fingerprint: str | None,
 ) -> None:
-    """Write a delta file with its settings and its base, and the same in a `.json` sidecar."""
-    settings = {
+    """Write a delta file with its settings and its base, and the same in a `.json` sidecar.
+
+    A fingerprint that is None, because it is not known, is not recorded.
+    """
+    settings: dict[str, Any] = {
         "rank": config.rank,
         "alpha": config.alpha,
         "targets": list(config.targets),
-        "base_fingerprint": base_fingerprint,
     }
-    metadata = metadata_tensor({**settings, "vocabulary_fingerprint": vocabulary_fingerprint})
-    save_tensors(path, {**values, METADATA: metadata})
+    if base_fingerprint is not None:
+        settings["base_fingerprint"] = base_fingerprint
+    recorded = dict(settings)
+    if vocabulary_fingerprint is not None:
+        recorded["vocabulary_fingerprint"] = vocabulary_fingerprint
+    save_tensors(path, {**values, METADATA: metadata_tensor(recorded)})
     write_sidecar(path, settings)
+
+
+@dataclass(frozen=True)
+class DeltaFile:
+    """A delta file in memory; fingerprints are None where the file does not record them."""
+
+    path: Path
+    config: DeltaConfig
+    tensors: dict[str, torch.Tensor]
+    base_fingerprint: str | None
+    vocabulary_fingerprint: str | None
+
+    @classmethod
+    def read(cls, path: str | Path, *, alpha: float | None = None) -> DeltaFile:
+        """Read a delta file made by this or another CPM-Bee tool.
+
+        Rank and targets are read from the tensors. If neither the file nor its sidecar records
+        alpha, it is `alpha` or, with a warning, 16.
+
+        Raises:
+            DamagedFile: it has changed since it was written.
+            InputError: it is not a delta file, was trained with another alpha, or its sidecar
+                contradicts it.
+        """
+        path = Path(path)
+        if reason := not_a_file(path, "delta file"):
+            raise InputError(f"{path}: {reason}")
+        loaded = load_tensors(path, "a delta file", verify=True)
+        recorded = _recorded(path, loaded)
+        return cls.of(path, loaded, recorded, alpha=alpha)
+
+    @classmethod
+    def of(
+        cls,
+        path: Path,
+        tensors: dict[str, Any],
+        recorded: dict[str, Any],
+        *,
+        alpha: float | None = None,
+    ) -> DeltaFile:
+        """Make it from tensors by the names of a delta file, and what is recorded of them."""
+        config = _config_of(path, tensors, recorded, alpha)
+        base, vocabulary = (recorded.get(f"{of}_fingerprint") for of in ("base", "vocabulary"))
+        return cls(path, config, tensors, base, vocabulary)
+
+    def check_base(self, base_fingerprint: str, vocabulary_fingerprint: str) -> None:
+        """Raise `InputError` if the delta was trained on another base or vocabulary."""
+        base, vocabulary = self.base_fingerprint, self.vocabulary_fingerprint
+        if base is not None and base != base_fingerprint:
+            raise InputError(
+                f"{self.path}: was trained on another base model (fingerprint {str(base)[:12]}..., "
+                f"the loaded one has {base_fingerprint[:12]}...); name its own base with --load"
+            )
+        if vocabulary is not None and vocabulary != vocabulary_fingerprint:
+            raise InputError(
+                f"{self.path}: was trained with another vocabulary (fingerprint "
+                f"{str(vocabulary)[:12]}..., the loaded one has "
+                f"{vocabulary_fingerprint[:12]}...); name its own with --vocab"
+            )
+
+    def insert_into(self, model: CPMBee, *, dropout: float = 0.0) -> None:
+        """Insert the delta into a model, in place of an earlier one.
+
+        Raises:
+            InputError: tensors do not fit the model (all are listed).
+        """
+        # Before anything is inserted: one tensor of a huge rank would claim it for all layers.
+        expected = _shapes(model, self.config)
+        problems = Problems()
+        for name in sorted({*self.tensors, *expected}):
+            if name not in self.tensors:
+                problems.add(name, "is missing")
+            elif name not in expected:
+                problems.add(name, "is unexpected")
+            elif self.tensors[name].shape != expected[name]:
+                problems.add(
+                    name,
+                    f"has shape {list(self.tensors[name].shape)}, expected {list(expected[name])}",
+                )
+        problems.raise_if_any(f"{self.path}: does not fit the model:")
+        insert(model, replace(self.config, dropout=dropout), seed=0)
+        parameters = dict(model.named_parameters())
+        for name, value in self.tensors.items():
+            copy_values(parameters[name], value)
 
 
 def load(
@@ -128,50 +219,16 @@ def load(
     *,
     alpha: float | None = None,
 ) -> DeltaConfig:
-    """Load a delta file made by this or another CPM-Bee tool into a model.
-
-    Rank and targets are read from the tensors. If neither the file nor its sidecar records alpha,
-    it is `alpha` or, with a warning, 16.
+    """Load a delta file into a model; see `DeltaFile` for what is checked.
 
     Raises:
-        InputError: the delta was trained on another base or vocabulary or with another alpha, its
-            sidecar contradicts it, or tensors do not fit (all are listed).
+        DamagedFile: the file has changed since it was written.
+        InputError: the file cannot be used with this model.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such delta file")
-    loaded = load_tensors(path, "a delta file")
-    recorded = _recorded(path, loaded)
-    base, vocabulary = (recorded.get(f"{of}_fingerprint") for of in ("base", "vocabulary"))
-    if base is not None and base != base_fingerprint:
-        raise InputError(
-            f"{path}: was trained on another base model (fingerprint {str(base)[:12]}..., "
-            f"the loaded one has {base_fingerprint[:12]}...); name its own base with --load"
-        )
-    if vocabulary is not None and vocabulary != vocabulary_fingerprint:
-        raise InputError(
-            f"{path}: was trained with another vocabulary (fingerprint {str(vocabulary)[:12]}..., "
-            f"the loaded one has {vocabulary_fingerprint[:12]}...); name its own with --vocab"
-        )
-    config = _config_of(path, loaded, recorded, alpha)
-    # Before anything is inserted: one tensor of a huge rank would claim it for all layers.
-    expected = _shapes(model, config)
-    problems = Problems()
-    for name in sorted({*loaded, *expected}):
-        if name not in loaded:
-            problems.add(name, "is missing")
-        elif name not in expected:
-            problems.add(name, "is unexpected")
-        elif loaded[name].shape != expected[name]:
-            problems.add(
-                name, f"has shape {list(loaded[name].shape)}, expected {list(expected[name])}"
-            )
-    problems.raise_if_any(f"{path}: does not fit the model:")
-    insert(model, config, seed=0)
-    parameters = dict(model.named_parameters())
-    for name, value in loaded.items():
-        copy_values(parameters[name], value)
-    return config
+    file = DeltaFile.read(path, alpha=alpha)
+    file.check_base(base_fingerprint, vocabulary_fingerprint)
+    file.insert_into(model)
+    return file.config
 
 
 def _shapes(model: CPMBee, config: DeltaConfig) -> dict[str, tuple[int, int]]:
@@ -179,8 +236,8 @@ def _shapes(model: CPMBee, config: DeltaConfig) -> dict[str, tuple[int, int]]:
     shapes = {}
     for name, module in model.named_modules():
         if isinstance(module, Linear) and name.rpartition(".")[2] in config.targets:
-            shapes[f"{name}{_INFIX}lora_A"] = (config.rank, module.dim_in)
-            shapes[f"{name}{_INFIX}lora_B"] = (module.dim_out, config.rank)
+            shapes[f"{name}{INFIX}lora_A"] = (config.rank, module.dim_in)
+            shapes[f"{name}{INFIX}lora_B"] = (module.dim_out, config.rank)
     return shapes
 
 
@@ -211,7 +268,7 @@ def _config_of(
 ) -> DeltaConfig:
     if not all(_is_matrix(name, value) for name, value in loaded.items()):
         raise InputError(f"{path}: not a delta file, which contains only named matrices")
-    ending = f"{_INFIX}lora_A"
+    ending = f"{INFIX}lora_A"
     lora_a = {name.removesuffix(ending): v for name, v in loaded.items() if name.endswith(ending)}
     targets = {name.rpartition(".")[2] for name in lora_a} & set(TARGETS)
     if not targets:

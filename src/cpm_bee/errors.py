@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 _REPR.maxdict = 8
+
+# A disk, a quota or a limit of the file size (ulimit -f) is used up.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# A path that cannot be what it was given as: the user's mistake, not a failure of the run.
+_WRONG_PATH = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EEXIST),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENXIO),
+)
 
 
 class CpmBeeError(Exception):
@@ -31,6 +40,10 @@ class InputError(CpmBeeError):
     """Wrong usage or bad input: a flag, a file, a record (exit status 2)."""
 
     exit_status = 2
+
+
+class DamagedFile(InputError):
+    """A file that does not hold what was written to it: a checksum differs, or it is cut off."""
 
 
 class Problems:
@@ -93,6 +106,50 @@ def shown(value: object) -> str:
 def describe(error: Exception) -> str:
     """The text of an error for users; for an `OSError`, the file and the reason."""
     if isinstance(error, OSError) and error.strerror:
+        if error.filename and error.errno in DISK_FULL:
+            return f"{error.filename}: cannot be written: {error.strerror}"
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror.lower()}"
     return str(error)
+
+
+def exit_status_of(error: BaseException) -> int:
+    """The exit status for an error: 2 for wrong usage or bad input, 1 for a failed run.
+
+    It is 130 for Ctrl-C.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, CpmBeeError):
+        return error.exit_status
+    is_wrong_path = isinstance(error, OSError) and error.filename and error.errno in _WRONG_PATH
+    return 2 if is_wrong_path else 1
+
+
+@contextlib.contextmanager
+def naming(path: object, numbers: Container[int | None] | None = None) -> Iterator[None]:
+    """Put the name of a file into an `OSError` that lacks one, as those of writing do.
+
+    Args:
+        numbers: only into errors with these numbers.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and (numbers is None or error.errno in numbers):
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
+def keeping(kept: str) -> Iterator[None]:
+    """Say what a failure to write leaves in place: an `OSError` becomes a `RunError` with `kept`.
+
+    Only for a full disk or a failing device: other errors pass.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (*DISK_FULL, errno.EIO):
+            raise
+        raise RunError(f"{describe(error)}; {kept}") from error

@@ -2,6 +2,8 @@
 
 Everything is written under a temporary name beside its destination (a rename is atomic only
 within one file system), synced to disk, and renamed. POSIX only.
+
+What a killed process has left is removed when another one begins to write beside it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from cpm_bee.errors import InputError
+from cpm_bee.disk import failure_of, open_to_write, sync
+from cpm_bee.errors import InputError, naming
+from cpm_bee.temporary_files import remove_abandoned, temporary_name
 
 # Of a lock that is held, 0.05 s apart: a dry run looks at it for a moment, and its holder needs one
 # to write its name into it.
@@ -61,26 +65,43 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         InputError: `path` is a folder.
     """
     path = Path(path)
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     if path.is_dir():
         raise InputError(f"{path}: this is a folder, expected a file")
     if path.exists() and not path.is_file():
-        with open(path, mode, **text) as file:  # type: ignore[call-overload]
+        with open_to_write(path, mode) as file:
             yield file
         return
-    path = path.resolve()  # replaces the target of a link, not the link
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    path = Path(os.path.realpath(path))  # replaces the target of a link, not the link
     with _parent_folders(path):
+        remove_abandoned(path.parent)
+        temporary, file = _open_temporary(path, mode)
         try:
-            with open(temporary, mode, **text) as file:  # type: ignore[call-overload]
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
+            yield file
+            sync(file, path)
+            # Before it is closed, and so unlocked: an unlocked file is removed by other processes.
             os.replace(temporary, path)
-        except BaseException:
+            file.close()
+        except BaseException as error:
             temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                file.close()
+            failure = failure_of(file)
+            if failure is not None and failure is not error:
+                raise failure from None  # torch.save raises a RuntimeError for it
             raise
     _sync(path.parent)
+
+
+def _open_temporary(path: Path, mode: str) -> tuple[Path, IO[Any]]:
+    """Open the temporary file of a destination, locked until it is closed."""
+    temporary = path.with_name(temporary_name(path.name))
+    while True:
+        file = open_to_write(temporary, mode, shown=path)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return temporary, file
+        file.close()  # removed by another process between our opening and locking
 
 
 @contextlib.contextmanager
@@ -98,7 +119,7 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         InputError: `path` exists and `replace` is false, or `path` is a file.
         BusyError: another process is writing it.
     """
-    path = Path(path).resolve()
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.partial")
     old = path.with_name(f".{path.name}.old")
     with _parent_folders(path):
@@ -114,15 +135,23 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
             if path.exists():
                 os.rename(path, old)
             os.rename(temporary, path)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if old.exists() and not path.exists():
                 os.rename(old, path)
+            _name_final(error, temporary, path)
             raise
         finally:
             os.close(lock)
     _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _name_final(error: BaseException, temporary: Path, path: Path) -> None:
+    """Have an `OSError` name the file that could not be written, not its temporary name."""
+    if isinstance(error, OSError) and isinstance(error.filename, (str, Path)):
+        with contextlib.suppress(ValueError):
+            error.filename = str(path / Path(error.filename).relative_to(temporary))
 
 
 def _claim(temporary: Path, path: Path) -> int:
@@ -167,8 +196,9 @@ def exclusive(path: str | Path, busy: str) -> Iterator[None]:
     with _parent_folders(path):
         descriptor = _lock(path, busy)
         try:
-            os.truncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            with contextlib.suppress(OSError):  # a full disk: only the message will lack it
+                os.truncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
             yield
         finally:
             path.unlink(missing_ok=True)
@@ -222,8 +252,9 @@ def _lock(path: Path, busy: str) -> int:
 @contextlib.contextmanager
 def _parent_folders(path: Path) -> Iterator[None]:
     """Make the folders above `path`; after an exception, remove those it made if empty."""
-    made = [folder for folder in path.parents if not folder.exists()]  # innermost first
-    path.parent.mkdir(parents=True, exist_ok=True)
+    parent = Path(os.path.realpath(path.parent))  # it may be a link to a folder that is to be made
+    made = [f for f in (parent, *parent.parents) if not f.exists()]  # innermost first
+    parent.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
@@ -236,7 +267,8 @@ def _parent_folders(path: Path) -> Iterator[None]:
 def _sync(path: str | Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

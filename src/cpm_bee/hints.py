@@ -85,6 +85,33 @@ _PREPROCESS = {
     "--overwrite": "force overwrite-output-dir overwrite-cache",
 }
 
+_DOCTOR = {
+    "--load": _MODEL["--load"],
+    "--model-config": _MODEL["--model-config"],
+    "--vocab": _MODEL["--vocab"],
+    "--save": _FINETUNE["--save"],
+    "--device cpu": _MODEL["--device cpu"],
+    "--steps": "only checks tests",
+    "--gpu": "cuda full",
+    "--json": "report json-file",
+}
+
+_MERGE = {
+    "--load": _MODEL["--load"],
+    "--vocab": _MODEL["--vocab"],
+    "--delta": _GENERATE["--delta"],
+    "--output": "output-dir output-path output-file out-dir save save-dir export-dir",
+    "--overwrite": _PREPROCESS["--overwrite"],
+    "--shard-size": "max-shard-size export-size shard-max-size",
+}
+
+_CONVERT = {name: _MERGE[name] for name in ("--vocab", "--output", "--overwrite", "--shard-size")}
+_CONVERT |= {
+    "--input": "input-dir input-path input-file checkpoint checkpoint-path model model-path",
+    "--to": "output-format target-format export-format outtype",
+    "--load": "base-model base-model-name-or-path base-model-path pretrained-model",
+}
+
 
 _EVALUATE = _MODEL | {
     "--dataset": "input input-file eval-dataset validation-file test-file tasks data-path",
@@ -118,3 +145,6 @@ GENERATE = _by_foreign_flag(_GENERATE)
 EVALUATE = _by_foreign_flag(_EVALUATE)
 SERVE = _by_foreign_flag(_SERVE)
 PREPROCESS = _by_foreign_flag(_PREPROCESS)
+DOCTOR = _by_foreign_flag(_DOCTOR)
+MERGE = _by_foreign_flag(_MERGE)
+CONVERT = _by_foreign_flag(_CONVERT)

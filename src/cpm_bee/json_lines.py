@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cpm_bee.errors import InputError
+from cpm_bee.paths import not_a_file
 
 # The most bytes per line, far more than any model reads at once. Tokens take 24 times as much.
 MAX_LINE = 8 << 20
@@ -55,8 +56,8 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
         InputError: the file does not exist, or a line is not valid text (with file:line).
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    if reason := not_a_file(path):
+        raise InputError(f"{path}: {reason}")
     with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
             line, reason = decode_line(raw, path, is_first=number == 1)

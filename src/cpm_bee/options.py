@@ -54,6 +54,8 @@ class Group:
         type: Callable[[str], Any] | None = None,
         choices: Sequence[str] | None = None,
         metavar: str | None = None,
+        bare: str | None = None,
+        repeated: bool = False,
     ) -> Any:
         """Returns a dataclass field that declares a flag of this group.
 
@@ -62,15 +64,29 @@ class Group:
             help: the help text in English.
             chinese: the help text in Chinese.
             type: converts the text to the value; raises `argparse.ArgumentTypeError`.
+            bare: the value if the flag is given without one; None if it needs one.
+            repeated: the flag may be given several times; the value is a tuple.
         """
         declared = {
             "group": self, "help": help, "chinese": chinese,
-            "type": type, "choices": choices, "metavar": metavar,
+            "type": type, "choices": choices, "metavar": metavar, "bare": bare,
+            "repeated": repeated,
         }  # fmt: skip
         return dataclasses.field(default=default, metadata=declared)
 
 
 GENERAL = Group("general", "通用")
+
+
+def verify_option(group: Group) -> Any:
+    """Returns the field of `--verify`, which several scripts have."""
+    return group.option(
+        False,
+        "read the whole base model first and compare it with its checksums (those of a "
+        "`torch.save` file, or the SHA-256 of its release); files without checksums are named",
+        "先通读基座模型，与其校验和比对（`torch.save` 文件自带的，或发布方的 SHA-256）；"
+        "没有校验和的文件会被指出",
+    )
 
 
 @dataclass(frozen=True)
@@ -86,6 +102,8 @@ class Flag:
     type: Callable[[str], Any] | None = None
     choices: Sequence[str] | None = None
     metavar: str | None = None
+    bare: str | None = None
+    repeated: bool = False
 
     @property
     def flag(self) -> str:
@@ -105,12 +123,14 @@ class Flag:
             metavar = "N" if self.type in (whole_number, positive, not_negative) else "X"
         parser.add_argument(
             self.flag,
+            action="append" if self.repeated else "store",
             default=None if self.required else self.default,
             required=self.required,
             type=self.type,  # type: ignore[arg-type]  # None, the default, leaves text
             choices=self.choices,
             metavar=metavar,
             help=text,
+            **({} if self.bare is None else {"nargs": "?", "const": self.bare}),
         )
 
 
@@ -171,4 +191,7 @@ class CommandOptions:
     @classmethod
     def parse(cls: type[Parsed], arguments: Sequence[str] | None = None) -> Parsed:
         values = vars(cls.parser().parse_args(arguments))
+        for flag in cls.flags():
+            if flag.repeated and values[flag.name] is not None:
+                values[flag.name] = tuple(values[flag.name])
         return cls(**{flag.name: values[flag.name] for flag in cls.flags()})

@@ -71,9 +71,12 @@ def load_pretrained(
     *,
     seed: int = 0,
     quantize: str = quantization.NONE,
+    verify: bool = False,
 ) -> PretrainedModel:
     """Open a model (see `open_pretrained`) and load its values onto a device."""
-    pretrained = open_pretrained(load, model_config, vocab, dtype, seed=seed, quantize=quantize)
+    pretrained = open_pretrained(
+        load, model_config, vocab, dtype, seed=seed, quantize=quantize, verify=verify
+    )
     pretrained.materialize(device)
     return pretrained
 
@@ -86,6 +89,7 @@ def open_pretrained(
     *,
     seed: int = 0,
     quantize: str = quantization.NONE,
+    verify: bool = False,
 ) -> PretrainedModel:
     """Open a model, from a checkpoint or with random weights, without reading its values.
 
@@ -96,13 +100,14 @@ def open_pretrained(
         dtype: the dtype of the weights in memory.
         seed: the seed of the random weights.
         quantize: a format of `quantize.CHOICES` for the Linears of a loaded, frozen model.
+        verify: compare the checkpoint with its checksums, which reads all of it.
 
     Raises:
         InputError: checkpoint, config and vocabulary do not match.
     """
     if load is None:
         return _random_pretrained(model_config, vocab, dtype, seed)
-    checkpoint = Checkpoint(load)
+    checkpoint = Checkpoint(load, verify=verify)
     sidecar = read_sidecar(checkpoint.path)
     derived = derive_config(checkpoint, sidecar)
     config = derived

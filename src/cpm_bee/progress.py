@@ -11,6 +11,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from cpm_bee.errors import DISK_FULL
+
 
 def progress_bar(
     iterable: Iterable[Any] | None = None,
@@ -43,17 +45,20 @@ def progress_bar(
 def print_above_bar(text: str, file: TextIO | None = None) -> None:
     """Print a line, above the progress bar if there is one; to stdout if no file is given.
 
-    If the reader has gone (`| head`, a closed terminal), the stream is redirected to /dev/null, so
-    that the run goes on.
+    If the reader has gone (`| head`, a closed terminal) or the disk is full, the stream is
+    redirected to /dev/null, so that the run goes on.
     """
     stream = file or sys.stdout
     try:
         tqdm.write(text, file=stream)
         stream.flush()
     except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.EIO):
+        if error.errno not in (errno.EPIPE, errno.EIO, *DISK_FULL):
             raise
         _redirect_to_null(stream.fileno())
+        if error.errno in DISK_FULL and stream is not sys.stderr:
+            warning = f"warning: standard output cannot be written: {error.strerror}"
+            print_above_bar(f"{warning}; this goes on without it", file=sys.stderr)
 
 
 def silence_terminal() -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from cpm_bee.errors import InputError
 from cpm_bee.files import refuse_lfs_pointer
+from cpm_bee.paths import not_a_file
 
 NEWLINE, SPACE = "</n>", "</_>"
 _SPELLED = {NEWLINE: "\n", SPACE: " "}  # entries that stand for another text
@@ -129,10 +130,9 @@ class Tokenizer:
     def load(cls, path: str | Path) -> Tokenizer:
         """Read a vocabulary file: UTF-8, one token per line; empty lines take no id."""
         path = Path(path)
-        if not path.is_file():
+        if reason := not_a_file(path, "vocabulary file"):
             raise InputError(
-                f"{path}: no such vocabulary file "
-                "(bash scripts/fetch_vocab.sh gets that of the released models)"
+                f"{path}: {reason} (bash scripts/fetch_vocab.sh gets that of the released models)"
             )
         refuse_lfs_pointer(path)
         try:

@@ -51,7 +51,7 @@ def ended_process() -> int:
 
 
 def test_a_process_of_this_machine_is_missed_at_once(store: dist.Store) -> None:
-    own = Heartbeat(store, 0, 3)
+    own = Heartbeat(store, 0, 3, nccl=False)
     machine = own._own.machine
     register(store, 1, machine=machine, number=os.getppid())
     number = ended_process()
@@ -64,7 +64,7 @@ def test_a_process_of_this_machine_is_missed_at_once(store: dist.Store) -> None:
 
 
 def test_a_process_elsewhere_is_missed_by_its_silence(store: dist.Store) -> None:
-    own = Heartbeat(store, 0, 2)
+    own = Heartbeat(store, 0, 2, nccl=False)
     register(store, 1, machine="elsewhere", number=1)
     found = own.explain_failure()
     assert found is not None and "rank 1 " in found and "no heartbeat" in found
@@ -72,7 +72,7 @@ def test_a_process_elsewhere_is_missed_by_its_silence(store: dist.Store) -> None
 
 
 def test_processes_that_live_are_not_missed(store: dist.Store) -> None:
-    first, second = Heartbeat(store, 0, 2), Heartbeat(store, 1, 2)
+    first, second = (Heartbeat(store, r, 2, nccl=False) for r in (0, 1))
     second._own = second._own._replace(machine="elsewhere")
     register(store, 1, machine="elsewhere", number=1)
     assert first.explain_failure() is None
@@ -83,7 +83,7 @@ def test_processes_that_live_are_not_missed(store: dist.Store) -> None:
 
 
 def test_the_reason_of_a_failed_process_reaches_the_others(store: dist.Store) -> None:
-    first, second = Heartbeat(store, 0, 2), Heartbeat(store, 1, 2)
+    first, second = (Heartbeat(store, r, 2, nccl=False) for r in (0, 1))
     second.close("no room left")
     rank.lost_ranks.clear()  # those of the process that failed
     assert first.explain_failure() == "rank 1 has ended: no room left"
@@ -91,13 +91,57 @@ def test_the_reason_of_a_failed_process_reaches_the_others(store: dist.Store) ->
     first.close(None)
 
 
+@pytest.mark.parametrize("first", ["main", "heartbeat"])
+def test_one_thread_reports_a_loss_with_nccl(
+    store: dist.Store, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(Heartbeat, "_end_process", lambda self, cause: ended.append(cause))
+    monkeypatch.setattr(heartbeat, "_NCCL_PAUSE", 0.02)
+    monkeypatch.setattr(heartbeat, "_GRACE", 0.3)
+    own = Heartbeat(store, 0, 2, nccl=True)
+    if first == "main":
+        own.explain_failure()  # finds nothing yet
+    register(store, 1, machine=own._own.machine, number=ended_process())
+    while first == "heartbeat" and not ended:
+        time.sleep(0.01)
+    begin = time.monotonic()
+    cause = own.explain_failure()
+    assert cause is not None and "rank 1 of this run has ended" in cause
+    if first == "main":
+        assert ended == []
+    else:  # the main thread waits to be ended
+        assert time.monotonic() - begin > 2 * 0.3 and ended[0] == cause
+    own.close(None)
+
+
+def test_a_rank_that_has_reported_an_error_leaves_time_for_the_others_with_nccl(
+    store: dist.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may have the same error, with an exit status of its own."""
+    ended: list[float] = []
+    monkeypatch.setattr(
+        Heartbeat, "_end_process", lambda self, cause: ended.append(time.monotonic())
+    )
+    monkeypatch.setattr(heartbeat, "_NCCL_PAUSE", 0.02)
+    monkeypatch.setattr(heartbeat, "_GRACE", 0.5)
+    first, second = (Heartbeat(store, r, 2, nccl=True) for r in (0, 1))
+    begin = time.monotonic()
+    second.close("no such file")
+    while not ended:
+        time.sleep(0.01)
+    assert ended[0] - begin > 0.5
+    first.close(None)
+
+
 HANGING = """
 import sys, time
 import torch.distributed as dist
 from cpm_bee.distributed import heartbeat
-heartbeat._INTERVAL = heartbeat._GRACE = 0.1
+nccl = sys.argv[2] == "nccl"
+heartbeat._INTERVAL, heartbeat._GRACE = 0.1, 1000 if nccl else 0.1
 store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-own = heartbeat.Heartbeat(store, 0, 2)
+own = heartbeat.Heartbeat(store, 0, 2, nccl=nccl)
 process_store = dist.PrefixStore("heartbeat", store)
 process_store.set("process/1", own._own.machine + "\\nhost\\n" + sys.argv[1])
 process_store.add("beat/1", 1)
@@ -105,10 +149,12 @@ time.sleep(60)
 """
 
 
-def test_a_process_that_waits_for_a_lost_one_is_ended() -> None:
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_a_process_that_waits_for_a_lost_one_is_ended(backend: str) -> None:
+    """With NCCL at once: the main thread cannot leave the collective by itself."""
     begin = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", HANGING, str(ended_process())],
+        [sys.executable, "-c", HANGING, str(ended_process()), backend],
         env=train_support.environment(PYTHONPATH=os.pathsep.join(sys.path)),
         capture_output=True,
         encoding="utf-8",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from bmtrain_runs import (
     ON_TWO,
     RESUMED,
     RUNS,
+    SETTINGS,
     Case,
     make_model,
     resumed,
@@ -308,6 +310,39 @@ def test_the_engine_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "bmtrain==1.0.1" in (bmtrain_engine.unavailable_reason(torch.device("cuda")) or "")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert bmtrain_engine.unavailable_reason(torch.device("cuda")) is None
+    second = bmtrain_engine.unavailable_reason(torch.device("cuda", 1)) or ""
+    assert "CUDA_VISIBLE_DEVICES=1" in second
+
+
+def test_parts_are_written_before_the_load_stream_gathers_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """bmtrain's load stream does not wait for the stream that writes the parts."""
+    from cpm_bee.engine import bmtrain_engine
+
+    done: list[object] = []
+    gpu = torch.device("cuda", 1)
+    part: Any = torch.nn.Parameter(torch.zeros(3))
+    part._original_shape, part._start_partition, part._end_partition = torch.Size([3]), 0, 3
+    optimizer = types.SimpleNamespace(
+        param_groups=[{"params": [part]}],
+        state_dict=lambda: {"param_groups": []},
+        load_state_dict=lambda state: done.append(part.tolist()),
+    )
+    monkeypatch.setattr(
+        bmtrain_engine, "shard_model", lambda *args: done.append("sharded") or {"w": part}
+    )
+    monkeypatch.setattr(torch.cuda, "synchronize", done.append)
+    engine = object.__new__(bmtrain_engine.BMTrainEngine)  # bmtrain itself needs a GPU
+    engine._bmt, engine.device, engine.dtype = None, gpu, torch.float32
+    monkeypatch.setattr(engine, "_make_optimizer", lambda: done.append("optimizer"))
+    engine.prepare(torch.nn.Module(), SETTINGS)  # type: ignore[arg-type]
+    assert done == ["sharded", gpu, "optimizer"]
+    engine._optimizer = optimizer
+    ones = torch.ones(3)
+    moments = {"step": 1.0, "exp_avg": ones, "exp_avg_sq": ones}
+    engine.load_training_state({"tensors": {"w": ones}, "optimizer": {"w": moments}})
+    assert done[3:] == [[1.0, 1.0, 1.0], gpu]
 
 
 def test_one_file_imports_bmtrain_and_only_when_asked(root: Path) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 from dataset_writer import DatasetWriter
 
+from cpm_bee.data.bin_checksums import CHECKSUMS, write_checksums
 from cpm_bee.data.bin_dataset import BinaryDataset, frame
+from cpm_bee.data.bin_meta import read_meta
 from cpm_bee.data.record_pickle import decode, encode
 from cpm_bee.data.token_index.arrays import ARRAYS
 from cpm_bee.data.token_index.reader import TokenIndex
@@ -105,3 +107,31 @@ def index_arrays(page: Json) -> Rows:
 @example
 def index_folder(page: Json) -> list[str]:
     return [folder_name(VOCABULARY)]
+
+
+@example
+def dataset_checksums(page: Json) -> list[str]:
+    """`checksums.json` of the dataset of `bin_blocks`."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "d"
+        with DatasetWriter(folder, "data", block_size=96) as writer:
+            for text in ("天", "海" * 4, "天" * 8, "海"):
+                writer.write({"<ans>": text})
+        write_checksums(folder, read_meta(folder)[0])
+        assert BinaryDataset(folder).fingerprint  # compares them
+        return (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
+
+
+@example
+def index_checksums(page: Json) -> list[str]:
+    """The last fields of `index.json` of the dataset of `index_arrays`."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "d"
+        with DatasetWriter(folder, "data", block_size=4096) as writer:
+            for record in page("row"):
+                writer.write(record)
+        TokenIndex.of(BinaryDataset(folder), VOCABULARY)
+        text = (folder / folder_name(VOCABULARY) / "index.json").read_text(encoding="utf-8")
+    lists = json.loads(text)["checksums"]
+    assert list(lists) == list(ARRAYS)
+    return [f"{array}: {lists[array]}" for array in ("lengths", "ids")]

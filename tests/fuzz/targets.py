@@ -18,6 +18,7 @@ import data_reformat
 import torch
 
 from cpm_bee import delta
+from cpm_bee.checkpoint import peft_adapter
 from cpm_bee.checkpoint.reader import Checkpoint
 from cpm_bee.checkpoint.sidecar import METADATA
 from cpm_bee.data import record_pickle
@@ -433,6 +434,25 @@ def read_delta_sidecar(seed_files: Seeds, content: bytes) -> None:
     delta.load(seed_files.model, path, seeds.BASE_FINGERPRINT, seed_files.tokenizer.fingerprint)
 
 
+def make_adapter(rng: random.Random) -> bytes:
+    """The config of a PEFT adapter, whose weights stay as they are."""
+    config: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 16, "bias": "none"}
+    for name in ("use_rslora", "use_dora", "init_lora_weights", "rank_pattern", "target_modules"):
+        if rng.random() < 0.3:
+            config[name] = rng.choice([True, False, None, {}, ["project_q"]])
+    return mutate.mutate_json(rng, config)
+
+
+def read_adapter(seed_files: Seeds, content: bytes) -> None:
+    folder = seed_files.folder / "adapter"
+    if not folder.exists():
+        folder.mkdir()
+        path = seed_files.path("adapter-delta.pt", seed_files.delta_whole)
+        peft_adapter.write_adapter(folder, delta.DeltaFile.read(path), None)
+    (folder / peft_adapter.CONFIG).write_bytes(content)
+    peft_adapter.read_adapter(folder).insert_into(seed_files.model)
+
+
 SETTINGS = {"records of --dataset": "a" * 64, "rows of a step": 4, "--seed": 0, "--drop": False}
 
 
@@ -545,6 +565,7 @@ def make_targets(folder: Path) -> list[Target]:
         Target("config", bind(make_config, s), one(bind(read_config, s)), 5),
         Target("vocabulary", bind(make_vocabulary, s), one(bind(read_vocabulary, s)), 10),
         Target("delta", bind(make_delta, s), one(bind(read_delta, s)), 10),
+        Target("adapter", make_adapter, one(bind(read_adapter, s)), 2),
         Target("delta-sidecar", bind(make_delta_sidecar, s), one(bind(read_delta_sidecar, s)), 5),
         Target("state", bind(make_state, state), one(bind(read_state, s)), 10),
         Target("quantized", quantized.make, one(quantized.read), 2),

@@ -53,7 +53,16 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
 
 
 NAMES = ["raw", "records", "texts", "meta", "data", "payloads", "index", "checkpoint"]
-NAMES += ["safetensors", "shards", "sidecar", "config", "vocabulary", "delta", "delta-sidecar"]
+NAMES += [
+    "safetensors",
+    "shards",
+    "sidecar",
+    "config",
+    "vocabulary",
+    "delta",
+    "adapter",
+    "delta-sidecar",
+]
 NAMES += ["state", "quantized"]
 
 

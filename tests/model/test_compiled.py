@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import rounding
@@ -11,9 +13,11 @@ import torch
 from torch._dynamo.utils import counters
 
 from cpm_bee import delta
-from cpm_bee.data.batch import collate
+from cpm_bee.data.batch import Batch, collate
 from cpm_bee.model import compiled
 from cpm_bee.model.network import CPMBee
+from cpm_bee.quantize.formats import FORMATS
+from cpm_bee.quantize.linear import quantize_
 from cpm_bee.records import Record
 
 RECORDS: list[Record] = [
@@ -24,9 +28,9 @@ RECORDS: list[Record] = [
 BATCHES = [collate(tiny.encode(RECORDS[:n]), tiny.TOKENIZER) for n in (3, 2, 1, 3)]
 
 
-def losses_and_gradients(model: CPMBee) -> list[torch.Tensor]:
+def losses_and_gradients(model: CPMBee, batches: Sequence[Batch] = BATCHES) -> list[torch.Tensor]:
     found = []
-    for batch in BATCHES:
+    for batch in batches:
         model.zero_grad()
         loss = model.loss(batch)
         loss.backward()
@@ -36,17 +40,57 @@ def losses_and_gradients(model: CPMBee) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_same_results(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
     torch._dynamo.reset()
     counters.clear()
-    model = tiny.make_model(1)
+
+
+def make_model(**changes: Any) -> CPMBee:
+    """A model with LoRA."""
+    model = tiny.make_model(1, **changes)
     delta.insert(model, delta.DeltaConfig(), 0)
     for name, p in model.named_parameters():
         if name.endswith("lora_B"):
             torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(4))
+    return model
+
+
+def test_layers_share_their_compiled_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three kinds: the first, whose input needs no gradient, the last, and those between."""
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    frames = []
+    for num_layers, checkpointing in ((3, False), (6, False), (6, True)):
+        model = make_model(num_layers=num_layers)
+        model.encoder.set_checkpointing(checkpointing)
+        compiled.compile_blocks(model.encoder)
+        model.loss(BATCHES[0]).backward()
+        frames.append(counters["frames"]["total"])
+    assert counters["frames"]["ok"] == frames[0] > 0
+    assert frames == [frames[0]] * 3  # what later models need is there
+
+
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
+def test_a_quantized_base(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler cannot trace its products, and leaves them out."""
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    model = make_model(num_layers=1, dim_model=64, num_heads=4, dim_head=16, dim_ff=128)
+    quantize_(model, FORMATS[kind])
+    plain = [copy.deepcopy(model) for _ in range(2)]
+    rounding.nudge(dict(plain[1].named_parameters()), 1)
+    trusted, nudged = (losses_and_gradients(m, BATCHES[:1]) for m in plain)
+    compiled.compile_blocks(model.encoder)
+    results = zip(losses_and_gradients(model, BATCHES[:1]), trusted, nudged, strict=True)
+    for i, (actual, wanted, near) in enumerate(results):
+        rounding.assert_as_exact(actual, [near], wanted, f"result {i}")
+    assert counters["frames"]["total"] == counters["frames"]["ok"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_same_results(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    model = make_model()
     names = list(model.state_dict())
     plain = [copy.deepcopy(model) for _ in range(3)]
     for seed in (1, 2):

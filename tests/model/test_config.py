@@ -137,5 +137,5 @@ def test_files_that_are_no_config(tmp_path: Path, content: bytes) -> None:
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no such model config \(see --model-config\)"):
         ModelConfig.load(tmp_path / "nothing.json")
-    with pytest.raises(InputError, match="no such model config"):
+    with pytest.raises(InputError, match="this is a folder; a file is needed"):
         ModelConfig.load(tmp_path)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.attention import flex_attention as torch_flex
 
 from cpm_bee.data.batch import Batch, collate
-from cpm_bee.errors import InputError
+from cpm_bee.errors import InputError, RunError
 from cpm_bee.model import flex_attention
 from cpm_bee.model.attention import PaddedAttention, PaddedGroups, align_bias
 from cpm_bee.model.network import CPMBee
@@ -128,20 +128,38 @@ def test_the_model_by_either(monkeypatch: pytest.MonkeyPatch) -> None:
             made.append(self)
 
     monkeypatch.setattr(flex_attention, "FlexAttention", Counted)
-    monkeypatch.setattr(flex_attention, "unavailable_reason", lambda *_: None)
-    rounding.assert_as_exact(loss_of(model, batch), losses, exact, "loss")
-    assert len(made) == 2
-    model.attention = "sdpa"
+    assert model.attention == "sdpa"
     assert loss_of(model, batch) == losses[0]
+    assert not made
+    model.attention = "flex"
+    rounding.assert_as_exact(loss_of(model, batch), losses, exact, "loss")
     assert len(made) == 2
 
 
 def test_what_is_in_the_way() -> None:
     cpu = torch.device("cpu")
-    assert not flex_attention.is_chosen("auto", cpu, 0.0)
-    with pytest.raises(InputError, match="no backward pass on a cpu"):
-        flex_attention.is_chosen("flex", cpu, 0.0)
+    with pytest.raises(InputError, match="--attention flex: it has no backward pass on a cpu"):
+        flex_attention.refuse_if_unavailable(cpu, 0.0)
     assert "dropout" in str(flex_attention.unavailable_reason(torch.device("cuda"), 0.1))
+
+
+@pytest.mark.slow
+def test_more_variants_than_the_limit_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the limit, PyTorch would otherwise run it uncompiled, with all scores in memory."""
+    monkeypatch.undo()  # the fixture above
+    monkeypatch.setattr(flex_attention, "_BACKEND", "eager")
+    monkeypatch.setattr(flex_attention, "_RECOMPILE_LIMIT", 1)
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
+    torch._dynamo.reset()
+    flex_attention._compiled.cache_clear()
+    try:
+        inputs = Inputs(False)
+        with torch.no_grad():
+            assert by_flex(inputs).isfinite().all()
+        with pytest.raises(RunError, match=r"more than 1 compiled .* --attention sdpa"):
+            by_flex(inputs)
+    finally:
+        flex_attention._compiled.cache_clear()
 
 
 @pytest.mark.parametrize("length", [1, 8, 13])

@@ -27,6 +27,7 @@ from cpm_bee.quantize import cache
 from cpm_bee.quantize.cache import cache_path
 from cpm_bee.quantize.formats import FORMATS, NF4
 from cpm_bee.quantize.linear import QuantizedLinear
+from cpm_bee.temporary_files import temporary_name
 
 CPU = torch.device("cpu")
 SIZES = {"dim_model": 64, "num_heads": 4, "dim_head": 16, "dim_ff": 128}
@@ -103,7 +104,7 @@ def test_it_is_made_once(
     assert names == {checkpoint.name, "vocab.txt", "config.json", beside(checkpoint, kind).name}
     with safe_open(beside(checkpoint, kind), framework="pt") as file:
         assert file.metadata() == {
-            "format": kind, "format_version": "1", "base_fingerprint": first.fingerprint,
+            "format": kind, "format_version": "2", "base_fingerprint": first.fingerprint,
         }  # fmt: skip
     forbid_quantizing(monkeypatch)
     second = load(checkpoint, kind)
@@ -188,6 +189,45 @@ def test_a_damaged_one(checkpoint: Path, spoil, caplog: pytest.LogCaptureFixture
     assert beside(checkpoint).read_bytes() == whole
 
 
+def test_a_changed_value_is_named_and_made_again(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(checkpoint)
+    path = beside(checkpoint)
+    whole = path.read_bytes()
+    name = "encoder.layers.1.ffn.ffn.w_out.codes"
+    codes = load_file(path)[name].numpy().tobytes()
+    damaged = bytearray(whole)
+    damaged[whole.index(codes) + len(codes) // 2] ^= 1
+    path.write_bytes(damaged)
+    caplog.clear()
+    check_values(load(checkpoint).model, checkpoint)
+    assert f"{path}: {name} has changed since it was written (checksum)" in caplog.text
+    assert "quantizing" in caplog.text
+    assert path.read_bytes() == whole
+    caplog.clear()
+    forbid_quantizing(monkeypatch)
+    load(checkpoint)
+    assert caplog.text == ""
+
+
+def test_a_file_without_checksums_is_read(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As earlier versions wrote it."""
+    load(checkpoint)
+    path = beside(checkpoint)
+    with safe_open(path, framework="pt") as file:
+        notes = file.metadata()
+    tensors = load_file(path)
+    del tensors["cpm_bee.crc32"]
+    save_file(tensors, path, {**notes, "format_version": "1"})
+    forbid_quantizing(monkeypatch)
+    base = load(checkpoint)
+    monkeypatch.undo()
+    check_values(base.model, checkpoint)
+
+
 def test_that_of_another_base(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     load(checkpoint)
     write(checkpoint.parent, seed=2)
@@ -238,7 +278,7 @@ def test_a_full_disk(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache, "_write", fail)
+    monkeypatch.setattr(cache, "write_safetensors", fail)
     check_values(load(checkpoint).model, checkpoint)
     assert "no space left" in caplog.text
     assert len(list(checkpoint.parent.iterdir())) == 3  # no partial file
@@ -263,7 +303,8 @@ def test_nothing_is_left_when_it_is_interrupted(
 
 
 def test_what_a_killed_run_left_is_removed(checkpoint: Path) -> None:
-    left = checkpoint.with_name(f".{beside(checkpoint).name}.partial-123")
+    name = temporary_name(beside(checkpoint).name).replace(str(os.getpid()), "123")
+    left = checkpoint.with_name(name)
     left.write_bytes(b"half")
     load(checkpoint)
     assert not left.exists() and beside(checkpoint).is_file()

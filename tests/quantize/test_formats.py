@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
@@ -162,3 +163,56 @@ def test_its_kernels_take_our_bytes(dtype: torch.dtype) -> None:
     assert product.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(product, x @ dense.T, rtol=tolerance, atol=tolerance * 8)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_that_work_are_used(dtype: torch.dtype) -> None:
+    kernels.available.cache_clear()
+    assert kernels.available(torch.device("cpu"), dtype)
+
+
+class _Broken:
+    """bitsandbytes as it is where it does not work: it fails, or computes something else."""
+
+    def __init__(self, factor: float | None) -> None:
+        self.calls = 0
+        self._factor = factor
+
+    def QuantState(self, **values: Any) -> dict[str, Any]:
+        return values
+
+    def dequantize_4bit(self, codes: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
+        self.calls += 1
+        if self._factor is None:
+            raise RuntimeError("no kernel image is available\nfor this device")
+        absmax = state["absmax"].view(len(codes) // 64, -1)
+        return NF4.dense(codes.view(len(absmax), -1), absmax, state["dtype"])
+
+    def matmul_4bit(self, x: torch.Tensor, codes: torch.Tensor, quant_state: Any) -> torch.Tensor:
+        assert self._factor is not None
+        return self._factor * x @ self.dequantize_4bit(codes, quant_state).mT
+
+
+@pytest.mark.parametrize(
+    ("factor", "reason"),
+    [(None, "no kernel image is available"), (0.5, "wrong results"), (1.0, None)],
+)
+def test_kernels_that_do_not_work_are_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    factor: float | None,
+    reason: str | None,
+) -> None:
+    broken = _Broken(factor)
+    monkeypatch.setattr(kernels, "_module", lambda name: broken)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    kernels.available.cache_clear()
+    with caplog.at_level("WARNING", logger="cpm_bee"):
+        usable = [kernels.available(torch.device("cpu"), torch.float32) for _ in range(3)]
+    kernels.available.cache_clear()
+    assert usable == [reason is None] * 3
+    assert [f"({reason})" in message for message in caplog.messages] == [True] * (
+        reason is not None
+    )
+    assert broken.calls == (1 if factor is None else 3)  # tried once

@@ -93,3 +93,14 @@ def test_the_lock_of_a_run_names_what_to_do(tmp_path: Path) -> None:
             pass
         assert time.monotonic() - before < 5
     assert list(tmp_path.iterdir()) == []
+
+
+def test_states_are_listed_latest_first(tmp_path: Path) -> None:
+    files = files_of(tmp_path)
+    assert files.states() == []
+    for name in ("run-state-9.pt", "run-state-100.pt", "run-state-x.pt", "run-2-state-7.pt"):
+        (tmp_path / name).touch()
+    listed = [path.name for path in files.states()]
+    assert listed == ["run-state-100.pt", "run-state-9.pt"]
+    files.state.touch()
+    assert [path.name for path in files.states()] == ["run-state.pt", *listed]

@@ -24,6 +24,7 @@ from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.errors import InputError
 from cpm_bee.records import Record
 from cpm_bee.tokenizer import Tokenizer
+from cpm_bee.train import setup
 from cpm_bee.train.data_loader import DataLoader, PlannedStep
 from cpm_bee.train.prefetch import Batches
 from cpm_bee.train.setup import open_index as open_shared_index
@@ -320,3 +321,23 @@ def test_records_that_are_too_long_are_counted(index: TokenIndex, tmp_path: Path
     empty = TokenIndex.of(BinaryDataset(tmp_path / "empty"), TOKENIZER)
     with pytest.raises(InputError, match="none of its 0 records"):
         DataLoader(empty, TOKENIZER, engine, rows=2, max_length=64)
+
+
+@pytest.mark.parametrize("steps", [(40, 40), (40, 20)])
+def test_processes_that_resume_from_different_states_are_refused(steps: tuple[int, int]) -> None:
+    """Each opens the state on its own, and one may have found its copy of the latest damaged."""
+
+    def message(engine: Any, step: int) -> str:
+        try:
+            setup._check_same_step(engine, step)
+        except InputError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(2) as pool:
+        told = set(pool.map(message, engines(2)[0], steps))
+    if steps[0] == steps[1]:
+        assert told == {""}
+    else:
+        (text,) = told
+        assert "the state of step 20, another one that of step 40" in text

@@ -29,6 +29,10 @@ STEPS = 20
 # What the processes of a torchrun write in turn, and who goes on with it.
 RELAY = [(1, "auto", 4), (2, "ddp", 8), (2, "fsdp", 12), (4, "fsdp", 15), (4, "ddp", 17)]
 
+# Two processes, one, and two again, each until after this step; names of RUNS with the way of two.
+RETURN = [(2, 7), (1, 13), (2, STEPS)]
+RETURNED = {"delta": "ddp", "full": "fsdp"}
+
 # name -> flags, the ways to distribute it that are tried, and micro-steps of a step
 RUNS: dict[str, tuple[dict[str, Any], tuple[str, ...], int]] = {
     "delta": ({"use_delta": True}, ("ddp", "fsdp"), 1),
@@ -125,6 +129,24 @@ class Course:
             if n == processes:
                 flags = self.flags("full", n, way) | {"max_steps": last, "resume": True}
                 commands.append(self._workspace.flags(self.folder / "relay", **flags))
+        if processes == RETURN[0][0]:
+            commands += self._return_commands(RETURN[0][1])
+        return self._run(processes, commands)
+
+    def go_and_return(self) -> None:
+        """After the first leg, which `together` has run."""
+        for name in RETURNED:
+            self.alone(name, f"return-{name}", resume=True, max_steps=RETURN[1][1])
+        self._run(RETURN[2][0], self._return_commands(RETURN[2][1], resume=True))
+
+    def _return_commands(self, last: int, **values: Any) -> list[list[str]]:
+        commands = []
+        for name, way in RETURNED.items():
+            flags = self.flags(name, 2, way) | {"max_steps": last, **values}
+            commands.append(self._workspace.flags(self.folder / f"return-{name}", **flags))
+        return commands
+
+    def _run(self, processes: int, commands: list[list[str]]) -> str:
         listed = self.folder / f"commands-{processes}.json"
         listed.write_text(json.dumps([[free_port(), c] for c in commands]))
         script = support.ROOT / "tests" / "train_support.py"
@@ -161,8 +183,10 @@ def course(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Co
             for way in ("ddp", "fsdp"):
                 count = [c[1:] for c in CASES].count((processes, way))
                 count += [leg[:2] for leg in RELAY].count((processes, way))
+                count += list(RETURNED.values()).count(way) if processes == 2 else 0
                 assert output.count(f"parallel {way}, each process") == count
         made.alone("full", "relay", resume=True)
+        made.go_and_return()
     return made
 
 
@@ -210,6 +234,20 @@ def test_any_number_of_processes_goes_on_where_others_were(course: Course) -> No
     assert sizes == [leg[0] for leg in RELAY] + [1]
     assert relay.column("step") == list(range(1, STEPS + 1))
     compare(course, "full", relay, evaluations=False)  # each leg adds one at its end
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RETURNED)
+def test_two_processes_then_one_then_two_again(course: Course, name: str) -> None:
+    """As two all the way, to the rounding of sums in another order."""
+    whole = Run(course.folder / f"{name}-2-{RETURNED[name]}")
+    returned = Run(course.folder / f"return-{name}")
+    assert [event["world_size"] for event in returned.of("start")] == [n for n, _ in RETURN]
+    assert returned.column("step") == list(range(1, STEPS + 1))
+    assert returned.losses == pytest.approx(whole.losses, rel=1e-6)
+    for tensor, expected in whole.weights().items():
+        error = (returned.weights()[tensor] - expected).norm()
+        assert error <= 1e-6 * expected.norm(), tensor
 
 
 @pytest.mark.slow

@@ -65,8 +65,8 @@ def test_resuming_is_exact(
     assert evaluations[0] == pytest.approx(evaluations[1], rel=1e-6)
     for which in ("best", "last"):
         assert distance(resumed.weights(which), whole.weights(which)) < 1e-6
-    assert whole.of("start")[0]["options"]["resume"] is False
-    assert [e["options"]["resume"] for e in resumed.of("start")] == [False, True]
+    assert whole.of("start")[0]["options"]["resume"] == "never"
+    assert [e["options"]["resume"] for e in resumed.of("start")] == ["never", "always"]
 
 
 def test_every_step_has_dropout_masks_of_its_own(
@@ -223,3 +223,31 @@ def test_a_damaged_state_is_refused(workspace: Workspace, tmp_path: Path) -> Non
     path.write_bytes(b"not a file of tensors")
     with pytest.raises(InputError, match="damaged"):
         train(workspace, tmp_path, use_delta=True, resume=True)
+
+
+def test_the_state_before_a_damaged_one_is_used(
+    workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = train(workspace, tmp_path / "whole", use_delta=True)
+    save = tmp_path / "cut"
+    train(workspace, save, use_delta=True, max_steps=2)
+    state, earlier = save / "cpm_bee_finetune-state.pt", save / "cpm_bee_finetune-state-2.pt"
+    shutil.copy(state, earlier)
+    train(workspace, save, use_delta=True, resume=True, max_steps=3)
+    content = bytearray(state.read_bytes())
+    content[content.index(b"PK", 5000) - 200] ^= 1  # within a tensor
+    state.write_bytes(content)
+    caplog.clear()
+    resumed = train(workspace, save, use_delta=True, resume=True)
+    (told,) = [r.getMessage() for r in caplog.records if str(state) in r.getMessage()]
+    assert "its checksum differs" in told and f"resuming from {earlier} instead" in told
+    assert "\n" not in told
+    assert resumed.column("step") == whole.column("step")
+    assert distance(resumed.weights(), whole.weights()) == 0
+
+    for path in (state, earlier):
+        path.write_bytes(content)
+    with pytest.raises(
+        InputError, match="no earlier state is intact: start again without --resume"
+    ):
+        train(workspace, save, use_delta=True, resume=True)

@@ -7,22 +7,21 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
+from kills import is_killed
 from support import ROOT
 
 from cpm_bee.train.run_folder import RunFolder
 
-ENDINGS = ["-delta-best.pt", "-delta-best.json", "-delta-last.pt", "-state.pt", "-log.jsonl"]
-OPERATIONS = ("rename", "replace", "mkdir", "rmdir", "unlink")
+NAMED = ["-delta-best.pt", "-delta-best.json", "-delta-last.pt", "-state.pt", "-log.jsonl"]
+ENDINGS = ["-state-12.pt", *NAMED]
 
 
 def places_of(folder: Path, keep_runs: int = 2) -> RunFolder:
-    return RunFolder(folder, "run", ENDINGS, keep_runs)
+    return RunFolder(folder, "run", NAMED, keep_runs)
 
 
 def write_run(places: RunFolder, folder: Path, text: str, *, finished: bool = True) -> None:
@@ -110,38 +109,6 @@ def test_nothing_is_moved_before_the_first_state(tmp_path: Path) -> None:
     assert runs(tmp_path) == {"": "a"}
 
 
-class Killed(BaseException):
-    pass
-
-
-def killed_after(patch: pytest.MonkeyPatch, count: int) -> None:
-    """The process dies at the first operation on the disk after so many of them."""
-    done = 0
-
-    def dying(original: Any) -> Any:
-        def operation(*args: Any, **options: Any) -> Any:
-            nonlocal done
-            if done == count:
-                raise Killed
-            done += 1
-            return original(*args, **options)
-
-        return operation
-
-    for name in OPERATIONS:
-        patch.setattr(os, name, dying(getattr(os, name)))
-
-
-def is_killed(patch: pytest.MonkeyPatch, count: int, act: Callable[[], object]) -> bool:
-    with patch.context() as inner:
-        killed_after(inner, count)
-        try:
-            act()
-        except Killed:
-            return True
-    return False
-
-
 @pytest.mark.parametrize("keep_runs", [1, 2])
 @pytest.mark.parametrize("first", range(32))
 def test_kills_between_any_two_operations(
@@ -161,7 +128,9 @@ def test_kills_between_any_two_operations(
             assert first > 12 and runs(folder) == after
             return
         killed = is_killed(monkeypatch, second, places_of(folder, keep_runs).finish)
-        state = places_of(folder).to_read(folder / "run-state.pt").read_text()
+        current = {path.name: path for path in places_of(folder).current()}
+        state = current["run-state.pt"].read_text()
+        assert state == current["run-state-12.pt"].read_text()
         places_of(folder, keep_runs).finish()
         assert runs(folder) in (before, after), second
         assert state == runs(folder)[""]  # --resume, which looks first, has seen the same run
@@ -189,7 +158,8 @@ DIE = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from train.test_run_folder import OPERATIONS, whole_run
+from kills import OPERATIONS
+from train.test_run_folder import whole_run
 done = 0
 def dying(original):
     def operation(*args, **options):
@@ -220,3 +190,22 @@ def test_a_process_that_is_killed(tmp_path: Path, count: int) -> None:
     after = {"": "third", "run-previous": "newer", "run-previous-2": "older"}
     before = {"": "newer", "run-previous": "older"}
     assert runs(tmp_path) == (after if count > 2 else before)
+
+
+def test_which_files_are_numbered_states(tmp_path: Path) -> None:
+    places = places_of(tmp_path)
+    names = ["run-state-9.pt", "run-state-10.pt", "run-state-0.pt"]
+    others = [
+        "run-state-01.pt",
+        "run-state-x.pt",
+        "run-state-٣.pt",
+        "runs-state-1.pt",
+        "run-state-1",
+    ]
+    for name in [*names, *others]:
+        (tmp_path / name).touch()
+    (tmp_path / "run-state-11.pt").mkdir()
+    assert sorted(path.name for path in places.present()) == sorted(names)
+    steps = [step for step, _ in places.numbered_states(places.present())]
+    assert steps == [10, 9, 0]
+    assert places.numbered_state(10) == names[1]

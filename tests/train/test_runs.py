@@ -87,7 +87,8 @@ def test_a_run_of_one_step_leaves_best_and_last(
     run = train(workspace, tmp_path, use_delta=use_delta, max_steps=1, eval_dataset=evaluation)
     infix = "-delta" if use_delta else ""
     weights = [f"{NAME}{infix}-{w}.{s}" for w in ("best", "last") for s in ("json", "pt")]
-    assert run.files == sorted([*weights, f"{NAME}-log.jsonl", f"{NAME}-state.pt"])
+    states = [f"{NAME}-state-0.pt", f"{NAME}-state.pt"]
+    assert run.files == sorted([*weights, f"{NAME}-log.jsonl", *states])
     assert run.weights("best").keys() == run.weights("last").keys()
 
 
@@ -215,7 +216,7 @@ def test_the_files_of_an_earlier_run_are_moved(
     assert f"{tmp_path / 'run-previous'}" in capsys.readouterr().out
     previous = Run(tmp_path / "run-previous", "run")
     assert previous.losses == first.losses != full.losses
-    assert len(previous.files) == 6 and not any("run-delta" in name for name in full.files)
+    assert len(previous.files) == 7 and not any("run-delta" in name for name in full.files)
     assert Run(tmp_path, "run-b").losses == other.losses
     train(workspace, tmp_path, save_name="run", seed=4, **flags)
     previous = Run(tmp_path / "run-previous", "run")
@@ -271,7 +272,7 @@ def test_records_that_the_model_cannot_read_are_all_listed(
     with pytest.raises(InputError) as caught:
         train(workspace, tmp_path / "run", use_delta=True, dataset=dataset)
     assert "<noa>" in str(caught.value) and "<nob>" in str(caught.value)
-    assert sorted(p.name for p in dataset.iterdir()) == ["data", "meta.bin"]
+    assert sorted(p.name for p in dataset.iterdir()) == ["checksums.json", "data", "meta.bin"]
     assert not (tmp_path / "run").exists()
 
 
@@ -344,3 +345,16 @@ def test_a_start_that_fails_moves_nothing(workspace: Workspace, tmp_path: Path) 
     kept = Run(folder / "cpm_bee_finetune-previous-2")
     assert kept.losses == good.losses
     assert {p.name: p.read_bytes() for p in kept.save.iterdir()} == before
+
+
+def test_under_nohup_a_closed_terminal_ends_no_run(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after_steps(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGHUP))
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run = train(workspace, tmp_path, use_delta=True, max_steps=4)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, old)
+    assert run.column("step") == [1, 2, 3, 4] and run.events[-1]["finished"]

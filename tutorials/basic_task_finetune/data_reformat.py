@@ -12,11 +12,15 @@ This script needs only Python's standard library, so you can copy and change it.
 
 import argparse
 import contextlib
+import errno
+import fcntl
+import glob
 import io
 import json
 import os
 import re
 import shlex
+import socket
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -31,6 +35,11 @@ MARKER = re.compile(r"\[(0|[1-9][0-9]?)\]")
 LEAST, MOST = 2, 26
 MAX_LINE = 8 << 20  # bytes; far more than any record has
 USED_KEYS = {"input", "target", "translation", "choices", "answer"}
+# A path that cannot be what it was given as: not a failure, but a mistake.
+WRONG_PATH = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENXIO),
+}
 # Converts a JSON array, or objects that span several lines, to one object per line.
 TO_LINES = """import json, sys; d = json.JSONDecoder(); t = sys.stdin.read().strip()
 while t:
@@ -153,10 +162,14 @@ class Converted:
 
 
 def convert(source: Path, target: Path, question: str) -> Converted:
-    """Write the good records of `source` to `target`."""
+    """Write the good records of `source` to the temporary file beside `target`."""
     check_is_lines(source)
     result = Converted()
-    with open(source, "rb") as lines, open(target, "w", encoding="utf-8", newline="\n") as out:
+    with (
+        naming(target),  # in an error of writing
+        open(source, "rb") as lines,
+        open(temporary_beside(target), "w", encoding="utf-8", newline="\n") as out,
+    ):
         for number, line in enumerate(lines, start=1):
             try:
                 raw = parse(line, source, is_first=number == 1)
@@ -239,26 +252,46 @@ def quoted(path: Path) -> str:
 def find_sources(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
+    try:
+        path.stat()  # raises for a loop of links, or a name that is too long
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            reason = f"is a link to {os.readlink(path)}, which does not exist"
+        else:
+            reason = "no such file or folder (--input is a folder with *.jsonl files)"
+        raise BadInput(f"{path}: {reason}") from None
     if not path.is_dir():
-        raise BadInput(f"{path}: no such file or folder (--input is a folder with *.jsonl files)")
+        raise BadInput(f"{path}: this is a pipe or a device; a file or a folder is needed")
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise BadInput(f"{path}: no permission to read it")
     found = [p for p in path.glob("*.jsonl") if p.is_file() and not p.name.startswith(".")]
     if not found:
         raise BadInput(f"{path}: looked for *.jsonl files, found none")
     return sorted(found)
 
 
-def temporary_beside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.partial-{os.getpid()}")
+@contextlib.contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Put the name of a file into an `OSError` that lacks one, as those of writing do."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 @contextlib.contextmanager
 def folder_for_output(folder: Path) -> Iterator[None]:
     """Make a folder and its parents; after an exception, remove those it made."""
     if folder.exists() and not folder.is_dir():
-        raise BadInput(f"{folder}: --output is a folder, this is a file")
-    folder = folder.resolve()  # it may be a link to a folder that does not exist yet
+        found = "a file" if folder.is_file() else "a pipe or a device"
+        raise BadInput(f"{folder}: --output is a folder, this is {found}")
+    folder = Path(os.path.realpath(folder))  # it may be a link to a folder that is to be made
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BadInput(f"{folder}: no permission to write in it")
     try:
         yield
     except BaseException:
@@ -266,6 +299,33 @@ def folder_for_output(folder: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 path.rmdir()
         raise
+
+
+HOST = re.sub(r"[^\w.]", "_", socket.gethostname(), flags=re.ASCII)[:32]
+
+
+def temporary_beside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial-{os.getpid()}-{HOST}")
+
+
+@contextlib.contextmanager
+def shared_folder(folder: Path, targets: list[Path]) -> Iterator[None]:
+    """Remove what killed processes left beside the targets, if no other process writes there.
+
+    All processes that write there share a lock, which the kernel drops when one is killed.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # another one writes, or a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for target in targets:
+                for left in folder.glob(f".{glob.escape(target.name)}.partial-*-{HOST}"):
+                    left.unlink()
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def reformat_files(source: Path, output: Path, question: str, skip_bad: bool) -> None:
@@ -277,10 +337,10 @@ def reformat_files(source: Path, output: Path, question: str, skip_bad: bool) ->
             raise BadInput(f"{target}: this is the raw file itself, give another --output")
         if target.is_dir():
             raise BadInput(f"{target}: this is a folder, expected a file")
-    with folder_for_output(output):
+    with folder_for_output(output), shared_folder(output, targets):
         try:
             results = [
-                convert(path, temporary_beside(target), question)
+                convert(path, target, question)
                 for path, target in zip(sources, targets, strict=True)
             ]
             refuse(sources, results, skip_bad)
@@ -364,16 +424,29 @@ def main() -> int:
         parser.error("--question is not UTF-8 text")
     try:
         reformat_files(arguments.input, arguments.output, arguments.question, arguments.skip_bad)
+        with naming("standard output"):
+            sys.stdout.flush()
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename or arguments.output}: {error.strerror}", file=sys.stderr)
-        return 1
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        reason = f"cannot be written: {error.strerror}" if full else error.strerror
+        print(f"error: {error.filename or 'standard output'}: {reason}", file=sys.stderr)
+        drop_unwritten_output()
+        return 2 if error.errno in WRONG_PATH else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def drop_unwritten_output() -> None:
+    """Have Python not report the failure of stdout again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def copy_values(target: torch.Tensor, source: torch.Tensor) -> None:
     if target.is_contiguous() and source.is_contiguous():
         size = _PIECE // source.element_size()
         pairs = list(zip(target.view(-1).split(size), source.view(-1).split(size), strict=True))
-    _read_ahead(source)
+    read_ahead(source)
     for part, values in pairs:
         # Copied to a GPU in the file's dtype, which has fewer bytes, and converted there.
         part.copy_(values.to(part.device))
@@ -100,7 +100,7 @@ def use_huge_pages(tensor: torch.Tensor) -> None:
         _advise(first, tensor.data_ptr() + tensor.nbytes, getattr(mmap, "MADV_HUGEPAGE", None))
 
 
-def _read_ahead(tensor: torch.Tensor) -> None:
+def read_ahead(tensor: torch.Tensor) -> None:
     """Prefetch a mapped tensor in large reads; page faults read only 128 KiB at a time."""
     if tensor.device.type == "cpu":
         first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE

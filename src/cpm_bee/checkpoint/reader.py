@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import torch
 
 from cpm_bee.checkpoint.torch_file import check_before_loading, check_held
-from cpm_bee.errors import InputError, Problems, shown
+from cpm_bee.checkpoint.verification import verify_file
+from cpm_bee.errors import DamagedFile, InputError, Problems, shown
 from cpm_bee.files import atomic_file, is_usable_name, refuse_lfs_pointer
+from cpm_bee.paths import not_a_file
 
-_PREFIX = "cpmbee."
+PREFIX = "cpmbee."  # what Hugging Face's model has before the native names
 _WRAPPED = "module."  # what DataParallel and DDP put before the names
 _TIED = "lm_head.weight"
 _INDEX = ".index.json"
@@ -64,18 +66,26 @@ class Checkpoint:
 
     Args:
         path: a `.bin`/`.pt` or `.safetensors` file, an index of shards, or a folder of these.
+        verify: read all files and compare them with their checksums.
+
+    Attributes:
+        is_hugging_face: whether the tensors have Hugging Face's names.
 
     Raises:
+        DamagedFile: a checksum differs.
         InputError: there is no readable checkpoint, or tensors are not usable (all are listed).
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, verify: bool = False) -> None:
         self.path = _resolve(Path(path))
         self.entries: dict[str, LazyTensor] = {}
         problems = Problems()
         tied = None
-        for name, entry in _read_entries(self.path).items():
-            native = name.removeprefix(_WRAPPED).removeprefix(_PREFIX)
+        self.is_hugging_face = False
+        for name, entry in _read_entries(self.path, verify).items():
+            unwrapped = name.removeprefix(_WRAPPED)
+            self.is_hugging_face |= unwrapped.startswith(PREFIX)
+            native = unwrapped.removeprefix(PREFIX)
             if native == _TIED:
                 tied = entry
             elif native in self.entries:
@@ -148,23 +158,23 @@ def _resolve(path: Path) -> Path:
         if shards := sorted(p for p in path.iterdir() if _SHARD.fullmatch(p.name)):
             return shards[0]
         raise InputError(f"{path}: a folder without a checkpoint ({', '.join(_IN_FOLDER)})")
-    if not path.is_file():
+    if reason := not_a_file(path, "checkpoint"):
         raise InputError(
-            f"{path}: no such checkpoint. Put a CPM-Bee model there, or give another --load; "
+            f"{path}: {reason}. Put a CPM-Bee model there, or give another --load; "
             "--load ckpts/cpm-bee-tiny is the model that comes with this project"
         )
     return path
 
 
-def _read_entries(path: Path) -> dict[str, LazyTensor]:
+def _read_entries(path: Path, verify: bool) -> dict[str, LazyTensor]:
     if path.name.endswith(_INDEX):
-        return _read_shards(path)
+        return _read_shards(path, verify)
     if match := _SHARD.fullmatch(path.name):
-        return _join_shards(path, match)
-    return _read_file(path)
+        return _join_shards(path, match, verify)
+    return _read_file(path, verify)
 
 
-def _join_shards(path: Path, match: re.Match[str]) -> dict[str, LazyTensor]:
+def _join_shards(path: Path, match: re.Match[str], verify: bool) -> dict[str, LazyTensor]:
     """The tensors of all shards of a checkpoint without an index, given one of them."""
     stem, count, suffix = match["stem"], int(match["count"]), match["suffix"]
     files = [path.with_name(f"{stem}-{i:05d}-of-{count:05d}{suffix}") for i in range(1, count + 1)]
@@ -175,18 +185,22 @@ def _join_shards(path: Path, match: re.Match[str]) -> dict[str, LazyTensor]:
     problems.raise_if_any(f"{path.parent}: the set of shards is incomplete:")
     entries: dict[str, LazyTensor] = {}
     for file in files:
-        entries.update(_read_file(file))
+        entries.update(_read_file(file, verify))
     return entries
 
 
-def _read_file(path: Path) -> dict[str, LazyTensor]:
+def _read_file(path: Path, verify: bool) -> dict[str, LazyTensor]:
     if path.suffix == ".safetensors":
         refuse_lfs_pointer(path)
-        return _read_safetensors(path)
-    return _read_bin(path)
+        entries = _read_safetensors(path)
+    else:
+        entries = _read_bin(path)
+    if verify:
+        verify_file(path)
+    return entries
 
 
-def _read_shards(path: Path) -> dict[str, LazyTensor]:
+def _read_shards(path: Path, verify: bool) -> dict[str, LazyTensor]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(weight_map.values()))
@@ -203,7 +217,7 @@ def _read_shards(path: Path) -> dict[str, LazyTensor]:
         elif not (path.parent / name).is_file():
             problems.add(name, "is missing")
         else:
-            entries.update(_read_file(path.parent / name))
+            entries.update(_read_file(path.parent / name, verify))
     problems.extend("in the index only", [str(n) for n in weight_map if n not in entries])
     problems.raise_if_any(f"{path}: the set of shards is incomplete:")
     return entries
@@ -230,15 +244,24 @@ def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
     return entries
 
 
-def load_tensors(path: Path, kind: str) -> dict[str, Any]:
-    """Load a flat dictionary with `torch.load`, memory-mapped if possible; runs no code."""
+def load_tensors(path: Path, kind: str, *, verify: bool = False) -> dict[str, Any]:
+    """Load a flat dictionary with `torch.load`, memory-mapped if possible; runs no code.
+
+    Args:
+        kind: what the file should be, for messages.
+        verify: compare the file with its checksums first, which reads all of it.
+
+    Raises:
+        DamagedFile: it is not such a file, or has changed since it was written.
+        InputError: it contains something other than plain tensors.
+    """
     refuse_lfs_pointer(path)
     with open(path, "rb") as file:
         begin = file.read(16)
     if not begin.startswith(_MAGIC):
-        raise InputError(f"{path}: not {kind}, but a file that begins with {begin!r}")
+        raise DamagedFile(f"{path}: not {kind}, but a file that begins with {begin!r}")
     try:
-        check_before_loading(path)
+        check_before_loading(path, verify=verify)
         try:
             values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
@@ -256,9 +279,9 @@ def load_tensors(path: Path, kind: str) -> dict[str, Any]:
         ) from None
     except Exception as error:  # a damaged file can raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not {kind}, or a damaged one ({reason})") from None
+        raise DamagedFile(f"{path}: not {kind}, or a damaged one ({reason})") from None
     if not isinstance(values, dict):
-        raise InputError(f"{path}: not {kind} (a {type(values).__name__} instead of a dictionary)")
+        raise DamagedFile(f"{path}: not {kind} (a {type(values).__name__} instead of a dictionary)")
     return values
 
 
@@ -267,7 +290,7 @@ def _named(name: Any) -> str:
 
 
 def _is_tied(name: Any) -> bool:
-    return isinstance(name, str) and name.removeprefix(_WRAPPED).removeprefix(_PREFIX) == _TIED
+    return isinstance(name, str) and name.removeprefix(_WRAPPED).removeprefix(PREFIX) == _TIED
 
 
 def _same(value: torch.Tensor) -> torch.Tensor:

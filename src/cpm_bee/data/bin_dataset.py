@@ -5,7 +5,8 @@ with zeros; no record crosses the end of a block. A record is the byte 0x1f, the
 payload (uint32, little-endian) and the payload, a pickle (`record_pickle`); a zero byte instead of
 0x1f ends the block. `meta.bin` lists the data files with their numbers of blocks and records.
 
-Data files are memory-mapped for reading. Preprocessing does not write a dataset record by record:
+Data files are memory-mapped for reading. Those with checksums (`bin_checksums`) are compared with
+them, each part before it is first read. Preprocessing does not write a dataset record by record:
 it knows the sizes of all records in order, `BlockLayout` computes where each begins, and several
 processes write their records at those offsets (`preprocess.gather`).
 """
@@ -20,6 +21,8 @@ from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from cpm_bee.checksums import CheckedBlocks
+from cpm_bee.data.bin_checksums import CHECKSUMS, read_checksums
 from cpm_bee.data.bin_meta import META, FileInfo, read_meta, remedy, size_problems
 from cpm_bee.data.record_pickle import decode
 from cpm_bee.errors import InputError, Problems
@@ -46,6 +49,7 @@ class BlockLayout:
         self._offset = 0  # within the current block
         self._nbytes = 0
         self._nlines = 0
+        self._full: list[int] = []  # where the records of each block before the current one end
 
     @property
     def size(self) -> int:
@@ -63,6 +67,7 @@ class BlockLayout:
         total = 0
         for size in frame_sizes:
             if offset + size + len(END) > block_size:
+                self._full.append(begin + offset)
                 begin += block_size
                 offset = 0
             offsets.append(begin + offset)
@@ -72,6 +77,11 @@ class BlockLayout:
         self._nlines += len(offsets)
         self._nbytes += total - len(offsets) * (HEAD - LENGTH.size)
         return offsets
+
+    @property
+    def ends(self) -> list[int]:
+        """Where the records of each block end, at which there is an `END`."""
+        return [*self._full, self._begin + self._offset]
 
     def info(self, file_name: str) -> FileInfo:
         blocks = self.size // self._block_size
@@ -92,16 +102,19 @@ class BinaryDataset:
     Raises:
         InputError: the folder is not a dataset, `meta.bin` is invalid, or a data file is missing or
             has the wrong size; while iterating, a data file is damaged (with file and offset).
+        DamagedFile: while reading, a checksum differs.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.files = read_meta(self.folder)
         self._maps: dict[int, mmap.mmap] = {}
+        self._blocks: dict[int, CheckedBlocks] = {}
         problems = Problems()
         for info in self.files:
             problems.extend(str(self.folder / info.file_name), size_problems(self.folder, info))
         problems.raise_if_any(f"{self.folder}: the dataset is damaged", remedy(self.folder))
+        self._checksums = read_checksums(self.folder, self.files)
 
     def __len__(self) -> int:
         return sum(info.nlines for info in self.files if not info.mask)
@@ -115,7 +128,10 @@ class BinaryDataset:
         count = 0
         for block in range(info.block_end - info.block_begin):
             offset, end = block * info.block_size, (block + 1) * info.block_size
-            while offset < end and self._map(index)[offset : offset + 1] != END:
+            while offset < end:
+                self._check(index, offset, offset + 1)
+                if self._map(index)[offset : offset + 1] == END:
+                    break
                 payload = self._payload(index, offset)
                 yield index, offset, payload
                 offset += HEAD + len(payload)
@@ -146,11 +162,13 @@ class BinaryDataset:
     def fingerprint(self) -> str:
         """A digest of `meta.bin` and of each file's size, first and last bytes."""
         digest = hashlib.sha256((self.folder / META).read_bytes())
-        for info in self.files:
+        for index, info in enumerate(self.files):
             if info.mask:
                 continue
             with open(self.folder / info.file_name, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
+                for begin in (0, max(0, size - FINGERPRINT_BYTES)):
+                    self._check(index, begin, min(size, begin + FINGERPRINT_BYTES))
                 digest.update(size.to_bytes(8, "little"))
                 digest.update(file.read(FINGERPRINT_BYTES))
                 file.seek(max(0, size - FINGERPRINT_BYTES))
@@ -162,14 +180,31 @@ class BinaryDataset:
         if index not in self._maps:
             with open(self.folder / self.files[index].file_name, "rb") as file:
                 self._maps[index] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if (checksums := self._checksums[index]) is not None:
+                path = self.folder / self.files[index].file_name
+                advice = (
+                    f"{remedy(self.folder)}\n(if another tool has changed it on purpose, remove "
+                    f"{self.folder / CHECKSUMS})"
+                )
+                self._blocks[index] = CheckedBlocks(path, self._maps[index], checksums, advice)
         return self._maps[index]
+
+    def _check(self, index: int, begin: int, end: int) -> None:
+        """Compare the bytes [begin, end) of a data file with its checksums, if it has any."""
+        if begin < end:
+            self._map(index)
+            if (blocks := self._blocks.get(index)) is not None:
+                blocks.check(begin, end)
 
     def _payload(self, index: int, offset: int) -> bytes:
         if self.files[index].block_end == self.files[index].block_begin:
             raise self._damage(index, offset, "no record begins there")  # an empty file has no map
         data, block_size = self._map(index), self.files[index].block_size
         room = block_size - offset % block_size
-        if not 0 <= offset < len(data) or data[offset : offset + 1] != RECORD:
+        if not 0 <= offset < len(data):
+            raise self._damage(index, offset, "no record begins there")
+        self._check(index, offset, min(offset + HEAD, len(data)))
+        if data[offset : offset + 1] != RECORD:
             raise self._damage(index, offset, "no record begins there")
         if room < HEAD:
             raise self._damage(index, offset, "the record crosses the end of its block")
@@ -178,6 +213,7 @@ class BinaryDataset:
             raise self._damage(
                 index, offset, f"the record ({length} bytes) crosses the end of its block"
             )
+        self._check(index, offset + HEAD, offset + HEAD + length)
         return data[offset + HEAD : offset + HEAD + length]
 
     def _damage(self, index: int, offset: int, reason: str) -> InputError:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from cpm_bee import json_lines
+from cpm_bee.disk import open_to_write
 from cpm_bee.errors import InputError, Problems, shown
 from cpm_bee.files import is_usable_name
+from cpm_bee.paths import not_a_file, not_a_folder
 
 META = "meta.bin"
 
@@ -40,7 +42,7 @@ def remedy(folder: Path) -> str:
 
 
 def write_meta(folder: Path, info: FileInfo) -> None:
-    with open(folder / META, "x", encoding="utf-8", newline="\n") as file:
+    with open_to_write(folder / META, "x") as file:
         file.write(json.dumps(asdict(info)) + "\n")
 
 
@@ -51,17 +53,18 @@ def read_meta(folder: Path) -> list[FileInfo]:
         InputError: `meta.bin` is missing or invalid; all problems are listed.
     """
     path = folder / META
-    if not path.is_file():
-        kind = "there is no such folder" if not folder.exists() else f"it holds no {META}"
+    if wrong := not_a_file(path):
+        reason = f"its {META}: {wrong}" if path.exists() else f"it holds no {META}"
         raise InputError(
-            f"{folder}: expected a binary dataset, a folder with {META} and data files, but {kind}"
+            f"{folder}: expected a binary dataset, a folder with {META} and data files: "
+            f"{not_a_folder(folder) or reason}"
             f"\nmake one with: {_preprocess_command(folder)}"
         )
     problems = Problems()
     files = []
     for number, line in json_lines.read_lines(path):
-        value, reason = json_lines.parse_line(line)
-        found = [reason] if reason else _info_problems(value)
+        value, bad = json_lines.parse_line(line)
+        found = [bad] if bad else _info_problems(value)
         problems.extend(f"{path}:{number}", found)
         if not found:
             files.append(FileInfo(**{field.name: value[field.name] for field in fields(FileInfo)}))
@@ -105,7 +108,7 @@ def size_problems(folder: Path, info: FileInfo) -> list[str]:
     if info.mask:
         return []
     if not path.is_file():
-        return ["no such file"]
+        return [not_a_file(path) or "no such file"]
     expected = (info.block_end - info.block_begin) * info.block_size
     size = path.stat().st_size
     if size != expected:

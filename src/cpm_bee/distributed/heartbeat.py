@@ -12,6 +12,13 @@ A rank that fails with an error of its own writes the note itself (`close`). Aft
 collective the main thread asks for the cause (`explain_failure`). A main thread that is still stuck
 in a collective ten seconds after a rank was lost cannot raise an error: the heartbeat thread then
 prints the cause and ends the process. It signals no other process: torchrun stops the rest.
+
+With NCCL the main thread waits for the GPU, and no error reaches it there. Where NCCL itself sees
+a broken connection (between machines), PyTorch's watchdog thread, which looks ten times a second,
+aborts the process with a C++ error that does not name the lost rank. Where it does not see one
+(on one machine), nothing ends the collective before its timeout of half an hour. So with NCCL the
+heartbeat thread looks five times a second for the note and for the processes of its own machine,
+and ends the process as soon as a rank is lost without a word. The watchdog may still be faster.
 """
 
 from __future__ import annotations
@@ -35,6 +42,7 @@ _INTERVAL = 2.0  # seconds between two heartbeats, and between two checks of the
 _SILENCE, _LONG_SILENCE = 10.0, 40.0
 # Seconds for the main thread to leave a collective by itself once a rank is lost.
 _GRACE = 10.0
+_NCCL_PAUSE = 0.2  # seconds between two checks for the note and in /proc, with NCCL
 _LOST, _DONE = "lost", "done"  # keys in the store
 
 
@@ -64,9 +72,13 @@ class _Process(NamedTuple):
 
 
 class Heartbeat:
-    """This rank's heartbeat in a store, and its check of the other ranks."""
+    """This rank's heartbeat in a store, and its check of the other ranks.
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+    Args:
+        nccl: whether collectives run on NCCL, which raises no error for a lost rank.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, *, nccl: bool) -> None:
         # A separate connection: another user may block on the given one for a long time.
         self._store = dist.PrefixStore("heartbeat", store.clone())  # type: ignore[attr-defined]
         self._rank, self._ranks = rank, range(world_size)
@@ -75,7 +87,10 @@ class Heartbeat:
         self._store.add(f"beat/{rank}", 1)
         self._processes: list[_Process] = []  # by rank, once all have registered
         self._last_beats: dict[int, tuple[bytes, float]] = {}  # counter, and when it last changed
+        self._nccl = nccl
         self._closed = threading.Event()
+        self._claims = threading.Lock()
+        self._reporter = ""  # the thread that reports a loss: the other one must not do so too
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
@@ -90,6 +105,8 @@ class Heartbeat:
 
     def explain_failure(self) -> str | None:
         """Returns a sentence that names the ranks lost in a failed collective, or None."""
+        if not self._claims_report("main"):
+            time.sleep(2 * _GRACE)  # the heartbeat thread ends this process
         deadline = time.monotonic() + _SILENCE + 3 * _INTERVAL
         with contextlib.suppress(RuntimeError):
             while time.monotonic() < deadline:
@@ -102,11 +119,32 @@ class Heartbeat:
         return None
 
     def _run(self) -> None:
+        next_beat = 0.0
         with contextlib.suppress(RuntimeError):  # the store is gone, and rank 0 with it
-            while not self._closed.wait(_INTERVAL):
-                self._store.add(f"beat/{self._rank}", 1)
-                if (cause := self._check(_LONG_SILENCE)) and not self._closed.wait(_GRACE):
+            while not self._closed.wait(_NCCL_PAUSE if self._nccl else _INTERVAL):
+                silence = None
+                if time.monotonic() >= next_beat:
+                    self._store.add(f"beat/{self._rank}", 1)
+                    next_beat = time.monotonic() + (_INTERVAL if self._nccl else 0)
+                    silence = _LONG_SILENCE
+                if (cause := self._check(silence)) and self._must_end():
                     self._end_process(cause)
+
+    def _must_end(self) -> bool:
+        """Whether this thread has to end the process; waits for the main thread to do so.
+
+        With NCCL it waits only if the ranks have reported errors of their own: the main thread may
+        have the same error, and an exit status for it, or still be saving what they all saved.
+        """
+        reported = all(self._store.check([f"{_DONE}/{rank}"]) for rank in tuple(lost_ranks))
+        if self._nccl and not reported and self._claims_report("heartbeat"):
+            return True
+        return not self._closed.wait(_GRACE)
+
+    def _claims_report(self, thread: str) -> bool:
+        with self._claims:
+            self._reporter = self._reporter or thread
+            return self._reporter == thread
 
     def _end_process(self, cause: str) -> None:
         if is_reporting_rank():
@@ -115,8 +153,12 @@ class Heartbeat:
             return
         os._exit(1)
 
-    def _check(self, silence: float) -> str | None:
-        """Returns a sentence that names the lost ranks, or None; `silence` is in seconds."""
+    def _check(self, silence: float | None) -> str | None:
+        """Returns a sentence that names the lost ranks, or None.
+
+        Args:
+            silence: the seconds without a heartbeat after which a rank is lost; None: do not look.
+        """
         if self._store.check([_LOST]):
             ranks, _, text = self._store.get(_LOST).decode().partition("\n")
             lost_ranks.update(map(int, ranks.split()))
@@ -125,7 +167,7 @@ class Heartbeat:
             return None
         lost = [rank for rank in self._ranks if self._is_gone(rank)]
         reason = "is gone"
-        if not lost:
+        if not lost and silence is not None:
             lost = list(self._silent_ranks(silence))
             reason = f"has sent no heartbeat for {silence:.0f} seconds"
         # A rank that ended normally has said so first.

@@ -1,4 +1,10 @@
-"""Join and leave the process group of a run; report ranks that end early."""
+"""Join and leave the process group of a run; report ranks that end early.
+
+After an error, a process must end without NCCL's help: aborting or destroying a communicator can
+wait for ranks that are gone or stuck, and then torchrun, which waits for this process, does not
+stop them. PyTorch does the former also when the interpreter releases the process group. So `leave`
+keeps the group, and an exit handler ends the process before the interpreter releases anything.
+"""
 
 from __future__ import annotations
 
@@ -14,31 +20,44 @@ import torch
 import torch.distributed as dist
 
 from cpm_bee.distributed.heartbeat import Heartbeat
-from cpm_bee.errors import RunError
+from cpm_bee.errors import RunError, exit_status_of
 
 _TIMEOUT = datetime.timedelta(minutes=30)  # rank 0 may be making a token index
 _GLOO_RELEASE_TIME = 0.1  # seconds
 _RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=2)  # for the first machine to answer
 
+_NCCL = "nccl"
 _heartbeat: Heartbeat | None = None
+_abandoned: int | None = None  # the exit status, once an error has ended a run with NCCL
 
 
 def join(device: torch.device) -> None:
-    """Join the other ranks that torchrun started. Raises `RunError` if they do not connect."""
+    """Join the other ranks that torchrun started. Raises `RunError` if they do not connect.
+
+    Args:
+        device: a GPU with its index, for NCCL; or the CPU, for gloo.
+    """
     global _heartbeat
     try:
         # `init_process_group` itself would also wait `_TIMEOUT` for the first machine.
         store, rank, world_size = next(dist.rendezvous("env://", timeout=_RENDEZVOUS_TIMEOUT))
         store.set_timeout(_TIMEOUT)  # some ranks may take long to start
+        nccl = device.type == "cuda"
+        if nccl:
+            atexit.register(_end_if_abandoned)  # before others, so that it runs after them
+        # The ranks connect below, and one may be lost there already.
+        _heartbeat = Heartbeat(store, rank, world_size, nccl=nccl)
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            _NCCL if nccl else "gloo",
             store=store,
             rank=rank,
             world_size=world_size,
             timeout=_TIMEOUT,
+            # NCCL connects now, and `barrier` knows the GPU; gloo takes none.
+            device_id=device if nccl else None,
         )
-        _heartbeat = Heartbeat(store, rank, world_size)
     except (RuntimeError, ValueError) as error:
+        leave()
         address = ":".join(os.environ.get(n, "?") for n in ("MASTER_ADDR", "MASTER_PORT"))
         raise RunError(
             f"the processes could not connect to each other at {address} within "
@@ -49,12 +68,16 @@ def join(device: torch.device) -> None:
 
 def leave() -> None:
     """Leave the process group, if any, and tell the other ranks of an error being handled."""
-    global _heartbeat
+    global _heartbeat, _abandoned
     error = sys.exc_info()[1]
     if _heartbeat is not None:
         _heartbeat.close(None if error is None else _reason(error))
         _heartbeat = None
-    if dist.is_initialized():
+    if not dist.is_initialized():
+        return
+    if error is not None and dist.get_backend() == _NCCL:
+        _abandoned = exit_status_of(error)
+    else:
         dist.destroy_process_group()
         # A thread of gloo may still have to release the last tensor, which needs the interpreter.
         # If the interpreter is shutting down by then, the process aborts.
@@ -62,6 +85,14 @@ def leave() -> None:
             time.sleep(_GLOO_RELEASE_TIME)
         else:  # report it first: torchrun may end this process
             atexit.register(time.sleep, _GLOO_RELEASE_TIME)
+
+
+def _end_if_abandoned() -> None:
+    if _abandoned is not None:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(_abandoned)
 
 
 @contextlib.contextmanager

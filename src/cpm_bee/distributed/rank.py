@@ -15,6 +15,7 @@ time, and should be printed once:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -68,12 +69,14 @@ def report_error(message: str) -> None:
         time.sleep(_PATIENCE)  # torchrun ends this process when the reporting rank exits
     rank = RankInfo.of_this_process().rank
     where = f"rank {rank} on {socket.gethostname()}: " if rank > 0 else ""
-    print(f"error: {where}{message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a full disk, a closed terminal: the exit status remains
+        print(f"error: {where}{message}", file=sys.stderr, flush=True)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # torchrun prints "py_callstack", and takes the earliest timestamp for the root cause.
         extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
         text = json.dumps({"message": {"message": message, "extraInfo": extra}})
-        Path(path).write_text(text, encoding="utf-8")
+        with contextlib.suppress(OSError):
+            Path(path).write_text(text, encoding="utf-8")
 
 
 def record(

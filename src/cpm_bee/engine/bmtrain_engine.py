@@ -39,6 +39,11 @@ def unavailable_reason(device: torch.device) -> str | None:
     """Returns why this engine cannot run on a device, and what to do; None if it can."""
     if device.type != "cuda":
         return "runs on GPUs only; --engine torch runs anywhere"
+    if device.index:
+        return (
+            f"uses the GPU of its local rank, not --device {device}; "
+            f"set CUDA_VISIBLE_DEVICES={device.index} and give --device cuda"
+        )
     if importlib.util.find_spec("bmtrain") is None:
         return (
             "bmtrain is not installed (Python 3.10 or 3.11): pip install --no-deps bmtrain==1.0.1"
@@ -100,7 +105,17 @@ class BMTrainEngine:
         self._settings = settings
         self._model = model
         self._trained = shard_model(self._bmt, model, self.dtype, self.autocast)
+        self._finish_copies()
         self._make_optimizer()
+
+    def _finish_copies(self) -> None:
+        """Wait until the GPU has written the parts.
+
+        bmtrain gathers them on its load stream, which waits for the stream that wrote them only
+        after a step of the optimizer: the first passes could gather older values.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _make_optimizer(self) -> None:
         wide = [p for p in self._trained.values() if p.dtype == torch.float32]
@@ -241,6 +256,7 @@ class BMTrainEngine:
         self._optimizer.load_state_dict(
             {"state": dict(enumerate(own[part] for part in ordered)), "param_groups": groups}
         )
+        self._finish_copies()
         if self.dtype == torch.float16:
             self._manager.loss_scale = state["loss_scale"]
             self._manager.steps_since_last_scale = state["good_steps"]

@@ -16,11 +16,13 @@ _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 def choose_device(name: str = AUTO) -> torch.device:
     """Returns the device of `--device`; `auto` is the GPU if there is one.
 
+    On a GPU, it also takes cuDNN out of the choice of attention kernels for this process.
+
     Raises:
         InputError: this machine has no such device.
     """
     if name == AUTO:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -31,19 +33,40 @@ def choose_device(name: str = AUTO) -> torch.device:
         raise InputError(f"--device {name}: this machine has no usable GPU (--device cpu works)")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: the last GPU is cuda:{torch.cuda.device_count() - 1}")
+    if device.type == "cuda":
+        # On compute capability 9.0 and 10.0, SDPA prefers cuDNN for a mask without gradient. With
+        # torch 2.13 and cuDNN 9.20, NaN gradients are reported where length % 128 == 64; and cuDNN
+        # makes a plan for each new shape, tens of milliseconds each, while nearly all of our
+        # batches have new shapes.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
+
+
+def use_device(device: torch.device) -> torch.device:
+    """Make a GPU this process's current one; returns it with its index. Does nothing for a CPU.
+
+    Some libraries' kernels and new streams use the current GPU, whatever their tensors are on.
+    """
+    if device.type != "cuda":
+        return device
+    if device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.set_device(device)
     return device
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Returns the compute type of `--dtype`.
 
-    `auto` is fp32 on a CPU, and bf16, or fp16 where that is not supported, on a GPU.
+    `auto` is fp32 on a CPU, and bf16 on a GPU, or fp16 where the GPU only emulates bf16.
     """
     if name != AUTO:
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    # By default, PyTorch also counts GPUs that only emulate it (V100, T4).
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
 
 
 def free_memory(device: torch.device, processes: int = 1) -> int:

@@ -2,6 +2,16 @@
 
 PyTorch gathers the tensors of a layer when its forward or backward pass begins, and frees the
 parts of other processes when it ends.
+
+In full fine-tuning the parts are fp32, and a layer is gathered in the compute type: it is sent and
+held at half the size, and autocast finds nothing to cast. (A cast would stay in autocast's cache,
+with 2 bytes for each parameter, until the pass ends.) The products are the same as with fp32
+weights, as autocast rounds them in the same way. Only the layers' norm weights are rounded in
+addition, and their gradients on each process before the sum, which is in fp32. The tensors outside
+the layers are gathered in fp32: the embedding begins the residual stream, which stays fp32.
+
+Under a delta, tensors are gathered in the type that they are held in: the base in the compute
+type, LoRA in fp32, a quantized base as codes and fp32 scales.
 """
 
 from __future__ import annotations
@@ -41,16 +51,24 @@ class FSDPStrategy(ParallelStrategy):
     Args:
         tensors: the values of the model's tensors on the meta device; a process reads only the
             rows that it keeps.
+        dtype: the compute type.
         offload: keep all parts in host memory, and copy them to the device layer by layer.
     """
 
     lockstep = True
 
     def __init__(
-        self, device: torch.device, world_size: int, tensors: Tensors, *, offload: bool
+        self,
+        device: torch.device,
+        world_size: int,
+        tensors: Tensors,
+        *,
+        dtype: torch.dtype,
+        offload: bool,
     ) -> None:
         self._device = device
         self._tensors = tensors
+        self._dtype = dtype
         self._offload = offload
         self._mesh = init_device_mesh(device.type, (world_size,))
 
@@ -62,8 +80,9 @@ class FSDPStrategy(ParallelStrategy):
         """
         own = _to_meta(model)
         for layer in model.encoder.layers:
-            self._shard(layer)
-        self._shard(model)
+            in_full = all(p.requires_grad for p in layer.parameters())
+            self._shard(layer, self._dtype if in_full else None)
+        self._shard(model, None)
         for name in _PASSES:
             register_fsdp_forward_method(model, name)
         model.to_empty(device="cpu" if self._offload else self._device)
@@ -78,14 +97,15 @@ class FSDPStrategy(ParallelStrategy):
             for name, entry in self._tensors():
                 bar.update(self._read_rows(parameters[name], entry))
 
-    def _shard(self, module: nn.Module) -> None:
+    def _shard(self, module: nn.Module, gathered: torch.dtype | None) -> None:
+        """Shard what is not sharded yet; `gathered` is the type to gather in, None for its own."""
         pin = self._device.type == "cuda"
         fully_shard(
             module,
             mesh=self._mesh,
-            # Weights are held in the type that they are gathered in; casting would round a
-            # quantized base's absmax and a LoRA.
-            mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
+            mp_policy=MixedPrecisionPolicy(
+                param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False
+            ),
             offload_policy=CPUOffloadPolicy(pin_memory=pin) if self._offload else OffloadPolicy(),
         )
         assert isinstance(module, FSDPModule)

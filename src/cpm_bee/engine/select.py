@@ -20,7 +20,7 @@ AUTO, TORCH, BMTRAIN = "auto", "torch", "bmtrain"
 def choose_engine(
     wanted: str, device: torch.device, quantized: str, torch_only: Sequence[str]
 ) -> str:
-    """Choose the engine, torch or bmtrain; auto is bmtrain where it can be used.
+    """Choose the engine, torch or bmtrain; auto is torch.
 
     Args:
         wanted: `--engine`.
@@ -30,7 +30,7 @@ def choose_engine(
     Raises:
         InputError: bmtrain was requested but cannot be used.
     """
-    if wanted == TORCH:
+    if wanted != BMTRAIN:
         return TORCH
     if quantized != quantize.NONE:
         reason: str | None = f"cannot hold a quantized base (--quantize {quantized})"
@@ -38,9 +38,9 @@ def choose_engine(
         reason = f"does not support {', '.join(torch_only)}; --engine torch does"
     else:
         reason = bmtrain_engine.unavailable_reason(device)
-    if wanted == BMTRAIN and reason is not None:
+    if reason is not None:
         raise InputError(f"--engine bmtrain: {reason}")
-    return TORCH if reason is not None else BMTRAIN
+    return BMTRAIN
 
 
 def make_engine(chosen: str, device: torch.device, dtype: torch.dtype) -> Engine:

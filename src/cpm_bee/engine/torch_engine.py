@@ -16,6 +16,7 @@ from cpm_bee.distributed.rank import RankInfo
 from cpm_bee.engine.adamw import AdamW
 from cpm_bee.engine.clip import clip_by_global_norm
 from cpm_bee.engine.ddp import DDPStrategy
+from cpm_bee.engine.device import use_device
 from cpm_bee.engine.parallel_strategy import (
     FSDP,
     ParallelStrategy,
@@ -44,10 +45,9 @@ class TorchEngine:
         info = RankInfo.of_this_process()
         self.rank, self.world_size = info.rank, info.world_size
         self.dtype = dtype
-        self.device = device
         if device.type == "cuda" and self.world_size > 1:
-            self.device = torch.device("cuda", info.local_rank)
-            torch.cuda.set_device(self.device)
+            device = torch.device("cuda", info.local_rank)
+        self.device = use_device(device)
         if self.world_size > 1:
             process_group.join(self.device)
         self._strategy: ParallelStrategy = DDPStrategy(self.device, self.world_size)
@@ -64,7 +64,11 @@ class TorchEngine:
             from cpm_bee.engine.fsdp import FSDPStrategy  # takes a second and 100 MiB
 
             self._strategy = FSDPStrategy(
-                self.device, self.world_size, pretrained.tensors, offload=offload
+                self.device,
+                self.world_size,
+                pretrained.tensors,
+                dtype=self.dtype,
+                offload=offload,
             )
         else:
             self._strategy = DDPStrategy(self.device, self.world_size)

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 from cpm_bee import json_lines, records
 from cpm_bee.encoding import Encoder
-from cpm_bee.errors import InputError, Problems
+from cpm_bee.errors import InputError, Problems, naming
 from cpm_bee.generate.generator import Generator
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.output import Output, check_partial, names_in_use, resumable_file
 from cpm_bee.generate.prompt import Prompt
+from cpm_bee.paths import not_a_file
 from cpm_bee.progress import progress_bar
 from cpm_bee.records import ANSWER, CANDIDATES, Record, without_marks
 from cpm_bee.tokenizer import unescape
@@ -52,7 +53,10 @@ def read_records(path: str, *, escape: bool = False) -> list[InputRecord]:
     Raises:
         InputError: with all problems of all lines.
     """
-    if path != STANDARD and Path(path).is_file():
+    if path != STANDARD:
+        if reason := not_a_file(path):
+            hint = "; a pipe is read with --input -" if Path(path).is_fifo() else ""
+            raise InputError(f"--input {path}: {reason}{hint}")
         json_lines.check_is_lines(Path(path))
     inputs: list[InputRecord] = []
     problems = Problems()
@@ -202,4 +206,10 @@ def _output(
     if path != STANDARD:
         return resumable_file(Path(path), given, settings, resume=resume)
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    return contextlib.nullcontext(Output(sys.stdout, ()))
+    return _standard_output()
+
+
+@contextlib.contextmanager
+def _standard_output() -> Iterator[Output]:
+    with naming("standard output"):
+        yield Output(sys.stdout, ())

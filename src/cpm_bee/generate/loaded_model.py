@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cpm_bee import delta, pretrained
-from cpm_bee.engine.device import choose_device, choose_dtype
+from cpm_bee.engine.device import choose_device, choose_dtype, use_device
 from cpm_bee.generate.options import LoadedModelOptions
 from cpm_bee.pretrained import PretrainedModel
 
@@ -49,10 +49,12 @@ def load_base(options: LoadedModelOptions) -> LoadedModel:
         InputError: a flag cannot be used on this machine, or checkpoint, config and vocabulary do
             not match.
     """
-    device = choose_device(options.device)
+    device = use_device(choose_device(options.device))
     dtype = choose_dtype(options.dtype, device)
     files = (options.load, options.model_config, options.vocab)
-    base = pretrained.load_pretrained(*files, dtype, device, quantize=options.quantize)
+    base = pretrained.load_pretrained(
+        *files, dtype, device, quantize=options.quantize, verify=options.verify
+    )
     settings = {
         "--dtype": str(dtype).removeprefix("torch."),
         "--device": device.type,

@@ -9,7 +9,7 @@ from pathlib import Path
 from cpm_bee import hints, quantize
 from cpm_bee.cli import not_negative, positive, real_number, share
 from cpm_bee.errors import InputError
-from cpm_bee.options import REQUIRED, CommandOptions, Group, check_values
+from cpm_bee.options import REQUIRED, CommandOptions, Group, check_values, verify_option
 
 FILES = Group("files", "文件")
 MODEL = Group("model", "模型")
@@ -172,11 +172,13 @@ class LoadedModelOptions:
         "以 4 bit（`nf4`）或 8 bit（`int8`）加载基座模型；只量化一次，结果缓存在检查点旁",
         choices=quantize.CHOICES,
     )
+    verify: bool = verify_option(MODEL)
     dtype: str = MACHINE.option(
         "auto",
-        "compute type; `auto` is fp32 on a CPU, and bf16 (fp16 where that is not supported) on a "
-        "GPU",
-        "计算精度；`auto` 在 CPU 上为 fp32，在 GPU 上为 bf16（不支持时为 fp16）",
+        "compute type; `auto` is fp32 on a CPU, and bf16 on a GPU (fp16 on those without bf16 "
+        "arithmetic, such as V100 and T4)",
+        "计算精度；`auto` 在 CPU 上为 fp32，在 GPU 上为 bf16（V100、T4 等没有 bf16 运算的 GPU "
+        "上为 fp16）",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     device: str = MACHINE.option(

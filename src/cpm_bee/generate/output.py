@@ -21,8 +21,10 @@ from typing import IO, Any, NamedTuple
 
 from cpm_bee import json_lines
 from cpm_bee.cli import command_line
-from cpm_bee.errors import InputError, InterruptedRun, Problems, shown
+from cpm_bee.disk import open_to_write, sync
+from cpm_bee.errors import InputError, InterruptedRun, Problems, keeping, shown
 from cpm_bee.files import exclusive, refuse_if_held
+from cpm_bee.paths import unwritable_folder
 from cpm_bee.progress import silence_terminal
 from cpm_bee.records import ANSWER, Record, without_marks
 
@@ -47,7 +49,7 @@ class Names(NamedTuple):
 
 def names_in_use(path: Path) -> Names:
     """The files that generation writes for the output `path`."""
-    output = path.resolve()  # a link stays a link, its target is replaced
+    output = Path(os.path.realpath(path))  # a link stays a link, its target is replaced
     partial = output.with_name(f"{output.name}.partial")
     return Names(
         output,
@@ -59,7 +61,7 @@ def names_in_use(path: Path) -> Names:
 
 def check_partial(path: Path, inputs: Sequence[Record], *, resume: bool) -> None:
     """Raise what `resumable_file` would raise, as far as no model is needed to know it."""
-    _refuse_folder(path)
+    _refuse_unwritable(path)
     if path.exists() and not path.is_file():
         return
     names = names_in_use(path)
@@ -86,27 +88,27 @@ def resumable_file(
         KeyboardInterrupt: Ctrl-C ended the block.
         InterruptedRun: another signal ended it.
     """
-    _refuse_folder(path)
+    _refuse_unwritable(path)
     if path.exists() and not path.is_file():
-        with open(path, "w", encoding="utf-8", newline="\n") as file:
+        with open_to_write(path) as file:
             yield Output(file, ())
         return
     names = names_in_use(path)
-    with exclusive(names.lock, _busy(names)), _signals_raise():
+    kept = f"{names.output} itself is as before"
+    with keeping(kept), exclusive(names.lock, _busy(names)), _signals_raise():
         done, length = _records_done(names.partial, inputs, resume)
         if done:
             _check_settings(names, settings)
             _LOGGER.info("resuming after %s records of %s", f"{len(done):,}", names.partial)
             os.truncate(names.partial, length)
         else:
-            names.partial.write_bytes(b"")
+            open_to_write(names.partial).close()
         try:
             if not done:
                 _write_settings(names.settings, settings)
-            with open(names.partial, "a", encoding="utf-8", newline="\n") as file:
+            with open_to_write(names.partial, "a") as file:
                 yield Output(file, done)
-                file.flush()
-                os.fsync(file.fileno())
+                sync(file, names.partial)
             os.replace(names.partial, names.output)
             names.settings.unlink(missing_ok=True)
         except BaseException:
@@ -114,9 +116,13 @@ def resumable_file(
             raise
 
 
-def _refuse_folder(path: Path) -> None:
+def _refuse_unwritable(path: Path) -> None:
     if path.is_dir():
         raise InputError(f"{path}: this is a folder; a file is needed")
+    if path.exists() and not path.is_file():
+        return
+    if reason := unwritable_folder(names_in_use(path).output.parent):
+        raise InputError(f"--output {path}: {reason}")
 
 
 def _busy(names: Names) -> str:
@@ -167,10 +173,9 @@ def _removal(partial: Path) -> str:
 
 
 def _write_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
+    with open_to_write(path) as file:
         file.write(json.dumps(settings, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+        sync(file, path)
 
 
 def _check_settings(names: Names, settings: Mapping[str, Any]) -> None:

@@ -35,7 +35,8 @@ class TransformerBlock(nn.Module):
 
     Attributes:
         checkpointing: whether to recompute activations in the backward pass.
-        compiled_layer: a compiled form of `layer_output` to use instead; None if not compiled.
+        compiled_layer: a compiled form of this layer's `run_blocks` to use instead, with the
+            arguments of `forward`; None if not compiled.
         context: returns the context manager in which `forward` runs.
     """
 
@@ -77,6 +78,18 @@ class TransformerBlock(nn.Module):
         self, h: torch.Tensor, attend: AttentionFunction, queries: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Compute the layer with PyTorch's autograd."""
-        if self.self_att is not None:
-            h = self.self_att(h, self.layer, attend, queries)
-        return h if self.ffn is None else self.ffn(h)
+        return run_blocks(self.self_att, self.ffn, self.layer, h, attend, queries)
+
+
+def run_blocks(
+    attention: AttentionBlock | None,
+    feed_forward: FeedForwardBlock | None,
+    layer: int,
+    h: torch.Tensor,
+    attend: AttentionFunction,
+    queries: torch.Tensor | None,
+) -> torch.Tensor:
+    """Compute a layer from its blocks; torch.compile compiles this function once for all layers."""
+    if attention is not None:
+        h = attention(h, layer, attend, queries)
+    return h if feed_forward is None else feed_forward(h)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cpm_bee.errors import InputError, Problems, shown
+from cpm_bee.paths import not_a_file
 
 # Hugging Face's name -> ours; a config file may use either.
 _HUGGING_FACE = {
@@ -59,8 +60,8 @@ class ModelConfig:
     def read(path: str | Path) -> dict[str, Any]:
         """The fields of a config file, unchecked and possibly incomplete."""
         path = Path(path)
-        if not path.is_file():
-            raise InputError(f"{path}: no such model config (see --model-config)")
+        if reason := not_a_file(path, "model config"):
+            raise InputError(f"{path}: {reason} (see --model-config)")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
@@ -105,6 +106,13 @@ class ModelConfig:
             del values["mask_modules"]
         if self.distance_scale == 16:
             del values["distance_scale"]
+        return values
+
+    def to_hugging_face(self) -> dict[str, Any]:
+        """The fields for a Hugging Face config file; all are given, as its defaults are others."""
+        theirs = {ours: name for name, ours in _HUGGING_FACE.items()}
+        values = {theirs.get(name, name): value for name, value in asdict(self).items()}
+        values["mask_modules"] = self.mask_modules or None
         return values
 
     def has_attention(self, layer: int) -> bool:

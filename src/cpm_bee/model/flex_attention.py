@@ -10,9 +10,15 @@ padding. It compiles two functions of a (query, key) pair into its kernel:
 - `score_mod`: adds the entry of the bias table, looked up from the distance within a segment or
   from the relation of two segments. Gradients of the table come from the same kernel.
 
-The result equals that of `PaddedAttention` up to rounding. Hazards: there is no backward pass on
-the CPU and no dropout (`unavailable_reason`); `score_mod` is also evaluated for masked pairs, so
-its indices must exist for every pair; it has not been measured on a GPU yet.
+The result equals that of `PaddedAttention` up to rounding. It is used only on request, and where
+`flex_probe` has seen that it works. Hazards: there is no backward pass on the CPU and no dropout
+(`unavailable_reason`); `score_mod` is also evaluated for masked pairs, so its indices must exist
+for every pair; it has not been measured on a GPU yet.
+
+Each function is compiled once for each of its variants: with and without gradients, of q alone or
+of k and v too, one block of keys or more, all tokens or only the targets as queries. Beyond
+PyTorch's limit, 8, it would run uncompiled, which lays out all scores (13 GB in fp32 for 32 heads
+and 10,240 tokens). The limit is therefore higher, and `fullgraph` makes it an error to reach it.
 """
 
 from __future__ import annotations
@@ -26,11 +32,15 @@ import torch
 import torch.nn.functional as F
 
 from cpm_bee.data.batch import Batch
-from cpm_bee.errors import InputError
+from cpm_bee.errors import InputError, RunError
 from cpm_bee.model.attention import PositionBias
+
+SDPA, FLEX = "sdpa", "flex"
 
 # The kernels need this compute capability or later.
 _CAPABILITY = (8, 0)
+_RECOMPILE_LIMIT = 64
+_BACKEND = "inductor"
 
 
 def unavailable_reason(device: torch.device, dropout_p: float) -> str | None:
@@ -46,24 +56,36 @@ def unavailable_reason(device: torch.device, dropout_p: float) -> str | None:
     return None
 
 
-def is_chosen(choice: str, device: torch.device, dropout_p: float) -> bool:
-    """Whether the choice "auto", "sdpa" or "flex" selects FlexAttention.
-
-    Raises:
-        InputError: the choice is "flex", but FlexAttention cannot be used.
-    """
-    if choice == "sdpa":
-        return False
-    reason = unavailable_reason(device, dropout_p)
-    if choice == "flex" and reason:
+def refuse_if_unavailable(device: torch.device, dropout_p: float) -> None:
+    """Raise `InputError` if `--attention flex` cannot work; trying it is left to `flex_probe`."""
+    if reason := unavailable_reason(device, dropout_p):
         raise InputError(f"--attention flex: {reason}; --attention sdpa works everywhere")
-    return reason is None
 
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    compile_function: Any = torch.compile  # its types lack `recompile_limit`
     # Dynamic, because the number of tokens differs in every batch.
-    return torch.compile(function, dynamic=True)
+    compiled = compile_function(
+        function,
+        backend=_BACKEND,
+        dynamic=True,
+        fullgraph=True,
+        recompile_limit=_RECOMPILE_LIMIT,
+    )
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        try:
+            return compiled(*arguments, **options)
+        except FailOnRecompileLimitHit:
+            raise RunError(
+                f"--attention flex: it needs more than {_RECOMPILE_LIMIT} compiled variants for "
+                "these batches; --attention sdpa needs none"
+            ) from None
+
+    return call
 
 
 class FlexAttention:
@@ -83,9 +105,10 @@ class FlexAttention:
         queries = batch.target_positions if at_targets else positions
         self._score = _score_mod(batch, bias, queries)
         make_mask, self._attend = _compiled(create_block_mask), _compiled(flex_attention)
-        self._mask = make_mask(
-            _mask_mod(batch, queries), None, None, len(queries), batch.num_tokens, device=device
-        )
+        with torch.no_grad():  # one variant less to compile
+            self._mask = make_mask(
+                _mask_mod(batch, queries), None, None, len(queries), batch.num_tokens, device=device
+            )
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -36,7 +36,15 @@ _VOCABULARY_PIECE = 1024
 
 
 class Linear(nn.Module):
-    """y = (x Wᵀ) / sqrt(dim_in), plus the low-rank path of a delta if there is one."""
+    """y = (x Wᵀ) / sqrt(dim_in), plus the low-rank path of a delta if there is one.
+
+    Attributes:
+        is_traceable: whether torch.compile can trace `base`.
+        outside_graph: where it cannot, what a compiled layer calls instead of `base`.
+    """
+
+    is_traceable = True
+    outside_graph: Callable[[Linear, torch.Tensor], torch.Tensor] | None = None
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
@@ -60,7 +68,8 @@ class Linear(nn.Module):
         yield slice(None), self.dense(operands, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.base(x) * self.scale
+        product = self.base(x) if self.outside_graph is None else self.outside_graph(self, x)
+        y = product * self.scale
         return y if self.lora is None else y + self.lora(x)
 
     def base(self, x: torch.Tensor) -> torch.Tensor:

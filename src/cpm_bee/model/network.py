@@ -70,14 +70,14 @@ class CPMBee(nn.Module):
     The constructor does not initialise the weights: use `pretrained.load_pretrained`.
 
     Attributes:
-        attention: "auto", "sdpa" or "flex", see `flex_attention.is_chosen`.
+        attention: `flex_attention.SDPA` or FLEX: how `forward`, `loss` and `score` attend.
         context: returns the context manager in which `forward`, `loss` and `score` run.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.attention = "auto"
+        self.attention = flex_attention.SDPA
         self.context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
         self.input_embedding = Embedding(config)
         self.position_bias = PositionBias(config)
@@ -166,9 +166,9 @@ class CPMBee(nn.Module):
         self, batch: Batch, h: torch.Tensor, *, at_targets: bool = False
     ) -> AttentionFunction:
         """The attention function for states h; with `at_targets`, only targets are queries."""
-        dropout_p = self.config.dropout_p if self.training else 0.0
-        if flex_attention.is_chosen(self.attention, h.device, dropout_p):
+        if self.attention == flex_attention.FLEX:
             return flex_attention.FlexAttention(batch, self.position_bias, at_targets=at_targets)
+        dropout_p = self.config.dropout_p if self.training else 0.0
         groups = PaddedGroups.of(batch, self.position_bias, at_targets=at_targets)
         return PaddedAttention(groups, self.position_bias, _compute_dtype(h), dropout_p)
 

@@ -1,55 +1,46 @@
 """Quantizes a base once, tensor by tensor, into a safetensors file beside its checkpoint.
 
 The file has `NAME.codes` and `NAME.absmax` for each Linear of the layers; embedding, norms and
-bias table are copied from the checkpoint. The metadata have the fingerprint of the base.
+bias table are copied from the checkpoint. The metadata have the fingerprint of the base. The last
+tensor has the checksums of all others, which are compared when the file is opened.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
-import json
 import logging
 import os
-import struct
+import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cpm_bee.checkpoint.loading import drop_pages
+from cpm_bee.checkpoint.loading import drop_pages, read_ahead
 from cpm_bee.checkpoint.reader import Checkpoint, LazyTensor
+from cpm_bee.checkpoint.writer import TYPE_NAMES, StoredTensor, write_safetensors
+from cpm_bee.disk import shortage
 from cpm_bee.errors import InputError
 from cpm_bee.files import atomic_file
 from cpm_bee.model.network import CPMBee
 from cpm_bee.progress import progress_bar
 from cpm_bee.quantize.formats import FORMATS, Format
 from cpm_bee.quantize.linear import insert_quantized_linears
+from cpm_bee.temporary_files import abandoned_bytes
 
 logger = logging.getLogger(__name__)
 
-VERSION = "1"
+VERSION = "2"
+_WITHOUT_CHECKSUMS = "1"  # files of this version are still read
+# The CRC-32 of each tensor, in the order of the file; uint8 [tensors, 4], little-endian.
+_CHECKSUMS = "cpm_bee.crc32"
 _WEIGHT, _CODES, _ABSMAX = ".weight", ".codes", ".absmax"
-_TYPE_NAMES = {
-    torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float32: "F32",
-}  # fmt: skip
-_ALIGNMENT = 64  # of the first tensor; later tensors are aligned to their dtype
-
-
-class _Stored(NamedTuple):
-    """A tensor of the file."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def cache_path(checkpoint: Path, fmt: Format) -> Path:
@@ -77,69 +68,96 @@ def quantized_entries(model: CPMBee, checkpoint: Checkpoint, kind: str) -> dict[
     return _from_cache(checkpoint, fmt, stored) or _in_memory(checkpoint, fmt, stored)
 
 
-def _stored_tensors(model: CPMBee, checkpoint: Checkpoint) -> list[_Stored]:
+def _stored_tensors(model: CPMBee, checkpoint: Checkpoint) -> list[StoredTensor]:
     stored = []
     for name, parameter in model.named_parameters():
         entry = checkpoint.entries.get(name)  # None for codes and absmax
         dtype = parameter.dtype if entry is None else entry.dtype
-        stored.append(_Stored(name, tuple(parameter.shape), dtype))
+        stored.append(StoredTensor(name, tuple(parameter.shape), dtype))
     # Tensors whose size is a multiple of 4 bytes come first, so that all of them are aligned.
     return sorted(stored, key=lambda s: s.num_bytes % 4 != 0)
 
 
+class _Cached(NamedTuple):
+    """An open file; one of an earlier version has no checksums."""
+
+    entries: dict[str, LazyTensor]
+    checksums: LazyTensor | None
+
+
 def _from_cache(
-    checkpoint: Checkpoint, fmt: Format, stored: list[_Stored]
+    checkpoint: Checkpoint, fmt: Format, stored: list[StoredTensor]
 ) -> dict[str, LazyTensor] | None:
     """The tensors of the file, which is made first if necessary; None if it cannot be written."""
     path = cache_path(checkpoint.path, fmt)
-    notes = {
-        "format": fmt.name,
-        "format_version": VERSION,
-        "base_fingerprint": checkpoint.fingerprint(),
-    }
-    with _alone(checkpoint.path) as locked:
+    notes = {"format": fmt.name, "base_fingerprint": checkpoint.fingerprint()}
+    with _alone(checkpoint.path):
+        found = _open(path, checkpoint.path, notes, stored)
+        if found is None:
+            return _make(path, checkpoint, fmt, stored, notes)
+    if _first_damaged(path, found) is None:  # without the lock: several processes at once
+        return found.entries
+    with _alone(checkpoint.path):
         found = _open(path, checkpoint.path, notes, stored)
         if found is not None:
-            return found
-        logger.info(f"quantizing {checkpoint.path} to {fmt.name}, once")
-        try:
-            if locked:  # files left by a killed run are not in use
-                for left in path.parent.glob(f".{path.name}.partial-*"):
-                    left.unlink()
-            with atomic_file(path, "wb") as file:
-                _write(file, checkpoint, fmt, stored, notes)
-            # Never older than the checkpoint, even if the checkpoint's time is in the future.
-            newest = max(path.stat().st_mtime_ns, checkpoint.path.stat().st_mtime_ns)
-            os.utime(path, ns=(newest, newest))
-        except OSError as error:
-            logger.warning(
-                f"{path} cannot be written ({(error.strerror or str(error)).lower()}): "
-                "quantizing in memory, in this run and every run until it can be written"
-            )
-            return None
-        return _open(path, checkpoint.path, notes, stored)
+            damaged = _first_damaged(path, found)
+            if damaged is None:  # another process has made it again
+                return found.entries
+            logger.warning(f"{path}: {damaged} has changed since it was written (checksum)")
+        return _make(path, checkpoint, fmt, stored, notes)
+
+
+def _make(
+    path: Path,
+    checkpoint: Checkpoint,
+    fmt: Format,
+    stored: list[StoredTensor],
+    notes: dict[str, str],
+) -> dict[str, LazyTensor] | None:
+    logger.info(f"quantizing {checkpoint.path} to {fmt.name}, once")
+    try:
+        _require_room(path, stored)
+        with atomic_file(path, "wb") as file:
+            values = _with_checksums(_values(checkpoint, fmt, stored), stored)
+            content = [*stored, _checksums_of(stored)]
+            write_safetensors(file, content, values, {**notes, "format_version": VERSION})
+        # Never older than the checkpoint, even if the checkpoint's time is in the future.
+        newest = max(path.stat().st_mtime_ns, checkpoint.path.stat().st_mtime_ns)
+        os.utime(path, ns=(newest, newest))
+    except OSError as error:
+        logger.warning(
+            f"{path} cannot be written ({(error.strerror or str(error)).lower()}): "
+            "quantizing in memory, in this run and every run until it can be written"
+        )
+        return None
+    made = _open(path, checkpoint.path, notes, stored)
+    return None if made is None else made.entries
+
+
+def _require_room(path: Path, stored: list[StoredTensor]) -> None:
+    """Raise `OSError` if the disk has no room for the file, instead of quantizing in vain."""
+    needed = sum(tensor.num_bytes for tensor in stored) - abandoned_bytes(path.parent)
+    if reason := shortage(path.parent, needed, "the quantized base"):
+        raise OSError(errno.ENOSPC, reason, str(path))
 
 
 @contextlib.contextmanager
-def _alone(checkpoint: Path) -> Iterator[bool]:
+def _alone(checkpoint: Path) -> Iterator[None]:
     """Hold a lock, so that only one of several processes quantizes and the others use its file.
 
-    Yields false if the file system has no locks: then each process makes the file, and the last
-    one replaces the others.
+    If the file system has no locks, each process makes the file, and the last one replaces the
+    others.
     """
     with open(checkpoint, "rb") as file:
-        locked = True
-        try:
+        with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            locked = False
-        yield locked
+        yield
 
 
 def _open(
-    path: Path, checkpoint: Path, notes: dict[str, str], stored: list[_Stored]
-) -> dict[str, LazyTensor] | None:
-    """The tensors of a file; None if it is missing, damaged, or of another base or version."""
+    path: Path, checkpoint: Path, notes: dict[str, str], stored: list[StoredTensor]
+) -> _Cached | None:
+    """The open file; None if it is missing, damaged, or of another base or version."""
     try:
         if path.stat().st_mtime_ns < checkpoint.stat().st_mtime_ns:
             return None  # a fingerprint covers only both ends of each tensor
@@ -148,44 +166,61 @@ def _open(
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError):
         return None
+    version = metadata.get("format_version")
+    if version not in (VERSION, _WITHOUT_CHECKSUMS):
+        return None
     if any(metadata.get(key) != value for key, value in notes.items()):
         return None
-    expected = {s.name: (list(s.shape), _TYPE_NAMES[s.dtype]) for s in stored}
+    content = stored if version == _WITHOUT_CHECKSUMS else [*stored, _checksums_of(stored)]
+    expected = {s.name: (list(s.shape), TYPE_NAMES[s.dtype]) for s in content}
     if {n: (list(s.get_shape()), s.get_dtype()) for n, s in slices.items()} != expected:
         return None
-    return {s.name: LazyTensor(s.shape, s.dtype, partial(file.get_tensor, s.name)) for s in stored}
+    entries = {
+        s.name: LazyTensor(s.shape, s.dtype, partial(file.get_tensor, s.name)) for s in content
+    }
+    return _Cached(entries, entries.pop(_CHECKSUMS, None))
 
 
-def _write(
-    file: IO[bytes],
-    checkpoint: Checkpoint,
-    fmt: Format,
-    stored: list[_Stored],
-    notes: dict[str, str],
-) -> None:
-    header: dict[str, object] = {"__metadata__": notes}
-    offsets = {}
-    end = 0
-    for tensor in stored:
-        offsets[tensor.name] = end
-        end += tensor.num_bytes
-        header[tensor.name] = {
-            "dtype": _TYPE_NAMES[tensor.dtype],
-            "shape": tensor.shape,
-            "data_offsets": [end - tensor.num_bytes, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
-    file.write(struct.pack("<Q", len(text)) + text)
-    begin = 8 + len(text)
-    for name, value in _values(checkpoint, fmt, stored):
-        file.seek(begin + offsets[name])
-        # As bytes: NumPy has no bfloat16.
-        file.write(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+def _checksums_of(stored: list[StoredTensor]) -> StoredTensor:
+    return StoredTensor(_CHECKSUMS, (len(stored), 4), torch.uint8)
+
+
+def _with_checksums(
+    values: Iterator[tuple[str, torch.Tensor]], stored: list[StoredTensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the values, and then their checksums."""
+    checksums = {}
+    for name, value in values:
+        checksums[name] = zlib.crc32(_bytes_of(value))
+        yield name, value
+    numbers = np.array([checksums[s.name] for s in stored], dtype="<u4")
+    yield _CHECKSUMS, torch.from_numpy(numbers.view(np.uint8).reshape(-1, 4))
+
+
+def _first_damaged(path: Path, cached: _Cached) -> str | None:
+    """The name of the first tensor whose checksum differs; reads all of the file."""
+    if cached.checksums is None:
+        return None
+    numbers = cached.checksums.read().numpy().view("<u4").ravel().tolist()
+    total = path.stat().st_size
+    with progress_bar(total=total, description=f"verifying {path.name}", unit="B", delay=2) as bar:
+        for (name, entry), expected in zip(cached.entries.items(), numbers, strict=True):
+            value = entry.read()
+            read_ahead(value)
+            if zlib.crc32(_bytes_of(value)) != expected:
+                return name
+            bar.update(value.nbytes)
+            drop_pages(value)
+    return None
+
+
+def _bytes_of(value: torch.Tensor) -> memoryview:
+    # As bytes: NumPy has no bfloat16.
+    return value.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _values(
-    checkpoint: Checkpoint, fmt: Format, stored: list[_Stored]
+    checkpoint: Checkpoint, fmt: Format, stored: list[StoredTensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields all tensors of the file; reads one tensor of the checkpoint at a time."""
     total = sum(torch.Size(e.shape).numel() * e.dtype.itemsize for e in checkpoint.entries.values())
@@ -207,7 +242,9 @@ def _values(
             drop_pages(value)
 
 
-def _in_memory(checkpoint: Checkpoint, fmt: Format, stored: list[_Stored]) -> dict[str, LazyTensor]:
+def _in_memory(
+    checkpoint: Checkpoint, fmt: Format, stored: list[StoredTensor]
+) -> dict[str, LazyTensor]:
     values = dict(_values(checkpoint, fmt, stored))
     return {
         s.name: LazyTensor(s.shape, s.dtype, partial(values.__getitem__, s.name)) for s in stored

@@ -138,7 +138,7 @@ class NF4(Format):
         out.view(*absmax.shape, BLOCK).mul_(absmax[:, :, None])
 
     def dense(self, codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if codes.device.type == "cuda" and kernels.available():
+        if codes.device.type == "cuda" and kernels.available(codes.device, dtype):
             return kernels.dequantize(codes, absmax, dtype)
         return super().dense(codes, absmax, dtype)
 

@@ -30,6 +30,9 @@ class QuantizedLinear(Linear):
         InputError: the format does not support a matrix of this size.
     """
 
+    # Its autograd function works piece by piece, into parts of one tensor.
+    is_traceable = False
+
     def __init__(self, dim_in: int, dim_out: int, fmt: Format) -> None:
         with torch.device("meta"):
             super().__init__(dim_in, dim_out)
@@ -70,7 +73,7 @@ class QuantizedLinear(Linear):
             and not (torch.is_grad_enabled() and x.requires_grad)
             and x.numel() <= _FEW_ROWS * self.dim_in
             and isinstance(self.format, NF4)
-            and kernels.available()
+            and kernels.available(x.device, x.dtype)
         )
 
     def pieces(

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
+from cpm_bee.data.batch import Batch
 from cpm_bee.delta import DeltaConfig
 from cpm_bee.engine.device import free_memory
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.train.memory_estimate import (
-    CheckpointingChoice,
     TrainingSetup,
     batch_of_data,
-    choose_checkpointing,
+    estimate,
+    estimate_sharded,
+    upper_bound,
 )
 from cpm_bee.train.options import AUTO, Options
+
+# Allows for fragmentation and for memory inside kernels.
+_MARGIN = 1.2
+_GIB = 2**30
+
+
+class CheckpointingChoice(NamedTuple):
+    checkpointing: bool
+    reason: str  # with the figures
 
 
 def choose_for_run(
@@ -44,3 +58,36 @@ def choose_for_run(
     available = free_memory(device, num_processes)
     shards = num_processes if is_sharded else 1
     return choose_checkpointing(config, training, batch, available, shards)
+
+
+def choose_checkpointing(
+    config: ModelConfig, training: TrainingSetup, batch: Batch, available: int, shards: int = 1
+) -> CheckpointingChoice:
+    """Choose activation checkpointing unless the predicted peak fits `available` with a margin.
+
+    Args:
+        shards: the number of processes that weights, gradients and moments are divided between.
+    """
+    most = upper_bound(config, training, batch, shards)
+    if most * _MARGIN <= available:
+        return CheckpointingChoice(
+            False, f"a step needs less than {_gib(most)} of {_gib(available)}"
+        )
+
+    def peak(checkpointing: bool) -> int:
+        setup = replace(training, checkpointing=checkpointing)
+        if shards > 1:
+            return estimate_sharded(config, setup, batch, shards).peak
+        return estimate(config, setup, batch).peak
+
+    without = peak(False)
+    if without * _MARGIN <= available:
+        return CheckpointingChoice(
+            False, f"a step needs about {_gib(without)} of {_gib(available)}"
+        )
+    reason = f"a step needs about {_gib(peak(True))}, without it {_gib(without)}"
+    return CheckpointingChoice(True, f"{reason}, of {_gib(available)}")
+
+
+def _gib(size: float) -> str:
+    return f"{size / _GIB:.2f} GiB"

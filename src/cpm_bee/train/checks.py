@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +19,10 @@ from cpm_bee.checkpoint.config_from_weights import derive_config
 from cpm_bee.checkpoint.reader import Checkpoint
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.delta import DeltaConfig
-from cpm_bee.delta import insert as insert_delta
 from cpm_bee.distributed.rank import RankInfo
 from cpm_bee.engine.device import choose_device, choose_dtype
 from cpm_bee.engine.select import choose_engine
-from cpm_bee.errors import Problems
+from cpm_bee.errors import InputError, Problems
 from cpm_bee.model import flex_attention
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.pretrained import PretrainedModel, open_pretrained
@@ -38,7 +38,8 @@ from cpm_bee.train.flag_checks import (
     data_folders,
     torch_only_flags,
 )
-from cpm_bee.train.options import AUTO, Options
+from cpm_bee.train.initial_delta import InitialDelta
+from cpm_bee.train.options import ALWAYS, AUTO, NEVER, Options
 
 SavedState = tuple[dict[str, Any], dict[str, Any]]  # of the engine, and of the trainer
 
@@ -52,6 +53,7 @@ class Inputs:
         datasets: the training set and, if there is one, the evaluation set, by flag.
         surveys: a survey of each data set, by flag, for a dry run.
         saved_state: the state of a resumed run; see `RunFiles.load_state`.
+        fresh_start: why a run that would resume if it could begins anew, for people; or "".
     """
 
     num_processes: int
@@ -64,6 +66,7 @@ class Inputs:
     surveys: dict[str, DataSurvey]
     files: RunFiles
     saved_state: SavedState | None
+    fresh_start: str
 
     def take_saved_state(self) -> SavedState | None:
         """Returns the saved state and drops it from the inputs."""
@@ -76,18 +79,21 @@ def check(options: Options) -> Inputs:
 
     Raises:
         InputError: lists all problems.
+        RunError: there are none, but the disk has no room for the results.
     """
     problems = Problems()
     num_processes = RankInfo.of_this_process().world_size
-    device, dtype, engine, delta_config = None, torch.float32, "", None
+    device, dtype, engine, initial_delta = None, torch.float32, "", None
     check_flags(options, num_processes, problems)
     missing = check_paths(options, problems)
     with problems.collecting():
         device = choose_device(options.device)
         dtype = choose_dtype(options.dtype, device)
         engine = choose_engine(options.engine, device, options.quantize, torch_only_flags(options))
-    with problems.collecting():
-        delta_config = _delta_config(options)
+    if options.use_delta and "--init-delta" not in missing:
+        with problems.collecting():
+            initial_delta = InitialDelta(options)
+    delta_config = None if initial_delta is None else initial_delta.config
 
     datasets: dict[str, BinaryDataset] = {}
     for flag, folder in data_folders(options).items():
@@ -100,14 +106,15 @@ def check(options: Options) -> Inputs:
 
     surveys: dict[str, DataSurvey] = {}
     files = saved_state = None
+    fresh_start = ""
     shapes = step_shapes(options, num_processes)
-    if device is not None:
+    if device is not None and options.attention == flex_attention.FLEX:
         dropout = 0.0 if pretrained is None else pretrained.model.config.dropout_p
         with problems.collecting():
-            flex_attention.is_chosen(options.attention, device, dropout)
+            flex_attention.refuse_if_unavailable(device, dropout)
     if pretrained is not None:
-        if delta_config is not None:
-            _insert_delta(pretrained, delta_config, _seed(options), problems)
+        if initial_delta is not None:
+            _insert_delta(pretrained, initial_delta, _seed(options), problems)
         files = _run_files(options, pretrained, delta_config, datasets.get("--eval-dataset"))
         if options.dry_run:  # a run takes the lock on its first rank, later
             with problems.collecting():
@@ -116,13 +123,17 @@ def check(options: Options) -> Inputs:
             with problems.collecting():
                 surveys[flag] = survey(dataset, pretrained.tokenizer, shapes[flag])
     all_opened = datasets.keys() == data_folders(options).keys()
-    if files is not None and options.resume and all_opened:
+    if files is not None and options.resume != NEVER and all_opened:
         settings = shapes["--dataset"].settings(datasets["--dataset"].fingerprint)
         with problems.collecting():
-            saved_state = files.load_state(settings)
+            saved_state, fresh_start = _load_state(options.resume, files, settings)
 
     problems.raise_if_any("this run cannot start:")
     assert device is not None and pretrained is not None and files is not None
+    if RankInfo.of_this_process().rank == 0:  # which writes
+        trained = sum(p.numel() for p in pretrained.model.parameters() if p.requires_grad)
+        goes_on = saved_state is not None and not files.begins_new_run
+        files.require_room(trained, resume=goes_on)
     return Inputs(
         num_processes=num_processes,
         device=device,
@@ -134,7 +145,23 @@ def check(options: Options) -> Inputs:
         surveys=surveys,
         files=files,
         saved_state=saved_state,
+        fresh_start=fresh_start,
     )
+
+
+def _load_state(
+    resume: str, files: RunFiles, settings: dict[str, Any]
+) -> tuple[SavedState | None, str]:
+    """Returns the state that --resume asks for or, with `auto`, why there is none."""
+    if resume == AUTO and not files.states():
+        return None, f"--resume auto: no saved state {files.state}, the run begins anew"
+    path = None if resume in (AUTO, ALWAYS) else Path(resume)
+    try:
+        return files.load_state(settings, path), ""
+    except InputError as error:
+        if resume != AUTO:
+            raise
+        return None, f"warning: --resume auto: the run begins anew, because\n{error}"
 
 
 def step_shapes(options: Options, num_processes: int) -> dict[str, StepShape]:
@@ -149,17 +176,6 @@ def step_shapes(options: Options, num_processes: int) -> dict[str, StepShape]:
 def _seed(options: Options) -> int:
     """Returns the seed; 0 for one out of range, which `check_flags` has reported."""
     return options.seed if abs(options.seed) < MAX_SEED else 0
-
-
-def _delta_config(options: Options) -> DeltaConfig | None:
-    if not options.use_delta:
-        return None
-    return DeltaConfig(
-        rank=options.delta_rank,
-        alpha=options.delta_alpha,
-        targets=options.delta_targets,
-        dropout=options.delta_dropout,
-    )
 
 
 def _open_pretrained(
@@ -179,6 +195,7 @@ def _open_pretrained(
             dtype,
             seed=_seed(options),
             quantize=quantize.NONE if only_checks else options.quantize,
+            verify=options.verify,
         )
         if only_checks and options.quantize != quantize.NONE:
             insert_quantized_linears(pretrained.model, FORMATS[options.quantize])
@@ -192,11 +209,12 @@ def _open_pretrained(
 
 
 def _insert_delta(
-    pretrained: PretrainedModel, config: DeltaConfig, seed: int, problems: Problems
+    pretrained: PretrainedModel, delta: InitialDelta, seed: int, problems: Problems
 ) -> None:
-    insert_delta(pretrained.model, config, seed)
-    if not any(p.requires_grad for p in pretrained.model.parameters()):
-        problems.add("--delta-targets", "this model has none of these layers")
+    with problems.collecting():
+        delta.insert_into(pretrained, seed)
+        if not any(p.requires_grad for p in pretrained.model.parameters()):
+            problems.add("--delta-targets", "this model has none of these layers")
 
 
 def _check_each_alone(options: Options, missing: set[str], problems: Problems) -> None:
@@ -226,4 +244,10 @@ def _run_files(
         "" if evaluation is None else evaluation.fingerprint,
         delta_config,
     )
-    return RunFiles(options.save, options.save_name, provenance, keep_runs=options.keep_runs)
+    return RunFiles(
+        options.save,
+        options.save_name,
+        provenance,
+        keep_runs=options.keep_runs,
+        save_total_limit=options.save_total_limit,
+    )

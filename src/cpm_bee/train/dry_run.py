@@ -9,6 +9,7 @@ from __future__ import annotations
 from cpm_bee.engine.select import expected_distribution
 from cpm_bee.train.activation_checkpointing import choose_for_run
 from cpm_bee.train.checks import Inputs, step_shapes
+from cpm_bee.train.initial_delta import init_delta_line
 from cpm_bee.train.options import Options
 from cpm_bee.train.summary import (
     KINDS,
@@ -35,6 +36,7 @@ def describe_run(options: Options, inputs: Inputs) -> list[str]:
             inputs.engine, inputs.num_processes, inputs.device, inputs.dtype, options.loss_scale
         ),
         model_line(inputs.pretrained.model),
+        *init_delta_line(options, inputs.saved_state is not None),
     ]
     for flag, found in inputs.surveys.items():
         about = "" if found.is_exact else "about "
@@ -63,6 +65,8 @@ def _step_lines(options: Options, inputs: Inputs) -> list[str]:
     ]
     if inputs.saved_state is not None:
         lines.append(f"resumes after step {inputs.saved_state[1]['step']}")
+    if inputs.fresh_start:
+        lines.append(inputs.fresh_start)
     return lines
 
 
@@ -87,6 +91,7 @@ def _checkpointing_line(options: Options, inputs: Inputs, is_sharded: bool) -> s
 def _result_lines(options: Options, inputs: Inputs) -> list[str]:
     files = inputs.files
     lines = [f"results: {files.best}, {files.last}; log: {files.log}"]
-    if not options.resume and files.places.present():
+    begins_new_run = inputs.saved_state is None or files.begins_new_run
+    if begins_new_run and files.places.present():
         lines.append(f"the files of the previous run would be moved to {files.places.previous}")
     return lines

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 
 from cpm_bee import quantize
 from cpm_bee.errors import Problems
-from cpm_bee.train.options import AUTO, FSDP, Options
+from cpm_bee.paths import (
+    not_a_file,
+    not_a_file_or_folder,
+    not_a_folder,
+    unwritable_folder,
+)
+from cpm_bee.train.options import AUTO, FSDP, NEVER, Options
 
 MAX_SEED = 2**48
 
@@ -17,11 +22,15 @@ def check_flags(options: Options, num_processes: int, problems: Problems) -> Non
     """Find flags, and combinations of them, that cannot work."""
     if options.load is None and options.use_delta:
         problems.add("--use-delta", "needs a base model (--load CHECKPOINT)")
+    if options.load is None and options.verify:
+        problems.add("--verify", "needs a base model (--load CHECKPOINT)")
     if options.quantize != quantize.NONE and not options.use_delta:
         problems.add(
             f"--quantize {options.quantize}",
             "needs --use-delta: a quantized base cannot be trained in full",
         )
+    if options.init_delta is not None and not options.use_delta:
+        problems.add("--init-delta", "needs --use-delta: full fine-tuning has no delta")
     if options.offload and options.parallel != FSDP:
         problems.add("--offload", "needs --parallel fsdp: it keeps the parts in host memory")
     if options.offload and num_processes == 1:
@@ -33,46 +42,37 @@ def check_flags(options: Options, num_processes: int, problems: Problems) -> Non
     if options.tensorboard is not None and importlib.util.find_spec("tensorboard") is None:
         problems.add("--tensorboard", "needs an extra: pip install -e .[tensorboard]")
     for flag, folder in (("--save", options.save), ("--tensorboard", options.tensorboard)):
-        if folder is not None and (reason := _unwritable_reason(Path(folder))):
+        if folder is not None and (reason := unwritable_folder(folder)):
             problems.add(f"{flag} {folder}", reason)
     if options.save_name != Path(options.save_name).name or not options.save_name:
         problems.add(f"--save-name {options.save_name}", "must be a name; the folder is --save")
-
-
-def _unwritable_reason(folder: Path) -> str | None:
-    """Returns why a folder cannot be made or written to; None if it seems that it can be."""
-    if folder.exists() and not folder.is_dir():
-        return "is a file; a folder is needed"
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not existing.is_dir():
-        return f"{existing} is a file; a folder is needed"
-    if not os.access(existing, os.W_OK | os.X_OK):
-        return f"no permission to write in {existing}"
-    return None
 
 
 def check_paths(options: Options, problems: Problems) -> set[str]:
     """Find the paths that do not exist; returns the flags that name them."""
     missing = set()
 
-    def require(flag: str, path: str | None, exists: bool, reason: str) -> None:
-        if path is not None and not exists:
-            problems.add(f"{flag} {path}", reason)
+    def require(flag: str, path: str, reason: str | None, remedy: str = "") -> None:
+        if reason is not None:
+            problems.add(f"{flag} {path}", "; ".join(filter(None, [reason, remedy])))
             missing.add(flag)
 
     for flag, folder in data_folders(options).items():
-        is_folder = Path(folder).is_dir()
-        require(flag, folder, is_folder, "no such folder; preprocess_dataset.py makes it")
-    require(
-        "--load",
-        options.load,
-        Path(options.load or "").exists(),
-        "no such checkpoint; put a CPM-Bee model there, or use the one that comes with this "
-        "project: --model-config auto --load ckpts/cpm-bee-tiny",
-    )
+        require(flag, folder, not_a_folder(folder), "preprocess_dataset.py makes it")
+    if options.load is not None:
+        require(
+            "--load",
+            options.load,
+            not_a_file_or_folder(options.load, "checkpoint"),
+            "put a CPM-Bee model there, or use the one that comes with this project: "
+            "--model-config auto --load ckpts/cpm-bee-tiny",
+        )
     config = None if options.model_config == AUTO else options.model_config
     for flag, file in (("--model-config", config), ("--vocab", options.vocab)):
-        require(flag, file, Path(file or "").is_file(), "no such file")
+        if file is not None:
+            require(flag, file, not_a_file(file))
+    if options.init_delta is not None and options.resume == NEVER:  # else a state has the delta
+        require("--init-delta", options.init_delta, not_a_file(options.init_delta, "delta file"))
     return missing
 
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from cpm_bee.disk import NamedFile, append
 from cpm_bee.engine import TensorStatistics
+from cpm_bee.errors import DISK_FULL, naming
 from cpm_bee.files import atomic_file
 from cpm_bee.progress import print_above_bar
 from cpm_bee.train.evaluation import Evaluation
@@ -20,22 +26,38 @@ class Reporter:
         path: the log; None on ranks above 0.
         resumed_step: the step after which a resumed run continues; log lines of later steps are
             dropped, since these run again. None starts a new log.
+        evaluated_step: likewise the step of the last evaluation of a resumed run.
         tensorboard: the folder for TensorBoard events, or None.
     """
 
     def __init__(
-        self, path: Path | None, *, resumed_step: int | None, task: str, tensorboard: str | None
+        self,
+        path: Path | None,
+        *,
+        resumed_step: int | None,
+        evaluated_step: int,
+        task: str,
+        tensorboard: str | None,
     ) -> None:
-        self._file: IO[str] | None = None
+        self._file: NamedFile | None = None
         self._events: Any = None
         self._task = task
         if path is not None:
-            self._events = _tensorboard_writer(tensorboard)
+            self._events_folder = tensorboard
+            with naming(tensorboard):
+                self._events = _tensorboard_writer(tensorboard)
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [] if resumed_step is None else _lines_until(path, resumed_step)
+            kept = []
+            if resumed_step is not None:
+                limits = {"eval": evaluated_step}
+                kept = [
+                    line
+                    for line, event in _lines(path)
+                    if event.get("step", 0) <= limits.get(event["event"], resumed_step)
+                ]
             with atomic_file(path) as file:
                 file.writelines(kept)
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+            self._file = NamedFile(path, "a")
 
     def line(self, text: str) -> None:
         if self._file is not None:
@@ -44,13 +66,14 @@ class Reporter:
     def _log(self, event: str, values: dict[str, Any]) -> None:
         if self._file is not None:
             values = {k: v if _is_json(v) else None for k, v in values.items()}
-            self._file.write(json.dumps({"event": event, **values}, ensure_ascii=False) + "\n")
-            self._file.flush()
+            line = json.dumps({"event": event, **values}, ensure_ascii=False) + "\n"
+            append(self._file, line.encode())
 
     def _scalars(self, values: dict[str, float], step: int) -> None:
         if self._events is not None:
-            for name, value in values.items():
-                self._events.add_scalar(f"{self._task}/{name}", value, step)
+            with naming(self._events_folder):
+                for name, value in values.items():
+                    self._events.add_scalar(f"{self._task}/{name}", value, step)
 
     def start(self, settings: dict[str, Any]) -> None:
         self._log("start", {"task": self._task, **settings})
@@ -100,13 +123,17 @@ class Reporter:
 
     def end(self, reason: str, step: int, *, finished: bool = False) -> None:
         self._log("end", {"reason": reason, "step": step, "finished": finished})
+        if self._events is not None:
+            with naming(self._events_folder):
+                self._events.flush()
         self.line(f"training ended after {step} steps: {reason}")
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
         if self._events is not None:
-            self._events.close()
+            with suppress(OSError):  # `end` has raised it
+                self._events.close()
 
 
 def _is_json(value: Any) -> bool:
@@ -114,17 +141,17 @@ def _is_json(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _lines_until(path: Path, step: int) -> list[str]:
-    """Returns the lines of a log up to a step, without one cut short by a kill."""
-    kept = []
+def least_loss(path: Path) -> float:
+    """Returns the lowest evaluation loss in a log; infinite if there is none."""
+    losses = [event["loss"] for _, event in _lines(path) if event["event"] == "eval"]
+    return min(losses, default=math.inf)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the lines of a log and what they hold, without one cut short by a kill."""
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if event.get("step", 0) <= step:
-            kept.append(line + "\n")
-    return kept
+        with suppress(ValueError):
+            yield line + "\n", json.loads(line)
 
 
 def _tensorboard_writer(folder: str | None) -> Any:
@@ -132,4 +159,14 @@ def _tensorboard_writer(folder: str | None) -> Any:
         return None
     from torch.utils.tensorboard import SummaryWriter  # an extra that flag_checks.py has looked for
 
-    return SummaryWriter(folder)
+    # Its thread fails where the disk is full; the next call here raises the same error again.
+    threading.excepthook = _quiet_about_full_disks(threading.excepthook)
+    return SummaryWriter(os.path.realpath(folder))  # of a link to a folder that is to be made
+
+
+def _quiet_about_full_disks(hook: Any) -> Any:
+    def quiet(args: threading.ExceptHookArgs) -> None:
+        if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in DISK_FULL):
+            hook(args)
+
+    return quiet

@@ -3,18 +3,19 @@
 The step is the real one: `CPMBee.loss`, its backward pass, the torch engine's clipping and AdamW.
 The weights are PyTorch's fake tensors. The batch is real, so that what depends on its values (which
 records are grouped) is the same as in training.
+
+Of a step with FSDP, only the pass is run. What FSDP itself holds is added (`estimate_sharded`).
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 from cpm_bee import quantize as quantization
 from cpm_bee.checkpoint.loading import set_parameter
@@ -27,11 +28,9 @@ from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.network import CPMBee
 from cpm_bee.quantize.formats import FORMATS, Format
 from cpm_bee.quantize.linear import insert_quantized_linears
+from cpm_bee.train.live_storages import LiveStorages
 
 _SEGMENTS = 8  # per record of `typical_batch`; does not affect memory
-# Allows for fragmentation and for memory inside kernels.
-_MARGIN = 1.2
-_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -56,21 +55,11 @@ class MemoryEstimate(NamedTuple):
     weights: int
     gradients: int
     moments: int
-    rest: int  # activations and temporaries
+    rest: int  # activations and temporaries; with FSDP also what is gathered
 
     @property
     def peak(self) -> int:
         return sum(self)
-
-    def peak_of(self, shards: int, num_layers: int) -> int:
-        """Returns the peak of one of `shards` processes that shard all but the rest (FSDP2).
-
-        Two layers are gathered at a time: the one that computes, and the next one.
-        """
-        if shards == 1:
-            return self.peak
-        gathered = self.weights * 2 // max(2, num_layers)
-        return (self.peak - self.rest) // shards + gathered + self.rest
 
 
 def estimate(config: ModelConfig, training: TrainingSetup, batch: Batch) -> MemoryEstimate:
@@ -109,6 +98,88 @@ def estimate(config: ModelConfig, training: TrainingSetup, batch: Batch) -> Memo
     return MemoryEstimate(weights, gradients, moments, live.peak - weights - gradients - moments)
 
 
+def estimate_sharded(
+    config: ModelConfig, training: TrainingSetup, batch: Batch, shards: int
+) -> MemoryEstimate:
+    """Estimates the peak of one of `shards` processes that divide a model (FSDP2); see `estimate`.
+
+    Beside its part of weights, gradients and moments, a process holds
+
+    - at the begin of the pass, twice what is outside the layers (the embedding above all), as it
+      is gathered into a flat buffer and copied from there; the first layers are gathered then too;
+    - for the rest of the pass, what is outside the layers, and its gradients once there are some;
+    - two layers, the one that computes and the next one, in the type of `engine.fsdp`;
+    - when a layer's backward pass ends, its gradients, and a flat fp32 copy of them to be summed;
+    - when the pass ends, such a copy of the gradients outside the layers.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = meta_model(config, training)
+    layers = list(model.encoder.layers)
+    set_parameters(model, training, _on_meta)
+    held = sum(p.nbytes for p in model.parameters())
+    trained, inside = _trained(model), [_trained(layer) for layer in layers]
+    outside = trained - sum(inside)
+    if training.delta is None:
+        for layer in layers:
+            set_parameters(layer, replace(training, held=training.dtype), _on_meta)
+    gathered = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
+    root = sum(p.nbytes for p in model.parameters()) - sum(gathered)
+    reduced = max(
+        sum(p.nbytes + 4 * p.numel() for p in layer.parameters() if p.requires_grad)
+        for layer in layers
+    )
+
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with LiveStorages(fake) as live:
+        for name, p in list(model.named_parameters()):
+            with fake:
+                set_parameter(model, name, torch.empty(p.shape, dtype=p.dtype, device="cpu"))
+        for layer in layers:
+            for p in layer.parameters():
+                if p.requires_grad:  # counted in `reduced`
+                    p.register_post_accumulate_grad_hook(_drop_gradient)
+        live.peak = live.live
+        in_layers = 0
+
+        def end_layers(_: torch.Tensor) -> None:
+            nonlocal in_layers
+            in_layers, live.peak = live.peak, live.live
+
+        def watch(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            if args[0].requires_grad:
+                args[0].register_hook(end_layers)
+
+        layers[0].register_forward_pre_hook(watch)
+        with torch.autocast("cpu", training.dtype, enabled=training.dtype != torch.float32):
+            loss = model.loss(batch)
+        (loss / batch.num_targets).backward()
+        del loss
+    # The layers are in `live` all the time. `gradients` below is complete only when the pass ends.
+    absent = sum(gathered) + 4 * outside // shards
+    stages = (
+        2 * root + 2 * max(gathered),
+        (in_layers or live.peak) + 2 * max(gathered) + reduced - absent,
+        live.peak + 4 * inside[0] - absent,
+        live.live + 4 * outside - absent,
+    )
+    return MemoryEstimate(
+        held // shards, 4 * trained // shards, 2 * 4 * trained // shards, max(stages)
+    )
+
+
+def _trained(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def _drop_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+def _on_meta(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def meta_model(config: ModelConfig, training: TrainingSetup) -> CPMBee:
     """Returns the model to train, without values; `set_parameters` gives it some."""
     with torch.device("meta"):
@@ -122,11 +193,11 @@ def meta_model(config: ModelConfig, training: TrainingSetup) -> CPMBee:
 
 
 def set_parameters(
-    model: CPMBee,
+    model: nn.Module,
     training: TrainingSetup,
     make: Callable[[torch.Size, torch.dtype], torch.Tensor],
 ) -> None:
-    """Replace a model's parameters with tensors from `make`, of the types used in training."""
+    """Replace the parameters of a model, or a part, with `make`'s, of the types of training."""
     held = training.held or (torch.float32 if training.delta is None else training.dtype)
     for name, p in list(model.named_parameters()):
         keeps_type = name.endswith((".codes", ".absmax", ".lora_A", ".lora_B"))
@@ -143,59 +214,6 @@ def _opaque(base: Format) -> Format:
 
     opaque: Format = type("Opaque", (type(base),), {"dense": dense})()
     return opaque
-
-
-class LiveStorages(TorchDispatchMode):
-    """Sums the live storages that operations inside this mode have made.
-
-    Args:
-        fake: the FakeTensorMode in which `torch.empty` makes tensors; None for real tensors.
-
-    Attributes:
-        live, peak: the number of bytes now, and the largest number so far.
-    """
-
-    def __init__(self, fake: Any = None) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._fake = fake
-        self._known: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
-            return 1.0  # a norm or a loss: no size depends on it
-        if self._fake is not None and func is torch.ops.aten.empty.memory_format:
-            # A large buffer, which fake tensors will fill.
-            with self._fake:
-                found = func(*args, **(kwargs or {}))
-        else:
-            found = func(*args, **(kwargs or {}))
-        self._see(found)
-        return found
-
-    def _see(self, found: Any) -> None:
-        if isinstance(found, (list, tuple)):
-            for item in found:
-                self._see(item)
-        if not isinstance(found, torch.Tensor):
-            return
-        storage = found.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        self._known[key] = storage.nbytes()
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._gone, key)
-
-    def _gone(self, key: int) -> None:
-        self.live -= self._known.pop(key)
-
-
-def _is_fake(tensor: torch.Tensor) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(tensor, FakeTensor)
 
 
 def typical_batch(lengths: Sequence[int], num_targets: int, vocab_size: int) -> Batch:
@@ -241,12 +259,14 @@ def batch_of_data(
     return typical_batch([longest, *[mean] * others], targets, vocab_size)
 
 
-def upper_bound(config: ModelConfig, training: TrainingSetup, batch: Batch) -> int:
+def upper_bound(config: ModelConfig, training: TrainingSetup, batch: Batch, shards: int = 1) -> int:
     """Returns an upper bound on the bytes of a training step, which takes no time to compute."""
     model = meta_model(config, training)
     static = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters())
     if training.delta is None:
         static += sum(4 * p.numel() for p in model.parameters())  # copies made by autocast
+    if shards > 1:
+        static += sum(8 * p.numel() for p in model.parameters())  # gathered, in buffers and out
     inner = config.num_heads * config.dim_head
     a_token = 4 * (16 * config.dim_model + 12 * inner + 12 * config.dim_ff)
     pairs = 2 * sum((length / 0.8) ** 2 for length in batch.lengths)  # padded, and at targets
@@ -259,39 +279,3 @@ def upper_bound(config: ModelConfig, training: TrainingSetup, batch: Batch) -> i
     return round(
         static + batch.num_tokens * config.num_layers * a_token + attention + logits + temporary
     )
-
-
-class CheckpointingChoice(NamedTuple):
-    checkpointing: bool
-    reason: str  # with the figures
-
-
-def choose_checkpointing(
-    config: ModelConfig, training: TrainingSetup, batch: Batch, available: int, shards: int = 1
-) -> CheckpointingChoice:
-    """Choose activation checkpointing unless the predicted peak fits `available` with a margin.
-
-    Args:
-        shards: the number of processes that weights, gradients and moments are divided between.
-    """
-    most = upper_bound(config, training, batch)
-    if most * _MARGIN <= available:
-        return CheckpointingChoice(
-            False, f"a step needs less than {_gib(most)} of {_gib(available)}"
-        )
-
-    def peak(checkpointing: bool) -> int:
-        predicted = estimate(config, replace(training, checkpointing=checkpointing), batch)
-        return predicted.peak_of(shards, config.num_layers)
-
-    without = peak(False)
-    if without * _MARGIN <= available:
-        return CheckpointingChoice(
-            False, f"a step needs about {_gib(without)} of {_gib(available)}"
-        )
-    reason = f"a step needs about {_gib(peak(True))}, without it {_gib(without)}"
-    return CheckpointingChoice(True, f"{reason}, of {_gib(available)}")
-
-
-def _gib(size: float) -> str:
-    return f"{size / _GIB:.2f} GiB"

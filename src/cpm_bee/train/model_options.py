@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cpm_bee.cli import comma_list, positive, real_number
-from cpm_bee.options import REQUIRED, Group
+from cpm_bee.options import REQUIRED, Group, verify_option
 from cpm_bee.quantize import CHOICES, NONE
 
 AUTO = "auto"
@@ -50,6 +50,7 @@ class ModelOptions:
         "需要 `--use-delta`",
         choices=CHOICES,
     )
+    verify: bool = verify_option(MODEL)
 
     dataset: str = DATA.option(
         REQUIRED,
@@ -78,16 +79,35 @@ class ModelOptions:
         "delta tuning: train only a LoRA; the base model stays frozen",
         "增量微调：只训练 LoRA，基座模型不变",
     )
-    delta_rank: int = DELTA.option(8, "rank r of the LoRA", "LoRA 的秩 r", type=positive)
-    delta_alpha: float = DELTA.option(
-        16.0, "the LoRA is scaled by alpha/r", "LoRA 的缩放系数为 alpha/r", type=above_zero
+    init_delta: str | None = DELTA.option(
+        None,
+        "start from this delta file instead of a new LoRA, with its rank, alpha and layers; the "
+        "optimizer and the schedule begin anew; needs `--use-delta`; with `--resume` the saved "
+        "state is used instead",
+        "从该增量文件开始，而不是新建 LoRA；秩、alpha 和目标层取自该文件，优化器和学习率调度重新"
+        "开始；需要 `--use-delta`；与 `--resume` 合用时以保存的训练状态为准",
+        metavar="FILE",
     )
-    delta_targets: tuple[str, ...] = DELTA.option(
-        ("project_q", "project_v"),
+    # None: of `--init-delta`, or else the defaults of `DeltaConfig`, so that a flag which
+    # contradicts the delta file can be told from one that was not given.
+    delta_rank: int | None = DELTA.option(
+        None,
+        "rank r of the LoRA; 8, or that of `--init-delta`, when not given",
+        "LoRA 的秩 r；不指定时为 8，或与 `--init-delta` 相同",
+        type=positive,
+    )
+    delta_alpha: float | None = DELTA.option(
+        None,
+        "the LoRA is scaled by alpha/r; alpha is 16, or that of `--init-delta`, when not given",
+        "LoRA 的缩放系数为 alpha/r；alpha 不指定时为 16，或与 `--init-delta` 相同",
+        type=above_zero,
+    )
+    delta_targets: tuple[str, ...] | None = DELTA.option(
+        None,
         "layers that get a LoRA: `project_q`, `project_k`, `project_v`, `attention_out`, `w_0`, "
-        "`w_1`, `w_out`",
+        "`w_1`, `w_out`; `project_q,project_v`, or those of `--init-delta`, when not given",
         "添加 LoRA 的层：`project_q`、`project_k`、`project_v`、`attention_out`、`w_0`、"
-        "`w_1`、`w_out`",
+        "`w_1`、`w_out`；不指定时为 `project_q,project_v`，或与 `--init-delta` 相同",
         type=comma_list,
         metavar="LAYER,...",
     )

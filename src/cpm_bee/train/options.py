@@ -14,6 +14,7 @@ from cpm_bee.train.model_options import AUTO, DATA, DELTA, MODEL, ModelOptions, 
 from cpm_bee.train.schedules import STYLES
 
 DDP, FSDP = "ddp", "fsdp"  # --parallel, or AUTO
+ALWAYS, NEVER = "always", "never"  # --resume, or AUTO, or the path of a state
 
 TRAINING = Group("training", "训练")
 SCHEDULE = Group("learning rate", "学习率")
@@ -148,6 +149,20 @@ class Options(ModelOptions, CommandOptions):
         "保存训练状态的间隔（步）；不指定时等于 `--eval-interval`",
         type=positive,
     )
+    save_minutes: float | None = EVALUATION.option(
+        None,
+        "also save the training state when this many minutes have passed since it was last saved",
+        "距上次保存训练状态满这么多分钟时，也保存一次",
+        type=above_zero,
+    )
+    save_total_limit: int = EVALUATION.option(
+        2,
+        "number of training states to keep: the newest in `SAVE_NAME-state.pt`, earlier ones in "
+        "`SAVE_NAME-state-STEP.pt`; the best weights are always kept",
+        "保留多少个训练状态：最新的为 `SAVE_NAME-state.pt`，较早的为 `SAVE_NAME-state-STEP.pt`；"
+        "最优权重总会保留",
+        type=positive,
+    )
     keep_runs: int = EVALUATION.option(
         1,
         "finished earlier runs of the same name to keep, in `SAVE_NAME-previous`, "
@@ -156,10 +171,17 @@ class Options(ModelOptions, CommandOptions):
         "最近一次旧运行总会保留",
         type=positive,
     )
-    resume: bool = EVALUATION.option(
-        False,
-        "continue from the training state saved in `--save`",
-        "从 `--save` 中保存的训练状态继续",
+    resume: str = EVALUATION.option(
+        NEVER,
+        "continue from a training state: `--resume` alone from the newest one in `--save`, which "
+        "must exist; `auto` from that one if there is one of this run with these settings, else "
+        "from the beginning; a path from that file, and the files of the present run are moved as "
+        "by a new one; `never` always begins anew",
+        "从训练状态继续：只写 `--resume` 表示从 `--save` 中最新的状态继续，且该状态必须存在；"
+        "`auto` 表示若有设置相同的状态就从它继续，否则从头开始；给出路径则从该文件继续，"
+        "此时当前运行的文件会像开始新运行那样移走；`never` 总是从头开始",
+        metavar="auto|never|PATH",
+        bare=ALWAYS,
     )
     task_name: str = EVALUATION.option(
         "task", "name of the task in the logs", "日志中的任务名", metavar="NAME"
@@ -175,12 +197,10 @@ class Options(ModelOptions, CommandOptions):
 
     engine: str = MACHINE.option(
         AUTO,
-        "training engine: `torch`, or `bmtrain` (ZeRO-3, on GPUs only); `auto` is `bmtrain` on "
-        "GPUs where bmtrain is installed (`python -m pip install --no-deps bmtrain==1.0.1`, Python "
-        "3.10 or 3.11), else `torch`",
-        "训练引擎：`torch`，或 `bmtrain`（ZeRO-3，仅限 GPU）；`auto` 在使用 GPU 且已安装 bmtrain 时"
-        "（`python -m pip install --no-deps bmtrain==1.0.1`，Python 3.10 或 3.11）选 `bmtrain`，"
-        "否则选 `torch`",
+        "training engine: `torch`, which is also `auto`, or `bmtrain` (ZeRO-3, on GPUs only; "
+        "`python -m pip install --no-deps bmtrain==1.0.1`, Python 3.10 or 3.11)",
+        "训练引擎：`torch`（`auto` 同此），或 `bmtrain`（ZeRO-3，仅限 GPU；"
+        "`python -m pip install --no-deps bmtrain==1.0.1`，Python 3.10 或 3.11）",
         choices=(AUTO, "torch", "bmtrain"),
     )
     parallel: str = MACHINE.option(
@@ -205,9 +225,10 @@ class Options(ModelOptions, CommandOptions):
     )
     dtype: str = MACHINE.option(
         AUTO,
-        "compute type; `auto` is fp32 on a CPU, and bf16 (fp16 where that is not supported) on a "
-        "GPU",
-        "计算精度；`auto` 在 CPU 上为 fp32，在 GPU 上为 bf16（不支持时为 fp16）",
+        "compute type; `auto` is fp32 on a CPU, and bf16 on a GPU (fp16 on those without bf16 "
+        "arithmetic, such as V100 and T4)",
+        "计算精度；`auto` 在 CPU 上为 fp32，在 GPU 上为 bf16（V100、T4 等没有 bf16 运算的 GPU "
+        "上为 fp16）",
         choices=(AUTO, "fp32", "bf16", "fp16"),
     )
     checkpointing: str = MACHINE.option(
@@ -221,9 +242,11 @@ class Options(ModelOptions, CommandOptions):
     )
     attention: str = MACHINE.option(
         AUTO,
-        "`sdpa`, or `flex` (FlexAttention, which needs a GPU and triton); `auto` is `flex` where "
-        "it can run",
-        "`sdpa` 或 `flex`（FlexAttention，需要 GPU 和 triton）；`auto` 在可用时选 `flex`",
+        "`sdpa`, which is also `auto`, or `flex` (FlexAttention; it needs a GPU and triton, and is "
+        "tried first: where it fails, or where the bias table is trained, the run says so and "
+        "uses `sdpa`)",
+        "`sdpa`（`auto` 同此），或 `flex`（FlexAttention，需要 GPU 和 triton；使用前先试算："
+        "试算失败，或偏置表参与训练时，会给出提示并改用 `sdpa`）",
         choices=(AUTO, "sdpa", "flex"),
     )
     compile: bool = MACHINE.option(

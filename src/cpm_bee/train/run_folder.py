@@ -19,7 +19,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+
+from cpm_bee.temporary_files import abandoned_bytes
 
 _LOG_END = 1 << 16  # bytes at the end of a log that contain its last line
 
@@ -28,7 +31,8 @@ class RunFolder:
     """The files `SAVE/SAVE_NAME-...` of a run, and the folders of earlier ones.
 
     Args:
-        endings: the endings of all files that a run may write; each follows the name.
+        endings: the endings of the files that a run may write; each follows the name. A run may
+            also write numbered states (`numbered_state`).
         keep_runs: the number of finished earlier runs to keep.
     """
 
@@ -45,13 +49,31 @@ class RunFolder:
 
     def present(self) -> list[Path]:
         """Returns the files that a run of this name has left in the folder."""
-        own = [self._folder / f"{self._name}{ending}" for ending in self._endings]
-        return [path for path in own if path.is_file()]
+        return self._own_files(self._folder)
 
-    def to_read(self, path: Path) -> Path:
-        """Returns where a file of the current run is, even if a kill interrupted the renames."""
-        ready = self._ready / path.name
-        return ready if ready.is_file() else path
+    def current(self) -> list[Path]:
+        """Returns the files of the current run, even if a kill interrupted the renames."""
+        ready = self._own_files(self._ready)
+        if self._ready.is_dir() and self._incoming.is_dir():
+            return ready  # those that are left in the folder belong to the earlier run
+        return ready + self.present()
+
+    def numbered_state(self, step: int) -> str:
+        """Returns the name of a state that is not the newest one."""
+        return f"{self._name}-state-{step}.pt"
+
+    def numbered_states(self, files: Iterable[Path]) -> list[tuple[int, Path]]:
+        """Returns those of the files that are numbered states, with their steps, newest first."""
+        found = [(match, path) for path in files if (match := self._numbered_state(path))]
+        return sorted(((int(match[1]), path) for match, path in found), reverse=True)
+
+    def _numbered_state(self, path: Path) -> re.Match[str] | None:
+        return re.fullmatch(re.escape(self._name) + r"-state-(0|[1-9]\d{0,17})\.pt", path.name)
+
+    def _own_files(self, folder: Path) -> list[Path]:
+        names = {f"{self._name}{ending}" for ending in self._endings}
+        files = sorted(folder.iterdir()) if folder.is_dir() else []
+        return [p for p in files if (p.name in names or self._numbered_state(p)) and p.is_file()]
 
     def to_write(self, path: Path) -> Path:
         """Returns where to write a file of this run now."""
@@ -73,6 +95,12 @@ class RunFolder:
         self._is_staged = False
         self.finish()
         return self.previous
+
+    def removed_at_start(self) -> int:
+        """Returns the bytes of files of killed runs that the start of a run removes."""
+        left = [p for f in (self._new, self._dropped) if f.is_dir() for p in f.rglob("*")]
+        sizes = sum(path.stat().st_size for path in left if path.is_file())
+        return sizes + (abandoned_bytes(self._folder) if self._folder.is_dir() else 0)
 
     def discard_unstarted(self) -> None:
         """Remove the files of a run that failed before `take_place`."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cpm_bee.errors import Problems, shown
+from cpm_bee.errors import DamagedFile, InputError, Problems, shown
 
 # The fields of `trainer.TrainingState` with their minimum values.
 _PROGRESS = {
@@ -22,7 +22,7 @@ _MAX_DEPTH = 8
 
 
 def check_state(path: Path, state: dict[Any, Any]) -> None:
-    """Raise `InputError` with everything that is wrong with a training state.
+    """Raise `DamagedFile` with everything that is wrong with a training state.
 
     This does not check whether it belongs to this run and this model.
     """
@@ -41,10 +41,10 @@ def check_state(path: Path, state: dict[Any, Any]) -> None:
                 problems.add(part, "holds values that are neither texts nor numbers")
         problems.extend("progress", _progress_problems(state["progress"]))
         problems.extend("engine", _engine_problems(state["engine"]))
-    problems.raise_if_any(
-        f"{path}: not a training state, or a damaged one:",
-        "start again without --resume, or put an intact copy there",
-    )
+    try:
+        problems.raise_if_any(f"{path}: not a training state, or a damaged one:")
+    except InputError as error:
+        raise DamagedFile(str(error)) from None
 
 
 def _is_plain(value: Any, depth: int = 0) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -13,17 +14,19 @@ from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.distributed.rank import RankInfo
 from cpm_bee.engine import Engine, OptimizerSettings
 from cpm_bee.engine.select import make_engine
-from cpm_bee.errors import CpmBeeError, InputError, RunError
+from cpm_bee.errors import CpmBeeError, InputError, RunError, keeping
+from cpm_bee.model import flex_probe
+from cpm_bee.model.flex_attention import FLEX, SDPA
 from cpm_bee.model.frozen.buffers import return_freed_memory
 from cpm_bee.model.network import CPMBee
 from cpm_bee.tokenizer import Tokenizer
-from cpm_bee.train.activation_checkpointing import choose_for_run
+from cpm_bee.train.activation_checkpointing import CheckpointingChoice, choose_for_run
 from cpm_bee.train.checkpoints import RunFiles
 from cpm_bee.train.checks import Inputs, check, step_shapes
 from cpm_bee.train.data_loader import DataLoader
 from cpm_bee.train.dry_run import describe_run
+from cpm_bee.train.initial_delta import begins_with_file, digest_of, init_delta_line
 from cpm_bee.train.log import Reporter
-from cpm_bee.train.memory_estimate import CheckpointingChoice
 from cpm_bee.train.options import Options
 from cpm_bee.train.summary import (
     checkpointing_line,
@@ -53,7 +56,11 @@ def finetune(options: Options) -> None:
         if is_first:
             print("\n".join(describe_run(options, inputs)), flush=True)
         return
-    with inputs.files.lock() if is_first else nullcontext(), set_up(options, inputs) as run:
+    with (
+        keeping("this run had not begun, and what earlier runs saved is kept"),
+        inputs.files.lock() if is_first else nullcontext(),
+        set_up(options, inputs) as run,
+    ):
         for line in run.summary:
             run.reporter.line(line)
         run.reporter.start({"options": asdict(options), "world_size": run.engine.world_size})
@@ -104,13 +111,14 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
     """
     model, tokenizer, files = inputs.pretrained.model, inputs.pretrained.tokenizer, inputs.files
     with closing(make_engine(inputs.engine, inputs.device, inputs.dtype)) as engine:
+        _refuse_different_deltas(engine, options)
         sizes = model_line(model)
         distribution = engine.load_model(inputs.pretrained, options.parallel, options.offload)
         indexes = [open_index(engine, data, tokenizer) for data in inputs.datasets.values()]
         training, evaluation = _loaders(options, engine, indexes, tokenizer)
         checkpointing = _choose_checkpointing(options, inputs, engine, indexes[0])
         model.encoder.set_checkpointing(checkpointing.checkpointing)
-        model.attention = options.attention
+        model.attention, attention_lines = _choose_attention(options, model, engine)
         if engine.device.type == "cpu":
             return_freed_memory()
         if options.compile:
@@ -119,25 +127,34 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
 
             compile_blocks(model.encoder)
         engine.prepare(model, _optimizer_settings(options))
-        state = TrainingState()
-        if (saved := inputs.take_saved_state()) is not None:
+        saved = inputs.take_saved_state()
+        _check_same_step(engine, -1 if saved is None else saved[1]["step"])
+        resumed_step, state = None, TrainingState()
+        if saved is not None:
             engine_state, trainer_state = saved
             engine.load_training_state(engine_state)
-            state = TrainingState(**trainer_state)
+            resumed_step, state = trainer_state["step"], TrainingState(**trainer_state)
             # Its file is mapped: while a name refers to it, it takes disk space beside newer ones.
             del saved, engine_state
-        if engine.rank == 0:
-            # Only after all ranks have opened the state to resume from, which this may move.
-            files.places.finish() if options.resume else files.places.begin()
+        # Only after all ranks have opened the state to resume from, which this may move.
+        _begin(engine, files, resumed_step is not None, state)
         reporter = Reporter(
             files.places.to_write(files.log) if engine.rank == 0 else None,
-            resumed_step=state.step if options.resume else None,
+            resumed_step=resumed_step,
+            evaluated_step=state.evaluated_step if state.evaluated_step >= 0 else state.step - 1,
             task=options.task_name,
             tensorboard=options.tensorboard,
         )
-        summary = [f"resumed after step {state.step}"] if options.resume else []
-        summary += [_engine_line(engine), sizes, *_data_lines(options, training, evaluation)]
-        summary += [distribution, checkpointing_line(checkpointing)]
+        summary = [inputs.fresh_start] if inputs.fresh_start else []
+        is_resumed = resumed_step is not None
+        summary += [f"resumed after step {resumed_step}"] if is_resumed else []
+        summary += [
+            _engine_line(engine),
+            sizes,
+            *init_delta_line(options, is_resumed),
+        ]
+        summary += _data_lines(options, training, evaluation)
+        summary += [distribution, checkpointing_line(checkpointing), *attention_lines]
         with closing(reporter):
             yield Run(
                 model=model,
@@ -167,13 +184,63 @@ def open_index(engine: Engine, dataset: BinaryDataset, tokenizer: Tokenizer) -> 
     if engine.reduce([float(failure is not None)])[0]:
         raise failure or InputError(f"{dataset.folder}: the first process cannot read it")
     own = int(dataset.fingerprint[:15], 16) ^ int(tokenizer.fingerprint[:15], 16)
-    largest, least = engine.reduce_max([own, -own])
-    if largest != -least:
+    if not _is_same_on_all_ranks(engine, own):
         raise InputError(
             f"{dataset.folder}: the processes have different data or vocabularies; copy the folder "
             "and the vocabulary to all machines again"
         )
     return TokenIndex.of(dataset, tokenizer)
+
+
+def _check_same_step(engine: Engine, step: int) -> None:
+    """Check that all processes resume from the same state, or none does; collective.
+
+    Each has looked for it on its own.
+
+    Args:
+        step: of the state; -1 if this process begins anew.
+    """
+    largest, least = engine.reduce_max([step, -step])
+    if largest != -least:
+        found = ["no state" if s < 0 else f"the state of step {s}" for s in (-least, largest)]
+        raise InputError(
+            f"--resume: one process finds {found[0]}, another one {found[1]}; --save must be on a "
+            "file system that all machines share"
+        )
+
+
+def _begin(engine: Engine, files: RunFiles, resumes: bool, state: TrainingState) -> None:
+    """Prepare the folder of a run, and correct the state that it begins with; collective.
+
+    A new run that begins at the state of another one saves that state first. If the best weights of
+    that run are later than the state, those of the state are evaluated, and are the best so far.
+    """
+    begins_new_run = lacks_best = False
+    if engine.rank == 0:
+        lacks_best = not files.begin(asdict(state) if resumes else None)
+        begins_new_run = files.begins_new_run
+    figures = engine.reduce_max([int(begins_new_run), int(lacks_best)])
+    if figures[0]:
+        state.saved_step = -1
+        if figures[1]:
+            state.best_loss, state.evaluated_step = math.inf, -1
+            state.evaluations_without_gain = 0
+
+
+def _is_same_on_all_ranks(engine: Engine, number: int) -> bool:
+    largest, least = engine.reduce_max([number, -number])
+    return largest == -least
+
+
+def _refuse_different_deltas(engine: Engine, options: Options) -> None:
+    """Raise `InputError`, on all ranks, if they begin with different deltas; collective."""
+    if options.init_delta is None or not begins_with_file(options):
+        return
+    if not _is_same_on_all_ranks(engine, digest_of(options.init_delta)):
+        raise InputError(
+            f"--init-delta {options.init_delta}: the processes have different files; copy it to "
+            "all machines again"
+        )
 
 
 def _loaders(
@@ -221,6 +288,22 @@ def _choose_checkpointing(
     if engine.reduce_max([int(own.checkpointing)])[0] and not own.checkpointing:
         return CheckpointingChoice(True, "another process has less memory")
     return own
+
+
+def _choose_attention(options: Options, model: CPMBee, engine: Engine) -> tuple[str, list[str]]:
+    """How the model attends, and a line about it if flex was requested; collective.
+
+    All ranks do the same: sums that differ in their rounding would add up to different weights.
+    """
+    if options.attention != FLEX:
+        return SDPA, []
+    reason: str | None = "the bias table is trained, and flex is only for a frozen one"
+    if not model.position_bias.relative_attention_bias.requires_grad:
+        with engine.autocast():  # as in training, so that the compiled kernels are used again
+            reason = flex_probe.probe(model.config, engine.dtype, engine.device)
+    if not engine.reduce_max([int(reason is not None)])[0]:
+        return FLEX, ["attention flex: agrees with sdpa on this machine"]
+    return SDPA, [f"attention sdpa instead of flex: {reason or 'it fails in another process'}"]
 
 
 def _optimizer_settings(options: Options) -> OptimizerSettings:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from cpm_bee.quantize.linear import num_weights
+from cpm_bee.train.activation_checkpointing import CheckpointingChoice
 from cpm_bee.train.data_size import DataSize
-from cpm_bee.train.memory_estimate import CheckpointingChoice
 from cpm_bee.train.options import Options
 from cpm_bee.train.schedules import EXPONENTIAL_DECAY, learning_rate
 

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from cpm_bee.distributed import rank
 from cpm_bee.engine import Engine, StepResult
 from cpm_bee.engine.finite import not_finite
-from cpm_bee.errors import InterruptedRun, RunError
+from cpm_bee.errors import InterruptedRun, RunError, describe
 from cpm_bee.model.network import CPMBee
 from cpm_bee.progress import progress_bar, silence_terminal
 from cpm_bee.train.checkpoints import RunFiles
@@ -74,21 +74,41 @@ class Trainer:
         self._files = files
         self._reporter = reporter
         self._signals = 0
+        self._saved_at = time.monotonic()
         self.state = state
 
     def run(self) -> str:
         """Train to the end; returns the reason for the end, which is also logged.
 
         Raises:
-            RunError: the loss or the gradients are not finite, or the run was interrupted; the
-                last good state is saved.
+            RunError: the loss or the gradients are not finite, a file could not be written, or the
+                run was interrupted; the last good state is saved.
         """
+        try:
+            return self._run()
+        except OSError as error:  # a full disk, or a file system that is gone
+            reason = f"{describe(error)}; {self._kept()}"
+            with suppress(OSError):
+                self._reporter.end(reason, self.state.step)
+            raise RunError(reason) from error
+
+    def _kept(self) -> str:
+        steps = self.state.saved_step
+        if steps < 0:
+            return "this run had not saved a state; what earlier runs saved is kept"
+        return (
+            f"the state saved after {steps} steps is kept ({self._files.state}): make room, and "
+            "the same command with --resume goes on from there"
+        )
+
+    def _run(self) -> str:
         state = self.state
         self._model.train()
         with self._watch_signals():
             try:
-                if state.step == 0:
+                if state.evaluated_step < 0:
                     self._evaluate()
+                if state.saved_step < 0:
                     self._save()  # for a run that fails at once
                 reason = self._train()
                 if state.evaluated_step != state.step:
@@ -165,8 +185,9 @@ class Trainer:
             own_loss += share.item()
             del share  # and what its graph holds, before the next forward pass
         # The same reduction tells all ranks of a signal to any of them, so that all end after the
-        # same step.
-        loss, signals = engine.reduce([own_loss, float(self._signals > 0)])
+        # same step, and whether to save: their clocks differ.
+        flags = (self._signals > 0, self._is_late())
+        loss, signals, is_late = engine.reduce([own_loss, *map(float, flags)])
         _require_finite(loss, f"loss of step {state.step + 1}")
         lr = learning_rate(
             options.lr_decay_style,
@@ -186,7 +207,7 @@ class Trainer:
             self._reporter.inspection(state.step, engine.statistics())
         if state.step % options.eval_interval == 0:
             self._evaluate()
-        if state.step % (options.save_interval or options.eval_interval) == 0:
+        if is_late or state.step % (options.save_interval or options.eval_interval) == 0:
             self._save()
         if signals:
             raise InterruptedRun(
@@ -197,6 +218,11 @@ class Trainer:
             patience = options.early_stop_patience
             return f"early stop: {patience} evaluations in a row without a lower loss"
         return None
+
+    def _is_late(self) -> bool:
+        """Whether the state was last saved longer ago than --save-minutes."""
+        minutes = self._options.save_minutes
+        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
     def _log(
         self,
@@ -236,17 +262,27 @@ class Trainer:
         if best:
             state.best_loss = result.loss
             state.evaluations_without_gain = 0
-            self._save_weights("best")
         else:
             state.evaluations_without_gain += 1
+        # Logged first: the log tells which best weights are later than a state, also after a kill.
         self._reporter.evaluation(state.step, result, best)
+        if best:
+            self._save_weights("best")
 
     def _save(self) -> None:
         """Save the last weights and the state, at most once per step."""
         state = self.state
         if state.saved_step == state.step:
             return
-        state.saved_step = state.step
+        before, state.saved_step = state.saved_step, state.step
+        try:
+            self._write_results()
+        except BaseException:
+            state.saved_step = before
+            raise
+
+    def _write_results(self) -> None:
+        state = self.state
         self._save_weights("last")
         if self._evaluation is None:
             self._save_weights("best")  # without evaluations, the last are the best
@@ -257,6 +293,7 @@ class Trainer:
             if previous is not None:
                 self._reporter.line(f"the files of the previous run are in {previous}")
         self._engine.barrier()
+        self._saved_at = time.monotonic()
 
     def _save_weights(self, which: str) -> None:
         tensors = self._engine.trained_tensors()
@@ -278,7 +315,9 @@ class Trainer:
             if self._signals > 1:
                 raise KeyboardInterrupt
 
-        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup it stays ignored
+            signals.append(signal.SIGHUP)
         old = {s: signal.signal(s, note) for s in signals}
         try:
             yield

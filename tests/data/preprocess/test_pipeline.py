@@ -147,7 +147,8 @@ def test_memory_is_that_of_a_piece(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert peak < 12 * piece + 100_000
     assert sorted(numbers(folder / "train")) == list(range(6_000))
-    assert set(tree(folder)) == {"train", "train/meta.bin", "train/ccpm_data"}
+    files = {f"train/{name}" for name in ("meta.bin", "checksums.json", "ccpm_data")}
+    assert set(tree(folder)) == {"train", *files}
 
 
 # ------------------------------------------------------------------ the token index

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import train_support
 from dataset_writer import DatasetWriter
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,10 +22,12 @@ from properties import examples
 from cpm_bee.data.batch import Stream, collate, extension_pairs, make_batch
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.token_index import reader as index_module
+from cpm_bee.data.token_index import soundness
+from cpm_bee.data.token_index.arrays import ARRAYS
 from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.data.token_index.writer import folder_name
 from cpm_bee.encoding import EncodedRecord, Encoder
-from cpm_bee.errors import InputError
+from cpm_bee.errors import DamagedFile, InputError
 from cpm_bee.files import BusyError, atomic_folder, exclusive
 from cpm_bee.records import Record
 from cpm_bee.tokenizer import Tokenizer
@@ -314,6 +317,75 @@ def test_a_damaged_index_is_made_again(
     damage(index_folder(folder))
     check(RECORDS, folder, seed=0)
     assert len(builds) == 2
+
+
+def flip(path: Path, offset: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", [*ARRAYS, "index.json"])
+def test_a_changed_bit_is_named_and_the_index_made_again(
+    folder: Path, builds: list[Path], name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    open_index(folder)
+    path = index_folder(folder) / name
+    flip(path, path.read_bytes().index(b'"vocabulary": "') + 20 if name == "index.json" else 0)
+    check(RECORDS, folder, seed=0)
+    assert len(builds) == 2
+    (told,) = caplog.messages
+    assert str(path) in told and "(checksum); the token index has to be made again" in told
+
+
+@pytest.mark.parametrize("name", ["ids", "subs", "segments", "extension_ids", "extension_subs"])
+def test_a_large_index_is_compared_as_it_is_read(
+    folder: Path, builds: list[Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_index(folder)
+    monkeypatch.setattr(soundness, "_SMALL", 0)
+    check(RECORDS, folder, seed=0)
+    path = index_folder(folder) / name
+    flip(path, 0)
+    index = open_index(folder)
+    told = rf"{path}: bytes 0 to \d+ have changed .*\(checksum\)\nremove .*rm -r {path.parent}"
+    for read in (index.stream, index.largest_subs):
+        if name.startswith("extension") or read == index.stream:
+            with pytest.raises(DamagedFile, match=told):
+                read([0, 1])
+    if not name.startswith("extension"):
+        with pytest.raises(DamagedFile, match=told):
+            index.record(0)
+    assert len(builds) == 1
+
+
+@pytest.mark.parametrize("changed", ["", "checksums", "crc32"])
+def test_an_index_of_an_earlier_version_is_read(
+    folder: Path, builds: list[Path], changed: str
+) -> None:
+    """It has no checksums. A changed name of a field does not make one of it."""
+    open_index(folder)
+    path = index_folder(folder) / "index.json"
+    info = json.loads(path.read_text())
+    if changed:
+        info[changed[:-1] + "q"] = info.pop(changed)
+    else:
+        del info["checksums"], info["crc32"]
+    path.write_text(json.dumps(info))
+    check(RECORDS, folder, seed=0)
+    assert len(builds) == (2 if changed else 1)
+
+
+def test_damage_of_the_dataset_is_not_taken_for_that_of_the_index(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = train_support.make_dataset(tmp_path, "set", RECORDS)
+    open_index(folder)
+    caplog.clear()
+    flip(folder / "data", 100)
+    with pytest.raises(DamagedFile, match=f"{folder / 'data'}: bytes 0 to"):
+        open_index(folder)
+    assert caplog.messages == []
 
 
 def test_a_killed_run_leaves_nothing_that_is_taken_for_an_index(

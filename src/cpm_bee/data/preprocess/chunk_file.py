@@ -18,6 +18,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from cpm_bee.data.token_index import arrays as token_arrays
+from cpm_bee.disk import open_to_write
 
 RECORD_COUNT = struct.Struct("<I")
 TABLE_ENTRY = struct.Struct("<Q")  # the offset of a bucket's part
@@ -43,7 +44,7 @@ def write_chunk(
         filled = [bucket for bucket, size in enumerate(sizes) if size]
         parts = map(token_arrays.to_bytes, token_arrays.split(arrays, ends[filled]))
     offsets = array("Q")
-    with open(target, "wb") as file:
+    with open_to_write(target, "wb") as file:
         file.seek(TABLE_ENTRY.size * (len(sizes) + 1))
         begin = 0
         for size in sizes:

@@ -21,13 +21,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cpm_bee.data.bin_dataset import BinaryDataset, BlockLayout
+from cpm_bee.data.bin_checksums import write_checksums
+from cpm_bee.data.bin_dataset import END, BinaryDataset, BlockLayout
 from cpm_bee.data.bin_meta import write_meta
 from cpm_bee.data.preprocess.chunk_file import read_part, read_sizes
 from cpm_bee.data.preprocess.scatter import Buckets
 from cpm_bee.data.preprocess.workers import Workers
 from cpm_bee.data.token_index import arrays as token_arrays
 from cpm_bee.data.token_index.writer import folder_name, write_arrays, write_info
+from cpm_bee.disk import open_to_write
+from cpm_bee.errors import naming
 from cpm_bee.progress import progress_bar
 from cpm_bee.segments import SegmentTree
 from cpm_bee.tokenizer import Tokenizer
@@ -104,9 +107,13 @@ def gather(
     for path, bits in zip(buckets.paths, buckets.filled, strict=True):
         if bits:
             path.unlink()
-    with open(files.data, "r+b") as file:
+    with open_to_write(files.data, "r+b") as file, naming(files.data):
         file.truncate(layout.size)  # extends the file; bytes that were not written are zeros
+        for end in layout.ends:  # written, since on a full tmpfs a hole cannot be read from a map
+            file.seek(end)
+            file.write(END)
     write_meta(folder, layout.info(output_name))
+    write_checksums(folder, layout.info(output_name))
     if tokenizer is not None and files.index is not None and counts is not None:
         dataset, total = BinaryDataset(folder), counts.sum(axis=0)
         write_info(files.index, dataset, tokenizer, total, trees, buckets.extension_vocabulary)
@@ -145,7 +152,7 @@ def _write_bucket(files: _Paths, bucket: _Bucket) -> None:
         for size in part.sizes:
             frames.append(part.frames[begin : begin + size])
             begin += size
-    with open(files.data, "r+b") as file:
+    with open_to_write(files.data, "r+b") as file:
         end = -1
         for offset, number in zip(bucket.offsets, bucket.order, strict=True):
             if offset != end:

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from cpm_bee.data.bin_checksums import CHECKSUMS
 from cpm_bee.data.bin_dataset import BinaryDataset, payload_limit
 from cpm_bee.data.bin_meta import META
 from cpm_bee.data.preprocess.gather import gather
 from cpm_bee.data.preprocess.scatter import Buckets, Chunk, Remarks, ScatterResult, scatter
 from cpm_bee.data.preprocess.workers import Workers
+from cpm_bee.disk import shortage
 from cpm_bee.encoding import Encoder
-from cpm_bee.errors import InputError, Problems
+from cpm_bee.errors import InputError, Problems, RunError, keeping
 from cpm_bee.files import atomic_folder
 from cpm_bee.json_lines import check_is_lines
+from cpm_bee.paths import not_a_file, not_a_file_or_folder, unwritable_folder
 from cpm_bee.progress import progress_bar
 from cpm_bee.tokenizer import Tokenizer
 
@@ -31,6 +35,7 @@ logger = logging.getLogger(__name__)
 # pieces to keep all processes busy, large files into large pieces to limit the number of files.
 LEAST_PIECE, LARGEST_PIECE = 1 << 18, 1 << 22
 MAX_BUCKETS = 4096
+_SURE = 0.8  # of an estimate of bytes: so many are needed in any case
 
 
 def preprocess(
@@ -72,16 +77,18 @@ def preprocess(
         InputError: records are invalid (all problems of all files are listed), or a dataset exists
             and `overwrite` is false. Nothing is left behind.
     """
-    if Path(output_name).name != output_name or output_name in ("", META) or output_name[0] == ".":
+    taken = ("", META, CHECKSUMS)
+    if Path(output_name).name != output_name or output_name in taken or output_name[0] == ".":
         raise InputError(
-            f"--output_name {output_name!r}: expected a file name other than {META} that does not "
-            "begin with a dot"
+            f"--output_name {output_name!r}: expected a file name other than {META} and "
+            f"{CHECKSUMS} that does not begin with a dot"
         )
     files = _input_files(inputs)
     folders = [output_path / file.stem for file in files]
     _check_destinations(output_path, folders, overwrite)
     problems = Problems()
-    with contextlib.ExitStack() as datasets:
+    kept = "no dataset was written, and existing ones are unchanged"
+    with keeping(kept), contextlib.ExitStack() as datasets:
         scatters = [
             _Scatter(
                 file,
@@ -91,11 +98,12 @@ def preprocess(
             )
             for file, folder in zip(files, folders, strict=True)
         ]
+        check_room = partial(_require_room, output_path, scatters)
         limit = payload_limit(block_size)
         num_chunks = sum(len(s.chunks) for s in scatters)
         with Workers(_encoder(tokenizer), min(workers, num_chunks)) as processes:
             for s in scatters:
-                s.run(processes, seed, limit, problems, tokens_needed, escape)
+                s.run(processes, seed, limit, problems, tokens_needed, escape, check_room)
         problems.raise_if_any(
             f"{inputs}: {problems.count} problems, nothing was written", _record_help()
         )
@@ -105,8 +113,29 @@ def preprocess(
             _warn_of_vocabulary(tokenizer, scatters)
             tokenizer = None
         for s in scatters:
+            # The dataset has all that the buckets have, which are removed when it is complete.
+            _raise_shortage(output_path / s.file.stem, 0.9 * sum(s.written), "the dataset")
             gather(s.buckets, s.folder, output_name, seed, block_size, tokenizer, workers)
     return [BinaryDataset(folder) for folder in folders]
+
+
+def _require_room(output_path: Path, scatters: list[_Scatter]) -> None:
+    """Raise `RunError` if the disk is clearly too small, judged by the first chunks.
+
+    For a time, all buckets and one dataset are there.
+    """
+    sizes = [s.file.stat().st_size for s in scatters]
+    firsts = [(s.written[:1], s.chunks[0]) for s in scatters if s.chunks_read]
+    read = sum(end - begin for _, (begin, end) in firsts)
+    ratio = sum(sum(written) for written, _ in firsts) / read
+    needed = _SURE * ratio * (sum(sizes) + max(sizes))
+    needed -= sum(sum(s.written) for s in scatters)
+    _raise_shortage(output_path, needed, "making the datasets")
+
+
+def _raise_shortage(path: Path, needed: float, what: str) -> None:
+    if reason := shortage(path, needed, what):
+        raise RunError(f"{path}: {reason}; no dataset was written, and existing ones are unchanged")
 
 
 def _piece(file: Path, count: int) -> int:
@@ -147,6 +176,7 @@ class _Scatter:
     bucket_bytes: int
     buckets: Buckets = field(init=False)
     num_records: int = 0
+    chunks_read: int = 0
     unanswered: Remarks = field(default_factory=Remarks)
     unwritable: Remarks = field(default_factory=Remarks)
     unencodable: Remarks = field(default_factory=Remarks)
@@ -157,6 +187,12 @@ class _Scatter:
         size = self.file.stat().st_size
         return [(b, min(b + self.chunk_bytes, size)) for b in range(0, size, self.chunk_bytes)]
 
+    @property
+    def written(self) -> list[int]:
+        """The sizes of the chunks' files that are there."""
+        paths = self.buckets.paths if self.chunks_read else ()
+        return [path.stat().st_size for path in paths if path.exists()]
+
     def run(
         self,
         processes: Workers,
@@ -165,6 +201,7 @@ class _Scatter:
         problems: Problems,
         tokens_needed: bool,
         escape: bool,
+        check_room: Callable[[], None],
     ) -> None:
         try:
             check_is_lines(self.file)
@@ -198,6 +235,9 @@ class _Scatter:
                 self._note(result, num_lines + 1, problems)
                 num_lines += result.num_lines
                 self.num_records += result.num_records
+                self.chunks_read += 1
+                if self.chunks_read == 1:
+                    check_room()
                 bar.update(min(self.chunk_bytes, size))
                 if not result.is_text:
                     break
@@ -237,13 +277,11 @@ class _Scatter:
 
 
 def _input_files(inputs: Path) -> list[Path]:
-    if inputs.is_file():
+    if not_a_file(inputs) is None:
         return [inputs]
     reformat = "python data_reformat.py (in tutorials/basic_task_finetune) makes them from raw_data"
-    if not inputs.is_dir():
-        raise InputError(
-            f"{inputs}: no such file or folder; expected *.jsonl files of records\n{reformat}"
-        )
+    if reason := not_a_file_or_folder(inputs, "file or folder"):
+        raise InputError(f"{inputs}: {reason}; expected *.jsonl files of records\n{reformat}")
     # Hidden files are those that editors and other systems leave behind.
     files = [p for p in inputs.glob("*.jsonl") if p.is_file() and not p.name.startswith(".")]
     if not files:
@@ -252,8 +290,10 @@ def _input_files(inputs: Path) -> list[Path]:
 
 
 def _check_destinations(output_path: Path, folders: list[Path], overwrite: bool) -> None:
-    if output_path.exists() and not output_path.is_dir():
+    if output_path.is_file():
         raise InputError(f"{output_path}: --output_path is a folder, this is a file")
+    if reason := unwritable_folder(output_path):
+        raise InputError(f"--output_path {output_path}: {reason}")
     existing = [folder for folder in folders if folder.exists()]
     if existing and not overwrite:
         raise InputError(

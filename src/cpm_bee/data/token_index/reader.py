@@ -8,14 +8,16 @@ those whose answer is a dictionary that training shuffles: these are encoded aga
 
 An index can always be rebuilt from the records, so one that is missing, stale or damaged is simply
 made again. Its folder, inside the dataset's, is named after the vocabulary; the dataset's own files
-are never changed.
+are never changed. A small index is compared with its checksums as a whole when it is opened. Of a
+large one, only the arrays with one item per record are, and each block of the others when a batch
+first needs it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import json
+import logging
 import mmap
 import random
 import tempfile
@@ -28,13 +30,22 @@ import numpy as np
 from cpm_bee.data.batch import Pair, Stream
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.token_index.arrays import ARRAYS
-from cpm_bee.data.token_index.soundness import UNREADABLE, check_arrays, is_within, read_trees
-from cpm_bee.data.token_index.writer import INFO, build, folder_name
+from cpm_bee.data.token_index.soundness import (
+    UNREADABLE,
+    ArrayBlocks,
+    check_arrays,
+    is_within,
+    read_info,
+    read_trees,
+)
+from cpm_bee.data.token_index.writer import CHECKSUMS, INFO, build, folder_name
 from cpm_bee.encoding import AnswerState, EncodedRecord, Encoder
-from cpm_bee.errors import InputError
+from cpm_bee.errors import DamagedFile
 from cpm_bee.files import BusyError, atomic_folder, exclusive
 from cpm_bee.records import Record
 from cpm_bee.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 # The errors for a folder that cannot be written; EROFS is not a PermissionError.
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -58,16 +69,21 @@ class TokenIndex:
     """
 
     def __init__(self, folder: Path, dataset: BinaryDataset, tokenizer: Tokenizer) -> None:
-        info = json.loads((folder / INFO).read_text(encoding="utf-8"))
+        info = read_info(folder / INFO)
         if info["dataset"] != dataset.fingerprint or info["vocabulary"] != tokenizer.fingerprint:
             raise ValueError("made from other data")
-        arrays = {
+        maps = {
             name: _map(folder / name, dtype, info[counted], scattered=counted != "records")
             for name, (dtype, counted) in ARRAYS.items()
         }
+        self._folder = folder
+        self._blocks = ArrayBlocks(folder, maps, info.get(CHECKSUMS), self._remedy)
+        # Faster to slice than numpy.memmap.
+        arrays: dict[str, np.ndarray] = {
+            name: np.frombuffer(maps[name], dtype=dtype) for name, (dtype, _) in ARRAYS.items()
+        }
         self._trees = read_trees(info)
         check_arrays(arrays, info, len(self._trees), len(dataset.files), len(tokenizer))
-        self._folder = folder
         self._vocab_size = len(tokenizer)
         self.dataset = dataset
         self.lengths = arrays["lengths"]
@@ -99,7 +115,7 @@ class TokenIndex:
         Raises:
             InputError: some records cannot be encoded; all are listed.
         """
-        if (existing := cls.open_existing(dataset, tokenizer)) is not None:
+        if (existing := cls.open_existing(dataset, tokenizer, quiet=True)) is not None:
             return existing
         folder = dataset.folder / folder_name(tokenizer)
         try:
@@ -124,11 +140,26 @@ class TokenIndex:
             return index
 
     @classmethod
-    def open_existing(cls, dataset: BinaryDataset, tokenizer: Tokenizer) -> TokenIndex | None:
-        """Open the index without making one; None if it is missing, stale or damaged."""
-        with contextlib.suppress(OSError, *UNREADABLE):
-            return cls(dataset.folder / folder_name(tokenizer), dataset, tokenizer)
+    def open_existing(
+        cls, dataset: BinaryDataset, tokenizer: Tokenizer, *, quiet: bool = False
+    ) -> TokenIndex | None:
+        """Open the index without making one; None if it is missing, stale or damaged.
+
+        Warns of a checksum that differs, unless `quiet`.
+        """
+        dataset.fingerprint  # noqa: B018 - raises if the dataset itself is damaged
+        try:
+            with contextlib.suppress(OSError, *UNREADABLE):
+                return cls(dataset.folder / folder_name(tokenizer), dataset, tokenizer)
+        except DamagedFile as error:
+            if not quiet:
+                reason, *_ = str(error).splitlines()
+                logger.warning(f"{reason}; the token index has to be made again")
         return None
+
+    @property
+    def _remedy(self) -> str:
+        return f"remove the token index (rm -r {self._folder}), and the next run makes it again"
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -143,6 +174,7 @@ class TokenIndex:
             same_size = len(record) == tokens.stop - tokens.start
             self._require(same_size and len(record.tree.depths) == len(tree.depths))
             return record
+        self._blocks.check("tokens", *self._starts[number : number + 2, None])
         ids, segments = a["ids"][tokens], a["segments"][tokens]
         self._require(is_within(ids, self._vocab_size) and is_within(segments, len(tree.depths)))
         return EncodedRecord(ids=ids, subs=a["subs"][tokens], segments=segments, tree=tree)
@@ -150,10 +182,7 @@ class TokenIndex:
     def _require(self, sound: bool) -> None:
         # The token arrays are first read when batches are made, so damage shows up only then.
         if not sound:
-            raise InputError(
-                f"{self._folder}: this token index is damaged; remove the folder, and the next run "
-                "will make it again"
-            )
+            raise DamagedFile(f"{self._folder}: this token index is damaged\n{self._remedy}")
 
     def source(self, number: int) -> Record:
         """The record in the dataset."""
@@ -185,7 +214,9 @@ class TokenIndex:
         chosen = np.asarray(numbers, dtype=np.int64)
         lengths = self.lengths[chosen].astype(np.int64)
         trees = a["trees"][chosen]
-        tokens = _positions(self._starts[chosen], lengths)  # (T,)
+        begins = self._starts[chosen]
+        self._blocks.check("tokens", begins, begins + lengths)
+        tokens = _positions(begins, lengths)  # (T,)
         segments = a["segments"][tokens]
         ids, subs = a["ids"][tokens], a["subs"][tokens]
         self._require(
@@ -229,7 +260,9 @@ class TokenIndex:
         """The largest sub of each id of `extension_vocabulary` in some records; 0 if none."""
         chosen = np.asarray(numbers, dtype=np.int64)
         counts = self._arrays["extension_counts"][chosen]
-        own = _positions(self._extension_starts[chosen], counts)
+        begins = self._extension_starts[chosen]
+        self._blocks.check("extensions", begins, begins + counts)
+        own = _positions(begins, counts)
         extension_ids = self._arrays["extension_ids"][own]
         self._require(bool(np.isin(extension_ids, self.extension_vocabulary).all()))
         ids = np.searchsorted(self.extension_vocabulary, extension_ids)
@@ -258,15 +291,15 @@ def _starts(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
-def _map(path: Path, dtype: type, count: int, *, scattered: bool) -> np.ndarray:
-    """A file as a read-only array; `scattered` if it will be read in random order."""
+def _map(path: Path, dtype: type, count: int, *, scattered: bool) -> mmap.mmap | bytes:
+    """A file in memory; `scattered` if it will be read in random order."""
     if path.stat().st_size != count * np.dtype(dtype).itemsize:
         raise ValueError(f"{path}: wrong size")
     if not count:
-        return np.empty(0, dtype=dtype)  # an empty file cannot be mapped
+        return b""  # an empty file cannot be mapped
     with open(path, "rb") as file:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if scattered and hasattr(mmap, "MADV_RANDOM"):
         # Read-ahead, up to megabytes per record, would make the first step take seconds.
         memory.madvise(mmap.MADV_RANDOM)
-    return np.frombuffer(memory, dtype=dtype)  # faster to slice than numpy.memmap
+    return memory

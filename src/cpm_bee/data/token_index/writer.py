@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cpm_bee import checksums
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.record_pickle import decode
 from cpm_bee.data.token_index.arrays import (
@@ -28,6 +29,7 @@ from cpm_bee.data.token_index.arrays import (
     TokenChunk,
     counts_of,
 )
+from cpm_bee.disk import open_to_write
 from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.progress import progress_bar
@@ -37,6 +39,7 @@ from cpm_bee.tokenizer import Tokenizer
 FORMAT = 3  # part of the folder's name; increment it when the format changes
 
 INFO = "index.json"
+CHECKSUMS = "checksums"  # the field with those of each array's blocks
 CHUNK_TOKENS = 1 << 18
 
 
@@ -54,7 +57,7 @@ def write_arrays(folder: Path, arrays: Arrays, at: np.ndarray) -> None:
     for name, values in arrays.items():
         dtype, counted = ARRAYS[name]
         descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o666)
-        with open(descriptor, "wb") as file:
+        with open_to_write(descriptor, "wb", shown=folder / name) as file:
             file.seek(int(at[COUNTED.index(counted)]) * np.dtype(dtype).itemsize)
             file.write(np.ascontiguousarray(values, dtype=dtype).data)
 
@@ -67,7 +70,7 @@ def write_info(
     trees: Sequence[SegmentTree],
     extension_vocabulary: Iterable[int],
 ) -> None:
-    """Write `index.json`, which completes an index.
+    """Write `index.json`, which completes an index; reads its arrays for their checksums.
 
     Args:
         counts: the numbers of items of the whole index, as in `COUNTED`.
@@ -80,8 +83,10 @@ def write_info(
         "trees": [[tree.depths, [int(p) for p in tree.predicted]] for tree in trees],
         "extension_vocabulary": sorted(extension_vocabulary),
         **dict(zip(COUNTED, counts.tolist(), strict=True)),
+        CHECKSUMS: {name: checksums.of_blocks(folder / name) for name in ARRAYS},
     }
-    (folder / INFO).write_text(json.dumps(info), encoding="utf-8")
+    with open_to_write(folder / INFO) as file:
+        file.write(json.dumps(checksums.sealed(info)))
 
 
 def build(folder: Path, dataset: BinaryDataset, tokenizer: Tokenizer) -> None:
@@ -138,11 +143,10 @@ class _Builder:
         if trees:  # so far numbered in order of appearance
             final = np.empty(len(trees), dtype=np.int32)
             final[[self._trees[tree] for tree in trees]] = np.arange(len(trees))
-            stored = np.memmap(self._folder / "trees", dtype=np.int32, mode="r+")
-            for begin in range(0, len(stored), CHUNK_TOKENS):
-                part = slice(begin, begin + CHUNK_TOKENS)
-                stored[part] = final[stored[part]]
-            stored.flush()
+            with open_to_write(self._folder / "trees", "r+b") as file:
+                while part := file.read(CHUNK_TOKENS * final.itemsize):
+                    file.seek(-len(part), os.SEEK_CUR)
+                    file.write(final[np.frombuffer(part, dtype=final.dtype)].data)
         write_info(
             self._folder, dataset, tokenizer, self._counts, trees, self._extension_vocabulary
         )

@@ -1,0 +1,116 @@
+"""Run by tests/train/test_memory_estimate.py: what rank 0 of two allocates in steps with FSDP.
+
+There is one process. Its collectives go to PyTorch's fake process group, which does not send
+anything; values that another rank would send are replaced by this rank's own, so that they are
+finite. Gloo would add copies of its own, which NCCL does not make. All allocations are counted, by
+PyTorch's profiler.
+
+Prints the largest number of bytes in use at a time, by case.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import types
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from cpm_bee import delta
+from cpm_bee.checkpoint.reader import LazyTensor
+from cpm_bee.distributed import process_group
+from cpm_bee.engine import OptimizerSettings
+from cpm_bee.engine.torch_engine import TorchEngine
+from cpm_bee.model.config import ModelConfig
+from cpm_bee.model.frozen import buffers
+from cpm_bee.model.initialization import initial_values
+from cpm_bee.model.network import CPMBee
+from cpm_bee.train.memory_estimate import TrainingSetup, typical_batch
+
+# 20 MiB of embedding and 5 MiB a layer in fp32: more than activations, so that each is seen.
+CONFIG = ModelConfig(
+    vocab_size=20_000, dim_model=256, num_heads=4, dim_head=64, dim_ff=1400, num_layers=4
+)
+BATCH = typical_batch([40, 20], 8, CONFIG.vocab_size)
+FULL = TrainingSetup(torch.float32)
+LORA = TrainingSetup(torch.float32, delta.DeltaConfig())
+CASES = {
+    "full": FULL,
+    "full, bf16": replace(FULL, dtype=torch.bfloat16),
+    "LoRA": LORA,
+    "LoRA, bf16": replace(LORA, dtype=torch.bfloat16),
+}
+SHARDS = 2
+
+
+def gather(output_tensor: torch.Tensor, input_tensor: torch.Tensor, **_: Any) -> None:
+    output_tensor.view(SHARDS, -1).copy_(input_tensor.flatten())
+
+
+def scatter(output: torch.Tensor, input: torch.Tensor, **_: Any) -> None:
+    output.copy_(input.view(SHARDS, -1)[0])
+
+
+def join(device: torch.device) -> None:
+    if not dist.is_initialized():
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=SHARDS)
+    dist.all_gather_into_tensor = gather  # type: ignore[assignment]
+    dist.reduce_scatter_tensor = scatter  # type: ignore[assignment]
+
+
+def meta_model(training: TrainingSetup) -> CPMBee:
+    with torch.device("meta"):
+        model = CPMBee(CONFIG)
+    if training.delta is not None:
+        delta.insert(model, training.delta, 0)
+        for p in model.parameters():
+            if not p.requires_grad:
+                p.data = p.data.to(training.dtype)
+    model.encoder.set_checkpointing(training.checkpointing)
+    return model
+
+
+def peak(training: TrainingSetup) -> int:
+    gc.collect()  # of the case before: what is freed below would be counted
+    engine = TorchEngine(torch.device("cpu"), training.dtype)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model = meta_model(training)
+        whole = initial_values(meta_model(FULL), 0)
+        base: Any = types.SimpleNamespace(
+            model=model, tensors=lambda: ((name, LazyTensor.of(value)) for name, value in whole)
+        )
+        engine.load_model(base, "fsdp", offload=False)
+        engine.prepare(model, OptimizerSettings(0.01, 1.0, 1.0, 2.0, 512))
+        gc.collect()
+        with torch.profiler.record_function("steps"):
+            for _ in range(2):
+                with engine.autocast():
+                    loss = model.loss(BATCH)
+                engine.backward(loss / BATCH.num_targets)
+                engine.step(1e-3)
+    events = profiler.profiler.kineto_results.events()
+    begin = next(e.start_ns() for e in events if e.name() == "steps")
+    used = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            used += event.nbytes()
+            if event.start_ns() > begin:
+                most = max(most, used)
+    return most
+
+
+def main() -> None:
+    buffers._use_count = None  # turns off the buffer pool, which is not part of the prediction
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(SHARDS)}
+    process_group.join = join
+    print(json.dumps({name: peak(training) for name, training in CASES.items()}))
+
+
+if __name__ == "__main__":
+    main()
