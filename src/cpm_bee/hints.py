@@ -70,7 +70,7 @@ _GENERATE = _MODEL | {
     "--output": "output-file output-path output-dir save",
     "--delta": "adapter adapter-path adapter-name-or-path lora lora-path lora-weights peft-model",
     "--beam-size": "num-beams beams beam-width",
-    "--max-length": "max-new-tokens max-tokens max-gen-len num-predict",
+    "--max-length": "max-new-tokens max-gen-len num-predict",
     "--repetition-penalty": "repeat-penalty",
     "--repetition-window": "repeat-last-n",
 }
