@@ -18,7 +18,8 @@ TEXTS = ["春 天", "风", "ab x", "a"]
 
 def record(texts, **fields):
     options = {f"<option_{i}>": text for i, text in enumerate(texts)}
-    return {"input": "春天", **fields, "options": options, "<ans>": ""}
+    # With an unknown character, <unk> is a candidate in generation too, as in `score_records`.
+    return {"input": "春天漢", **fields, "options": options, "<ans>": ""}
 
 
 def choices(records, **kwargs):

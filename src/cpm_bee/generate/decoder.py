@@ -109,6 +109,13 @@ class Decoder:
         if missing > 0:
             self._relations = np.pad(self._relations, ((0, 0), (0, 0), (0, missing)))
 
+    def candidate(self, prompt: Prompt, token: str) -> int:
+        """The number of a special token of a prompt among its candidates."""
+        token_id, sub = pair = prompt.pair_of(token)
+        if not sub:
+            return token_id
+        return len(self.tokenizer) + extension_pairs([prompt.encoded]).index(pair)
+
     def step(self, beams: Beams, num_slots: int) -> torch.Tensor:
         """Run each beam's newest token; returns the states that predict the next, [R * B, dim].
 
