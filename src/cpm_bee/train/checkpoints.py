@@ -273,7 +273,7 @@ class RunFiles:
         problems.raise_if_any(f"{path}: --resume needs the same as before:")
         if is_foreign:
             self._origin = (path, path.stat())
-        elif path.name == self.state.name:
+        elif states[0].name == self.state.name and path.samefile(states[0]):
             self._newest_step = state["progress"]["step"]
         return state["engine"], state["progress"]
 
@@ -354,6 +354,8 @@ def _add_name(path: Path, name: Path) -> None:
     name.unlink(missing_ok=True)
     try:
         os.link(path, name)
+    except FileNotFoundError:  # somebody has removed it
+        return
     except OSError:  # a file system without hard links
         path.rename(name)
 
