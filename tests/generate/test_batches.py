@@ -41,7 +41,7 @@ def assert_same_scores(one, other):
     """What a record sees of others, or a beam of other beams, changes at least the scores."""
     for a, b in zip(one, other, strict=True):
         if a.job is not None:
-            scores = ([score for score, _ in o.job.finished.hypotheses] for o in (a, b))
+            scores = ([score for score, *_ in o.job.finished.hypotheses] for o in (a, b))
             assert next(scores) == pytest.approx(next(scores), rel=1e-6)
 
 
