@@ -22,7 +22,7 @@ from cpm_bee.generate.generator import Generator
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.model.network import CPMBee
 from cpm_bee.pretrained import load_pretrained
-from cpm_bee.records import Record, has_answer, validate
+from cpm_bee.records import Record, has_answer, validate, without_marks
 from cpm_bee.segments import outline
 from cpm_bee.tokenizer import Tokenizer
 from cpm_bee.train.data_loader import DataLoader, PlannedStep
@@ -175,7 +175,7 @@ def write(model: CPMBee, record: Record) -> Written:
         GenerationOptions(beam_size=1, max_length=LONGEST),
     )
     [output] = generator.search([record], options)
-    prompt, written = output.prompt, output.filled()
+    prompt, written = output.prompt, without_marks(output.filled())
     tokens = output.job.answers() if output.job else []
     if validate(written) or len(tokens) < len(prompt.answers):
         return Written(record, False)
