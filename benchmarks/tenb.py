@@ -182,7 +182,7 @@ def train_phase(work: Work, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def generate_phase(work: Work, arguments: argparse.Namespace) -> dict[str, Any]:
     from cpm_bee import delta
-    from cpm_bee.generate.beam_search import Generator
+    from cpm_bee.generate.generator import Generator
     from cpm_bee.generate.options import GenerationOptions
 
     base = load(work, arguments)

@@ -22,6 +22,7 @@ from cpm_bee.cli import ArgumentParser, run_command, shown_default
 from cpm_bee.data.preprocess.options import PreprocessOptions
 from cpm_bee.doctor.options import DoctorOptions
 from cpm_bee.errors import RunError
+from cpm_bee.evaluate.options import EvaluateOptions
 from cpm_bee.files import atomic_file
 from cpm_bee.generate.options import TextGenerationOptions
 from cpm_bee.options import DEBUG, GENERAL, CommandOptions, Flag
@@ -35,6 +36,7 @@ SCRIPTS: dict[str, type[CommandOptions]] = {
     for options in (
         Options,
         TextGenerationOptions,
+        EvaluateOptions,
         PreprocessOptions,
         MergeOptions,
         ConvertOptions,

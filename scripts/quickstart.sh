@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All in one command: install, reformat, preprocess, fine-tune, and compare before and after.
+# All in one command: install, reformat, preprocess, fine-tune, answer, and evaluate.
 #   bash scripts/quickstart.sh                     on the sample in raw_data/
 #   RAW_DATA=my_folder bash scripts/quickstart.sh  on your own train.jsonl and eval.jsonl
 # Can be repeated. Settings of scripts/finetune_cpm_bee.sh (EPOCH, LR, LOAD, ...) work here too.
@@ -37,17 +37,17 @@ done
 make_venv
 step() { printf '\n== %s\n' "$*"; }
 
-step "1/4 data_reformat.py: $RAW_DATA -> $BEE_DATA"
+step "1/5 data_reformat.py: $RAW_DATA -> $BEE_DATA"
 python "$project/tutorials/basic_task_finetune/data_reformat.py" --input "$RAW_DATA" --output "$BEE_DATA"
 
-step "2/4 preprocess_dataset.py: $BEE_DATA -> $BIN_DATA"
+step "2/5 preprocess_dataset.py: $BEE_DATA -> $BIN_DATA"
 python "$project/src/preprocess_dataset.py" \
     --input "$BEE_DATA" --output_path "$BIN_DATA" --output_name data --overwrite
 
-step "3/4 finetune_cpm_bee.sh: $BIN_DATA -> $SAVE"
+step "3/5 finetune_cpm_bee.sh: $BIN_DATA -> $SAVE"
 cd "$project/src"
 export DATASET="$BIN_DATA/train" EVAL_DATASET="$BIN_DATA/eval" SAVE SAVE_NAME="${SAVE_NAME:-$NAME}"
 bash scripts/finetune_cpm_bee.sh "$@"
 
-step "4/4 text_generation.py: the first three records of $BEE_DATA/eval.jsonl"
+step "4/5 text_generation.py: the first three records of $BEE_DATA/eval.jsonl"
 python scripts/quickstart_report.py --save "$SAVE" --save-name "$SAVE_NAME" --records "$BEE_DATA/eval.jsonl"

@@ -1,4 +1,4 @@
-"""The last step of quickstart.sh: three answers, accuracy before and after, and file paths."""
+"""The last steps of quickstart.sh: three answers, an evaluation against the base, file paths."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def main() -> None:
             print(f"  {key}: {json.dumps(value, ensure_ascii=False)}")
         verdict = "correct" if answer == record["<ans>"] else f"expected {json.dumps(answer)}"
         print(f"  -> {verdict}")
+    evaluate(events[0]["options"], delta)
     evaluations = [e for e in events if e["event"] == "eval"]
     best = min(evaluations, key=lambda e: e["loss"])
     print(f"\naccuracy on {best['records']} evaluation records (exact match):")
@@ -54,14 +55,23 @@ def take(records: Path, sample: Path) -> list:
 
 
 def generate(options: dict, delta: Path, sample: Path, answers: Path) -> None:
-    command = [sys.executable, str(SRC / "text_generation.py"), "--load", options["load"]]
-    command += ["--model-config", options["model_config"], "--delta", str(delta)]
-    command += ["--input", str(sample), "--output", str(answers)]
+    run("text_generation.py", options, delta, "--input", str(sample), "--output", str(answers))
+
+
+def evaluate(options: dict, delta: Path) -> None:
+    print("\n== 5/5 evaluate.py: how good it is, how sure that is, and whether the delta helps")
+    run("evaluate.py", options, delta, "--dataset", options["eval_dataset"], "--baseline")
+
+
+def run(script: str, options: dict, delta: Path, *flags: str) -> None:
+    """Run a script with the model of the run; ends this one if it fails."""
+    command = [sys.executable, str(SRC / script), "--load", options["load"]]
+    command += ["--model-config", options["model_config"], "--delta", str(delta), *flags]
     if options["vocab"] is not None:
         command += ["--vocab", options["vocab"]]
     print(" ".join(command), flush=True)
     if subprocess.run(command).returncode:
-        sys.exit("error: text_generation.py failed, see above")
+        sys.exit(f"error: {script} failed, see above")
 
 
 if __name__ == "__main__":

@@ -150,8 +150,6 @@ def states(folder: Path) -> Kind:
     files = run_files(folder)
     for step in (20, 30):
         files.save_state(*state_of(step), settings={"seed": 1})
-        if step == 20:
-            files.state.rename(folder / "run-state-20.pt")
     return Kind([files.state], lambda: list(files.load_state({"seed": 1})), [list(state_of(20))])
 
 

@@ -386,8 +386,9 @@ def test_a_dataset_can_be_read_on_a_full_disk(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------ all places that write
 
-# Files that are not a result: torchrun reads the first one, and its lack is no failure.
-NOT_NAMED = {("distributed/rank.py", "write_text")}
+# What is not a result: a file that torchrun reads, whose lack is no failure, and a record within
+# an archive whose file has a name. The doctor's files are temporary and its steps' own.
+NOT_NAMED = {("distributed/rank.py", "write_text"), ("checkpoint/writer.py", "open")}
 
 
 def test_all_writing_goes_through_named_files() -> None:
@@ -403,4 +404,4 @@ def test_all_writing_goes_through_named_files() -> None:
                 writes = name == "open" and any(set(str(mode)) & set("wax+") for mode in modes)
                 if writes or name in ("write_text", "write_bytes", "memmap", "tofile"):
                     found.add((str(path.relative_to(library)), name))
-    assert found == NOT_NAMED
+    assert {(path, name) for path, name in found if not path.startswith("doctor/")} == NOT_NAMED

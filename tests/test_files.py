@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cpm_bee.errors import InputError
-from cpm_bee.files import atomic_file, atomic_folder
+from cpm_bee.files import atomic_file, atomic_folder, exclusive, remove_lock_files
 from cpm_bee.temporary_files import temporary_name
 
 
@@ -157,3 +157,12 @@ def test_kill_9_leaves_no_folder_and_the_next_run_works(root: Path, tmp_path: Pa
         (temporary / "whole").write_text("x")
     assert names(tmp_path) == ["set"]
     assert names(tmp_path / "set") == ["whole"]
+
+
+def test_the_lock_files_of_a_process_that_ends_at_once_are_removed(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with exclusive(path, "is busy"):
+        assert path.exists()
+        remove_lock_files()
+        assert not path.exists()
+    remove_lock_files()

@@ -11,13 +11,21 @@ from cpm_bee.cli import ArgumentParser, positive
 from cpm_bee.data.preprocess.options import PreprocessOptions
 from cpm_bee.doctor.options import DoctorOptions
 from cpm_bee.errors import InputError
+from cpm_bee.evaluate.options import EvaluateOptions
 from cpm_bee.generate.options import TextGenerationOptions
 from cpm_bee.options import CommandOptions, Group
 from cpm_bee.train.options import Options
 
 SCRIPTS: list[type[CommandOptions]] = [Options, TextGenerationOptions, PreprocessOptions]
-SCRIPTS += [MergeOptions, ConvertOptions, DoctorOptions]
-TABLES = [hints.FINETUNE, hints.GENERATE, hints.PREPROCESS, hints.MERGE, hints.CONVERT]
+SCRIPTS += [EvaluateOptions, MergeOptions, ConvertOptions, DoctorOptions]
+TABLES = [
+    hints.FINETUNE,
+    hints.GENERATE,
+    hints.PREPROCESS,
+    hints.EVALUATE,
+    hints.MERGE,
+    hints.CONVERT,
+]
 TABLES += [hints.DOCTOR]
 HINTS = [(o, theirs, ours) for o in SCRIPTS for theirs, ours in o.hints.items()]
 

@@ -19,13 +19,14 @@ from cpm_bee.checkpoint.options import ConvertOptions, MergeOptions
 from cpm_bee.data.preprocess.options import PreprocessOptions
 from cpm_bee.doctor.options import DoctorOptions
 from cpm_bee.errors import RunError
+from cpm_bee.evaluate.options import EvaluateOptions
 from cpm_bee.generate.options import TextGenerationOptions
 from cpm_bee.options import CommandOptions
 from cpm_bee.train.options import Options
 
 SCRIPT = "scripts/make_docs.py"
 SCRIPTS: list[type[CommandOptions]] = [Options, TextGenerationOptions, PreprocessOptions]
-SCRIPTS += [MergeOptions, ConvertOptions, DoctorOptions]
+SCRIPTS += [EvaluateOptions, MergeOptions, ConvertOptions, DoctorOptions]
 ENGLISH, CHINESE = "docs/training.md", "docs/zh/training.md"
 
 both_pages = pytest.mark.parametrize("page", [ENGLISH, CHINESE])

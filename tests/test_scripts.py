@@ -328,6 +328,7 @@ def test_quickstart_on_own_data_and_again(checkout: Path, tmp_path: Path) -> Non
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert "before tuning" in done.stdout
+        assert "choice accuracy against the base model: " in done.stdout
         assert "after tuning" in done.stdout
         assert done.stdout.count("  -> ") == 3
         assert (checkout / "src" / "results" / "own" / "own-delta-best.pt").is_file()

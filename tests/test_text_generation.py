@@ -204,7 +204,8 @@ def test_killed_again_and_again_it_ends_with_the_same_file(tmp_path):
     """kill -9 at random moments, loading included; each start goes on after the records done."""
     records = [{"input": f"写第{i}首 <b>长诗", "<ans>": ""} for i in range(60)]
     flags = ["--load", TINY, "--input", write(tmp_path / "in.jsonl", records), "--escape"]
-    flags += ["--max-length", 6, "--beam-size", 2, "--output"]
+    # Room for a record or two at a time, so that a kill finds some written.
+    flags += ["--max-length", 6, "--beam-size", 2, "--max-tokens", 80, "--output"]
     assert run(*flags, "whole.jsonl", cwd=tmp_path).returncode == 0
     whole = (tmp_path / "whole.jsonl").read_bytes()
     assert [record["input"] for record in read(whole.decode())] == [r["input"] for r in records]
@@ -242,6 +243,7 @@ def test_a_signal_keeps_the_records_and_prints_the_command_that_goes_on(tmp_path
     folder.mkdir()
     records = [{"input": f"写第{i}首长诗", "<ans>": ""} for i in range(80)]
     flags = ["--load", TINY, "--input", write(folder / "in.jsonl", records), "--beam-size", 1]
+    flags += ["--max-tokens", 1]  # one record at a time, so that a signal finds some written
     partial, output = folder / "out.jsonl.partial", folder / "out.jsonl"
     process = start(*flags, "--output", output, cwd=tmp_path)
     wait_for_lines(process, partial, 2)

@@ -7,7 +7,8 @@ such checksums is kept in a JSON file, which has a checksum of itself (`sealed`)
 from __future__ import annotations
 
 import json
-import mmap
+import os
+import weakref
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,10 +42,10 @@ def _checksum(values: Mapping[str, Any]) -> int:
 
 
 class CheckedBlocks:
-    """The blocks of a memory-mapped file.
+    """The blocks of a file, which may be memory-mapped and replaced meanwhile.
 
     Args:
-        data: the file; empty if it is.
+        size: of the file, in bytes.
         checksums: see `of_blocks`.
         remedy: what to do about damage, for the message.
 
@@ -53,14 +54,13 @@ class CheckedBlocks:
         num_unused: the number of such blocks.
     """
 
-    def __init__(
-        self, path: Path, data: mmap.mmap | bytes, checksums: Sequence[int], remedy: str
-    ) -> None:
-        if len(checksums) != -(-len(data) // BLOCK):
+    def __init__(self, path: Path, size: int, checksums: Sequence[int], remedy: str) -> None:
+        if len(checksums) != -(-size // BLOCK):
             raise ValueError(f"{path}: not a checksum for each block")
         self._path = path
-        self._data = data
-        self._bytes = memoryview(data)
+        self._size = size
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
         self._checksums = checksums
         self._remedy = remedy
         self.unused = bytearray(b"\1") * len(checksums)
@@ -81,11 +81,9 @@ class CheckedBlocks:
             block = self.unused.find(1, block, last)
 
     def _compare(self, block: int) -> None:
-        begin, end = block * BLOCK, min((block + 1) * BLOCK, len(self._data))
-        if isinstance(self._data, mmap.mmap) and hasattr(mmap, "MADV_WILLNEED"):
-            # One read instead of one for each page, where the file is mapped for random reads.
-            self._data.madvise(mmap.MADV_WILLNEED, begin, end - begin)
-        if zlib.crc32(self._bytes[begin:end]) != self._checksums[block]:
+        begin, end = block * BLOCK, min((block + 1) * BLOCK, self._size)
+        # Hazard: not from the map, since on a full tmpfs a hole in a file cannot be read from one.
+        if zlib.crc32(os.pread(self._descriptor, end - begin, begin)) != self._checksums[block]:
             raise DamagedFile(
                 f"{self._path}: bytes {begin} to {end - 1} have changed since they were written "
                 f"(checksum)\n{self._remedy}"

@@ -149,6 +149,19 @@ def real_number(minimum: float, *, exclusive: bool = False) -> Callable[[str], f
     return parse
 
 
+def share(*, exclusive: bool = False) -> Callable[[str], float]:
+    """An argparse type: a number from 0 (exclusive, if so) to 1."""
+    number = real_number(0, exclusive=exclusive)
+
+    def parse(text: str) -> float:
+        value = number(text)
+        if value > 1:
+            raise argparse.ArgumentTypeError(f"{text} is above 1")
+        return value
+
+    return parse
+
+
 def comma_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 

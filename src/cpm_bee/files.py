@@ -181,6 +181,9 @@ def _claim(temporary: Path, path: Path) -> int:
     return lock
 
 
+_held: set[Path] = set()  # the lock files of this process
+
+
 @contextlib.contextmanager
 def exclusive(path: str | Path, busy: str) -> Iterator[None]:
     """Hold a lock file for the block; the kernel releases the lock of a killed process.
@@ -195,6 +198,7 @@ def exclusive(path: str | Path, busy: str) -> Iterator[None]:
     path = Path(path)
     with _parent_folders(path):
         descriptor = _lock(path, busy)
+        _held.add(path)
         try:
             with contextlib.suppress(OSError):  # a full disk: only the message will lack it
                 os.truncate(descriptor, 0)
@@ -202,7 +206,14 @@ def exclusive(path: str | Path, busy: str) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+            _held.discard(path)
             os.close(descriptor)
+
+
+def remove_lock_files() -> None:
+    """Remove the files of all locks that this process holds; for one that ends by `os._exit`."""
+    for path in tuple(_held):
+        path.unlink(missing_ok=True)
 
 
 def refuse_if_held(path: str | Path, busy: str) -> None:

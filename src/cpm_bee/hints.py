@@ -70,7 +70,7 @@ _GENERATE = _MODEL | {
     "--output": "output-file output-path output-dir save",
     "--delta": "adapter adapter-path adapter-name-or-path lora lora-path lora-weights peft-model",
     "--beam-size": "num-beams beams beam-width",
-    "--max-length": "max-new-tokens max-tokens max-gen-len num-predict",
+    "--max-length": "max-new-tokens max-gen-len num-predict",
     "--repetition-penalty": "repeat-penalty",
     "--repetition-window": "repeat-last-n",
 }
@@ -113,6 +113,16 @@ _CONVERT |= {
 }
 
 
+_EVALUATE = _MODEL | {
+    "--dataset": "input input-file eval-dataset validation-file test-file tasks data-path",
+    "--output": "output-path output-dir save",
+    "--delta": _GENERATE["--delta"],
+    "--max-length": _GENERATE["--max-length"],
+    "--train-dataset": "train-file train-data",
+    "--limit": "max-samples max-eval-samples num-samples",
+}
+
+
 def _by_foreign_flag(table: Mapping[str, str]) -> dict[str, str]:
     return {f"--{name}": ours for ours, names in table.items() for name in names.split()}
 
@@ -120,6 +130,7 @@ def _by_foreign_flag(table: Mapping[str, str]) -> dict[str, str]:
 # Flag of another tool, with hyphens -> what to write here.
 FINETUNE = _by_foreign_flag(_FINETUNE)
 GENERATE = _by_foreign_flag(_GENERATE)
+EVALUATE = _by_foreign_flag(_EVALUATE)
 PREPROCESS = _by_foreign_flag(_PREPROCESS)
 DOCTOR = _by_foreign_flag(_DOCTOR)
 MERGE = _by_foreign_flag(_MERGE)

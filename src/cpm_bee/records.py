@@ -17,6 +17,10 @@ from cpm_bee.errors import shown
 from cpm_bee.tokenizer import MarkupError, split_markup
 
 ANSWER = "<ans>"
+# What an answered record may have besides: whether its answer was cut off, all its answers, and the
+# probabilities of its options. The vocabulary has no such tokens, so no field has these names.
+CUT, CANDIDATES, CHOICES = "<cut>", "<candidates>", "<choices>"
+MARKS = (CUT, CANDIDATES, CHOICES)
 Tree: TypeAlias = "str | dict[str, Tree]"
 Record: TypeAlias = dict[str, Tree]
 
@@ -30,13 +34,39 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 CONTROL_NAMES = frozenset({"pad", "unk", "s", "/s", "root", "sep", "ans", "/n", "/"})
 # Special tokens that texts may contain; `escape_texts` leaves them unchanged.
 _KEPT_BY_ESCAPE = re.compile(r"<(?:mask|option)(?:_[0-9]+)?>")
+_OPTION = re.compile("<option_[0-9]+>")
 _LESS_THAN = re.compile(r"<(?:[^<>]*>)?")  # a `<`, or all of its special token if there is one
 _LITERAL = "write a literal '<' as '<<', or let --escape do it for all texts"
+
+
+def without_marks(record: Any) -> Any:
+    """Returns an answered record without its marks; anything else as it is."""
+    if isinstance(record, dict) and any(mark in record for mark in MARKS):
+        return {key: value for key, value in record.items() if key not in MARKS}
+    return record
 
 
 def has_answer(answer: Tree) -> bool:
     """Whether an answer contains any text; `""` means that it is not known."""
     return any(map(has_answer, answer.values())) if isinstance(answer, dict) else answer != ""
+
+
+def options_of(record: Record) -> dict[str, str]:
+    """The options of a record, by their special token; empty if it has none."""
+    for key, value in record.items():
+        if key != ANSWER:
+            for node in _dictionaries(value):
+                texts = {k: v for k, v in node.items() if isinstance(v, str)}
+                if len(texts) == len(node) > 1 and all(map(_OPTION.fullmatch, node)):
+                    return texts
+    return {}
+
+
+def _dictionaries(node: Tree) -> Iterator[dict[str, Tree]]:
+    if isinstance(node, dict):
+        yield node
+        for value in node.values():
+            yield from _dictionaries(value)
 
 
 def escape_texts(record: Any) -> Any:

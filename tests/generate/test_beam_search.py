@@ -1,49 +1,40 @@
 """Beam search against the golden results and against a search without any cache."""
 
-import hashlib
 import json
 import math
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from generation_support import (
+    GOLDEN,
+    SHARED,
+    Slow,
+    SlowSearch,
+    golden_lines,
+    model_by_recipe,
+    needs_shared,
+    options_of_any_kind,
+    records_of_any_kind,
+    trained_model,
+    unmarked,
+)
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from properties import examples
 
 from cpm_bee import delta
-from cpm_bee.data.batch import collate, extension_pairs
-from cpm_bee.encoding import EncodedRecord, Encoder
+from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError, RunError
-from cpm_bee.generate.beam_search import (
-    FinishedHypotheses,
-    GenerationOptions,
-    Generator,
-    penalize_repetition,
-)
+from cpm_bee.generate.beam_search import penalize_repetition_
 from cpm_bee.generate.decoder import Decoder
+from cpm_bee.generate.generator import Generator
+from cpm_bee.generate.job import FinishedHypotheses
+from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt, fill_answers
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.network import CPMBee
-from cpm_bee.segments import outline
 from cpm_bee.tokenizer import Tokenizer
-
-SHARED = Path(__file__).parents[3] / "shared"
-GOLDEN = SHARED / "golden"
-
-needs_shared = pytest.mark.skipif(
-    not GOLDEN.is_dir(), reason=f"GOLDEN RESULTS NOT COMPARED: there is no {GOLDEN}"
-)
-
-
-# Golden results
-
-
-def golden_lines(name):
-    with open(GOLDEN / name, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 @pytest.fixture(scope="module")
@@ -51,29 +42,12 @@ def bee_tokenizer():
     return Tokenizer.load(SHARED / "vocab" / "bee.txt")
 
 
-def model_by_recipe(config, seed):
-    """Weights as the recipe of the golden files makes them."""
-    model = CPMBee(config)
-    for name, parameter in model.named_parameters():
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        rng = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:8], "little")))
-        w = torch.from_numpy(rng.standard_normal(tuple(parameter.shape), dtype=np.float32))
-        parameter.data = 1 + 0.1 * w if "layernorm" in name else w
-    return model
-
-
-def trained_model():
-    model = CPMBee(ModelConfig.load(GOLDEN / "trained_config.json"))
-    model.load_state_dict(torch.load(GOLDEN / "trained.bin", weights_only=True))
-    return model.float()
-
-
 def assert_same_results(model, tokenizer, cases):
     assert cases
     generator = Generator(model, tokenizer)
     for case in cases:
         options = GenerationOptions(**case["args"])
-        assert generator.generate(case["prompt"], options) == case["result"]
+        assert unmarked(generator.generate(case["prompt"], options)) == case["result"]
 
 
 @needs_shared
@@ -89,111 +63,6 @@ def test_golden_generation_of_a_trained_model(bee_tokenizer, name):
     assert_same_results(trained_model(), bee_tokenizer, golden_lines(name))
 
 
-# A search without any cache: every step runs the training path on the whole sequence.
-
-
-@dataclass(frozen=True)
-class Slow:
-    log_p: float
-    answers: tuple  # for each answer begun, its (id, sub) pairs after <s>
-
-
-class SlowSearch:
-    def __init__(self, model, tokenizer, record, options):
-        self.model, self.tokenizer, self.record, self.options = model, tokenizer, record, options
-        encoded, _ = Encoder(tokenizer).encode_outline(outline(record), answers=False)
-        self.prompt = encoded
-        self.leaves = [i for i, predicted in enumerate(encoded.tree.predicted) if predicted]
-        self.pairs = extension_pairs([encoded])
-        self.may_unk = Prompt.of(record, Encoder(tokenizer)).has_unknown
-
-    def log_probabilities(self, slow):
-        written, places = [], []
-        for leaf, answer in zip(self.leaves, slow.answers, strict=False):
-            written += [(self.tokenizer.bos, 0), *answer]
-            places += [leaf] * (len(answer) + 1)
-        ids, subs = np.array(written).T
-        whole = EncodedRecord(
-            ids=np.concatenate([self.prompt.ids, ids.astype(np.int32)]),
-            subs=np.concatenate([self.prompt.subs, subs.astype(np.uint16)]),
-            segments=np.concatenate([self.prompt.segments, np.array(places, dtype=np.uint16)]),
-            tree=self.prompt.tree,
-        )
-        with torch.no_grad():
-            batch = collate([whole], self.tokenizer, self.pairs)
-            logits = self.model.eval()(batch)[-1].tolist()
-        if not self.may_unk:
-            logits[self.tokenizer.unk] = -math.inf
-        window = self.options.repetition_window or len(ids)
-        for i in set(ids.tolist()[-window:]):
-            penalty = self.options.repetition_penalty
-            logits[i] = logits[i] * penalty if logits[i] < 0 else logits[i] / penalty
-        return torch.tensor(logits, dtype=torch.float64).log_softmax(dim=0).tolist()
-
-    def continued(self, slow, number, log_p):
-        """(the continuation, whether it is complete)"""
-        *before, answer = slow.answers
-        if number == self.tokenizer.eos:
-            complete = len(slow.answers) == len(self.leaves)
-            return Slow(log_p, slow.answers if complete else (*slow.answers, ())), complete
-        size = len(self.tokenizer)
-        pair = (number, 0) if number < size else self.pairs[number - size]
-        return Slow(log_p, (*before, (*answer, pair))), False
-
-    def run(self):
-        beam_size = self.options.beam_size
-        running, finished = [Slow(0.0, ((),))], []
-        last_step = self.options.max_length + 1
-        for step in range(last_step + 1):
-            candidates = [
-                (slow.log_p + log_p, slow, number)
-                for slow in running
-                for number, log_p in enumerate(self.log_probabilities(slow))
-                if log_p > -math.inf
-            ]
-            candidates.sort(key=lambda c: -c[0])
-            candidates = candidates[: 2 * beam_size]
-            full = len(finished) >= beam_size
-            if full and sorted(finished, key=lambda f: -f[0])[beam_size - 1][0] >= (
-                candidates[0][0] / step
-            ):
-                break
-            running = []
-            for log_p, slow, number in candidates:
-                continuation, complete = self.continued(slow, number, log_p)
-                if step == last_step and number == self.tokenizer.eos:
-                    continuation = replace(slow, log_p=log_p)
-                if complete or step == last_step:
-                    finished.append((log_p / (step + 1), continuation.answers))
-                elif len(running) < beam_size:
-                    running.append(continuation)
-                if step < last_step and len(running) == beam_size:
-                    break
-        answers = max(finished, key=lambda f: f[0])[1]
-        prompt = Prompt.of(self.record, Encoder(self.tokenizer))
-        texts = [prompt.text(a) for a in answers]
-        return fill_answers(self.record, texts + [None] * (len(self.leaves) - len(texts)))
-
-
-texts = st.lists(
-    st.sampled_from(["甲", "乙", "ab", "𠮷", "野x", "<option_0>", "<option_1>", "<mask_0>", "<<"]),
-    max_size=5,
-).map("".join)
-answers = st.recursive(
-    st.just(""),
-    lambda inner: st.dictionaries(st.sampled_from("xy") | texts, inner, min_size=1, max_size=3),
-    max_leaves=3,
-)
-records_of_any_kind = st.fixed_dictionaries(
-    {"input": texts, "<ans>": answers}, optional={"options": st.dictionaries(texts, texts)}
-)
-options_of_any_kind = st.builds(
-    GenerationOptions,
-    beam_size=st.integers(1, 4),
-    max_length=st.integers(1, 6),
-    repetition_penalty=st.sampled_from([1.0, 1.3, 5.0]),
-    repetition_window=st.sampled_from([None, 1, 3]),
-)
 # The same ones also for fuzzing: a near tie could be decided by rounding.
 quick = examples(60, HealthCheck.function_scoped_fixture, derandomize=True)
 
@@ -228,19 +97,19 @@ def test_one_beam_is_greedy(tiny_models, tiny_tokenizer, which, record):
     prompt = Prompt.of(record, Encoder(tiny_tokenizer))
     written = [prompt.text(a) for a in greedy.answers]
     expected = fill_answers(record, written + [None] * (len(slow.leaves) - len(written)))
-    assert Generator(model, tiny_tokenizer).generate(record, options) == expected
+    assert unmarked(Generator(model, tiny_tokenizer).generate(record, options)) == expected
 
 
 def test_record_is_kept_and_its_answer_ignored(tiny_model, tiny_tokenizer):
     generator = Generator(tiny_model, tiny_tokenizer)
     options = GenerationOptions(max_length=3)
     record = {"<ans>": {"x": "甲", "y": {}}, "input": {"x": "乙"}}
-    result = generator.generate(record, options)
+    result = unmarked(generator.generate(record, options))
     assert record == {"<ans>": {"x": "甲", "y": {}}, "input": {"x": "乙"}}
     assert list(result) == ["<ans>", "input"] and result["input"] == {"x": "乙"}
     assert isinstance(result["<ans>"]["x"], str) and result["<ans>"]["y"] == {}
     empty = {"<ans>": {"x": "", "y": {}}, "input": {"x": "乙"}}
-    assert generator.generate(empty, options) == result
+    assert unmarked(generator.generate(empty, options)) == result
 
 
 def test_a_record_without_answer_leaves_comes_back_as_it_is(tiny_model, tiny_tokenizer):
@@ -250,15 +119,17 @@ def test_a_record_without_answer_leaves_comes_back_as_it_is(tiny_model, tiny_tok
 
 
 def test_finished_hypotheses_take_no_place_in_the_beam(tiny_model, tiny_tokenizer, monkeypatch):
-    eos, original, widths = tiny_tokenizer.eos, Decoder.logits, []
+    eos, original, widths = tiny_tokenizer.eos, Decoder.continuations, []
 
-    def eager_to_end(decoder, beams, parents):
-        widths.append(len(beams))
-        logits = original(decoder, beams, parents)
-        logits[:, eos] = logits.amax(dim=1) + 0.1
-        return logits
+    def eager_to_end(decoder, states, slots, log_p, k, choose):
+        def to_end(logits, before, part):
+            logits[:, eos] = logits.amax(dim=1) + 0.1
+            return choose(logits, before, part)
 
-    monkeypatch.setattr(Decoder, "logits", eager_to_end)
+        widths.append((log_p > -math.inf).sum())
+        return original(decoder, states, slots, log_p, k, to_end)
+
+    monkeypatch.setattr(Decoder, "continuations", eager_to_end)
     options = GenerationOptions(beam_size=4, max_length=4)
     Generator(tiny_model, tiny_tokenizer).generate({"input": "甲", "<ans>": ""}, options)
     assert len(widths) > 1 and widths == [1] + [4] * (len(widths) - 1)
@@ -315,21 +186,18 @@ def test_broken_weights_are_reported(tiny_tokenizer, tiny_model):
         Generator(model, tiny_tokenizer).generate({"<ans>": ""}, GenerationOptions())
 
 
-def test_penalty_is_applied_once_an_id_and_only_in_the_window():
+def test_penalty_is_applied_once_an_id():
     logits = torch.tensor([[2.0, -2.0, 4.0, 0.0, -1.0]])
-    ids = torch.tensor([[4, 2, 1, 1]])
-    penalized = penalize_repetition(logits, ids, 2.0, None)
-    assert penalized.tolist() == [[2.0, -4.0, 2.0, 0.0, -2.0]]
-    assert penalize_repetition(logits, ids, 2.0, 3).tolist() == [[2.0, -4.0, 2.0, 0.0, -1.0]]
-    assert penalize_repetition(logits, ids, 1.0, None) is logits
+    penalize_repetition_(logits, torch.tensor([[4, 2, 1, 1]]), 2.0)
+    assert logits.tolist() == [[2.0, -4.0, 2.0, 0.0, -2.0]]
 
 
 def test_finished_keeps_the_best_and_knows_when_to_stop():
-    finished = FinishedHypotheses(2)
-    finished.add(-1.0, ("first",))
+    finished, (first, second, third) = FinishedHypotheses(2), np.zeros((3, 1, 5), dtype=np.int32)
+    finished.add(-1.0, first)
     assert not finished.cannot_improve(-100.0, 1)
-    finished.add(-3.0, ("third",))
-    finished.add(-1.0, ("equal to the first",))
-    assert finished.best() == ("first",)
+    finished.add(-3.0, third)
+    finished.add(-1.0, second)  # equal to the first
+    assert [hypothesis.tokens is first for hypothesis in finished.hypotheses] == [True, False]
     assert finished.cannot_improve(-4.0, 4)
     assert not finished.cannot_improve(-3.9, 4)

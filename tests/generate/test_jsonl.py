@@ -3,12 +3,13 @@ import json
 import os
 
 import pytest
+from generation_support import unmarked
 
 from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError
 from cpm_bee.generate import jsonl
-from cpm_bee.generate.beam_search import GenerationOptions, Generator
-from cpm_bee.generate.options import TextGenerationOptions
+from cpm_bee.generate.generator import Generator
+from cpm_bee.generate.options import GenerationOptions, TextGenerationOptions
 from cpm_bee.tokenizer import unescape
 
 OPTIONS = GenerationOptions(beam_size=2, max_length=2)
@@ -59,7 +60,7 @@ def test_results_are_written_in_order_and_scored(tmp_path, tiny_model, tiny_toke
     prompts = [{"input": text, "<ans>": {"x": ""}} for text in ("甲", "乙", "丙")]
     results = [generator.generate(prompt, OPTIONS) for prompt in prompts]
     placed = [
-        jsonl.InputRecord("f:1", results[0]),  # comes with the answer the model gives
+        jsonl.InputRecord("f:1", unmarked(results[0])),  # comes with the answer the model gives
         jsonl.InputRecord("f:2", prompts[1]),  # with none
         jsonl.InputRecord("f:3", {**prompts[2], "<ans>": {"x": "another"}}),
     ]
@@ -144,8 +145,8 @@ class Echo:
     def __init__(self, encoder):
         self.encoder = encoder
 
-    def generate(self, record, options):
-        return {**record, "<ans>": {"x": record["input"], "y": None}}
+    def stream(self, records, options, max_tokens, first_number):
+        return ({**record, "<ans>": {"x": record["input"], "y": None}} for record in records)
 
 
 PLAIN = [
@@ -175,7 +176,13 @@ def test_with_escape_plain_answers_are_compared(tmp_path, tiny_model, tiny_token
     placed = [jsonl.InputRecord("f:1", given)]
     score = jsonl.generate_file(generator, placed, OPTIONS, str(output), {}, escape=True)
     assert score == (1, 1)
-    assert json.loads(output.read_text("utf-8")) == given
+    assert unmarked(json.loads(output.read_text("utf-8"))) == given
+
+
+def test_an_earlier_output_can_be_read(tmp_path):
+    marked = {"input": "甲", "<ans>": "乙", "<cut>": True, "<candidates>": [], "<choices>": {}}
+    source = write(tmp_path / "in.jsonl", json.dumps(marked))
+    assert jsonl.read_records(source) == [(f"{source}:1", unmarked(marked))]
 
 
 def test_an_output_of_its_own_is_accepted(tmp_path):

@@ -30,14 +30,15 @@ class Answers:
         self.encoder, self.stop, self.failure = encoder, stop, failure
         self.answered = []
 
-    def generate(self, record, options):
-        number = GIVEN.index(record)
-        if number == self.stop:
-            if isinstance(self.failure, signal.Signals):
-                signal.raise_signal(self.failure)
-            raise self.failure
-        self.answered.append(number)
-        return RESULTS[number]
+    def stream(self, records, options, max_tokens, first_number=0):
+        for record in records:
+            number = GIVEN.index(record)
+            if number == self.stop:
+                if isinstance(self.failure, signal.Signals):
+                    signal.raise_signal(self.failure)
+                raise self.failure
+            self.answered.append(number)
+            yield RESULTS[number]
 
 
 @pytest.fixture

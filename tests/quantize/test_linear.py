@@ -16,7 +16,7 @@ import train_support
 from cpm_bee import delta
 from cpm_bee.data.batch import collate
 from cpm_bee.errors import InputError
-from cpm_bee.generate.beam_search import Generator
+from cpm_bee.generate.generator import Generator
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.model.layers import Linear
 from cpm_bee.model.network import CPMBee

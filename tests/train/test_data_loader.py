@@ -340,4 +340,4 @@ def test_processes_that_resume_from_different_states_are_refused(steps: tuple[in
         assert told == {""}
     else:
         (text,) = told
-        assert "the state of step 20, another one that of step 40" in text
+        assert "finds the state of step 20, another one the state of step 40" in text

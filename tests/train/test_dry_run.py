@@ -323,6 +323,7 @@ def test_a_state_of_another_run_is_refused(bench: Bench) -> None:
     for name in ("rows of a step", "--max-length", "delta"):
         assert any(line.strip().startswith(name) for line in lines)
     path = bench.save / "cpm_bee_finetune-state.pt"
+    (bench.save / "cpm_bee_finetune-state-0.pt").unlink()  # which would be used instead
     path.write_bytes(b"no state")
     (line,) = bench.problems(resume=True)
     assert str(path) in line

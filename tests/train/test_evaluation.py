@@ -18,12 +18,11 @@ from cpm_bee.data.batch import collate
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.engine.torch_engine import TorchEngine
-from cpm_bee.generate.beam_search import Generator
+from cpm_bee.generate.generator import Generator
 from cpm_bee.generate.options import GenerationOptions
-from cpm_bee.generate.prompt import Prompt
 from cpm_bee.model.network import CPMBee
 from cpm_bee.pretrained import load_pretrained
-from cpm_bee.records import Record, has_answer, validate
+from cpm_bee.records import Record, has_answer, validate, without_marks
 from cpm_bee.segments import outline
 from cpm_bee.tokenizer import Tokenizer
 from cpm_bee.train.data_loader import DataLoader, PlannedStep
@@ -175,9 +174,9 @@ def write(model: CPMBee, record: Record) -> Written:
         Generator(model, LETTERS),
         GenerationOptions(beam_size=1, max_length=LONGEST),
     )
-    prompt = Prompt.of(record, generator.encoder)
-    tokens = generator._search(prompt, options)
-    written = generator.generate(record, options)
+    [output] = generator.search([record], options)
+    prompt, written = output.prompt, without_marks(output.filled())
+    tokens = output.job.answers() if output.job else []
     if validate(written) or len(tokens) < len(prompt.answers):
         return Written(record, False)
     encoded = generator.encoder.encode_as_generated(written)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -153,6 +154,7 @@ def test_all_nodes_end_with_the_rank_that_was_killed(
         assert str(ROOT / "src" / "cpm_bee") not in errors  # as in a traceback of ours
     assert time.monotonic() - before < 60
     names = sorted(path.name for path in save.iterdir())
+    names = [name for name in names if not re.search(r"-state-\d+\.pt$", name)]
     assert names == [
         f"cpm_bee_finetune-{kind}"
         for kind in (

@@ -199,6 +199,8 @@ def test_a_state_without_these_fingerprints_is_used_with_a_warning(
     train(workspace, tmp_path, use_delta=True, max_steps=2, resume=True)
     told = [r.getMessage() for r in caplog.records if "did not record" in r.getMessage()]
     assert len(told) == 2 and "--vocab" in told[0] and "--eval-dataset" in told[1]
+    for earlier in tmp_path.glob("*-state-*.pt"):  # which would be used instead
+        earlier.unlink()
     state["evaluation_fingerprint"] = torch.zeros(2)
     torch.save(state, path)
     with pytest.raises(InputError, match="evaluation_fingerprint: is not a text"):
@@ -217,6 +219,7 @@ def test_rows_may_be_spread_otherwise(workspace: Workspace, tmp_path: Path) -> N
 def test_a_damaged_state_is_refused(workspace: Workspace, tmp_path: Path) -> None:
     run = train(workspace, tmp_path, use_delta=True, max_steps=1)
     path = tmp_path / "cpm_bee_finetune-state.pt"
+    (tmp_path / "cpm_bee_finetune-state-0.pt").unlink()  # which would be used instead
     shutil.copy(run.save / "cpm_bee_finetune-delta-last.pt", path)  # no state at all
     with pytest.raises(InputError, match="state"):
         train(workspace, tmp_path, use_delta=True, resume=True)

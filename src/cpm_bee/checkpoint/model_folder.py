@@ -16,6 +16,7 @@ import torch
 from cpm_bee.checkpoint.options import HUGGING_FACE
 from cpm_bee.checkpoint.reader import PREFIX, LazyTensor
 from cpm_bee.checkpoint.writer import StoredTensor, write_safetensors, write_torch_file
+from cpm_bee.disk import open_to_write
 from cpm_bee.errors import InputError
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.progress import progress_bar
@@ -100,7 +101,7 @@ class ModelFolder:
             if self.form == HUGGING_FACE:
                 self._write_hugging_face(folder, counted())
             else:
-                with open(folder / _NATIVE, "wb") as file:
+                with open_to_write(folder / _NATIVE, "wb") as file:
                     write_torch_file(file, self._stored(""), counted())
         _write_json(folder / CONFIG, self._config())
         shutil.copyfile(self.vocabulary, folder / VOCABULARY)
@@ -128,7 +129,7 @@ class ModelFolder:
         for i, shard in enumerate(shards, start=1):
             name = _WHOLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
             own = ((PREFIX + native, value) for native, value in islice(values, len(shard)))
-            with open(folder / name, "wb") as file:
+            with open_to_write(folder / name, "wb") as file:
                 write_safetensors(file, shard, own, {"format": "pt"})
             weight_map |= {tensor.name: name for tensor in shard}
         if len(shards) > 1:
@@ -161,4 +162,5 @@ def other_fields(config: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     text = json.dumps(values, indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    with open_to_write(path) as file:
+        file.write(text + "\n")

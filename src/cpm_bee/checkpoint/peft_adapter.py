@@ -22,6 +22,7 @@ import torch
 from cpm_bee.checkpoint.reader import PREFIX, Checkpoint
 from cpm_bee.checkpoint.writer import StoredTensor, write_safetensors
 from cpm_bee.delta import INFIX, DeltaFile
+from cpm_bee.disk import open_to_write
 from cpm_bee.errors import InputError, Problems, shown
 
 CONFIG = "adapter_config.json"
@@ -54,7 +55,7 @@ def write_adapter(folder: Path, delta: DeltaFile, base: str | None) -> None:
     prints = {name: getattr(delta, name) for name in _FINGERPRINTS}
     known = {name: value for name, value in prints.items() if value is not None}
     metadata = {"format": "pt", _METADATA: json.dumps(known)}
-    with open(folder / _WEIGHTS, "wb") as file:
+    with open_to_write(folder / _WEIGHTS, "wb") as file:
         write_safetensors(file, stored, values.items(), metadata)
     alpha = delta.config.alpha
     config = {
@@ -71,7 +72,8 @@ def write_adapter(folder: Path, delta: DeltaFile, base: str | None) -> None:
         "target_modules": list(delta.config.targets),
         "task_type": None,
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with open_to_write(folder / CONFIG) as file:
+        file.write(json.dumps(config, indent=2) + "\n")
 
 
 def _their_name(name: str) -> str:

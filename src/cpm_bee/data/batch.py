@@ -39,6 +39,9 @@ class Batch:
     unk_is_candidate: torch.Tensor | None = None  # (R,) bool
     extension_is_candidate: torch.Tensor | None = None  # (R, E) bool
     unk: int = 0  # id of <unk>, used with these two
+    # The pairs of each record; without it, the pairs of all records compete at each target, as in
+    # the reference's training.
+    extension_is_own: torch.Tensor | None = None  # (R, E) bool
 
     @property
     def num_tokens(self) -> int:
@@ -140,12 +143,15 @@ def make_batch(
     extension: Sequence[Pair],
     *,
     as_generated: bool = False,
+    own_extension: bool = False,
 ) -> Batch:
     """Make a batch from a stream.
 
     Args:
         extension: the (id, sub > 0) pairs of the whole step.
         as_generated: include what generation may write for each record; used in evaluation.
+        own_extension: include which pairs are each record's own, so that its losses do not depend
+            on the other records.
 
     Raises:
         KeyError: a target's pair is not in `extension`.
@@ -169,6 +175,7 @@ def make_batch(
         unk_is_candidate=unk,
         extension_is_candidate=entries,
         unk=tokenizer.unk,
+        extension_is_own=_pairs_of(stream, table, stream.subs > 0) if own_extension else None,
     )
 
 
@@ -177,14 +184,20 @@ def _candidates(stream: Stream, unk: int, table: np.ndarray) -> tuple[torch.Tens
     records = np.repeat(np.arange(len(stream.lengths)), stream.lengths)  # (T,)
     unknown = np.zeros(len(stream.lengths), dtype=np.bool_)
     unknown[records[stream.context & (stream.ids == unk)]] = True
+    return torch.from_numpy(unknown), _pairs_of(stream, table, stream.context & (stream.subs > 0))
+
+
+def _pairs_of(stream: Stream, table: np.ndarray, chosen: np.ndarray) -> torch.Tensor:
+    """Which pairs of the extension each record has among its chosen tokens, bool [R, E]."""
     entries = np.zeros((len(stream.lengths), len(table)), dtype=np.bool_)
-    tokens = np.flatnonzero(stream.context & (stream.subs > 0))
+    tokens = np.flatnonzero(chosen)
     if len(tokens):
+        records = np.repeat(np.arange(len(stream.lengths)), stream.lengths)  # (T,)
         known = table[:, 0] << 16 | table[:, 1]
         own = stream.ids[tokens].astype(np.int64) << 16 | stream.subs[tokens]
         order = np.argsort(known)
         entries[records[tokens], order[np.searchsorted(known, own, sorter=order)]] = True
-    return torch.from_numpy(unknown), torch.from_numpy(entries)
+    return torch.from_numpy(entries)
 
 
 def _flat(parts: list[np.ndarray], dtype: type) -> np.ndarray:

@@ -15,6 +15,7 @@ from typing import Any
 
 from cpm_bee import checksums
 from cpm_bee.data.bin_meta import FileInfo, remedy
+from cpm_bee.disk import open_to_write
 from cpm_bee.errors import DamagedFile
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def write_checksums(folder: Path, info: FileInfo) -> None:
     """Write the checksums of a dataset with one data file, which is read for them."""
     counts = {name: getattr(info, name) for name in _COUNTS}
     entry = {**counts, "blocks": checksums.of_blocks(folder / info.file_name)}
-    with open(folder / CHECKSUMS, "x", encoding="utf-8", newline="\n") as file:
+    with open_to_write(folder / CHECKSUMS, "x") as file:
         file.write(json.dumps(checksums.sealed({"files": {info.file_name: entry}})) + "\n")
 
 

@@ -186,7 +186,7 @@ class BinaryDataset:
                     f"{remedy(self.folder)}\n(if another tool has changed it on purpose, remove "
                     f"{self.folder / CHECKSUMS})"
                 )
-                self._blocks[index] = CheckedBlocks(path, self._maps[index], checksums, advice)
+                self._blocks[index] = CheckedBlocks(path, len(self._maps[index]), checksums, advice)
         return self._maps[index]
 
     def _check(self, index: int, begin: int, end: int) -> None:

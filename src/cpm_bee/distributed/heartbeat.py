@@ -35,6 +35,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from cpm_bee.distributed.rank import is_reporting_rank, lost_ranks, report_error
+from cpm_bee.files import remove_lock_files
 
 _INTERVAL = 2.0  # seconds between two heartbeats, and between two checks of the other ranks
 # Seconds without a heartbeat after which a rank counts as lost: after a failed collective, and
@@ -151,6 +152,7 @@ class Heartbeat:
             report_error(cause)
         elif self._closed.wait(_GRACE):  # torchrun stops this rank when the reporting one exits
             return
+        remove_lock_files()
         os._exit(1)
 
     def _check(self, silence: float | None) -> str | None:

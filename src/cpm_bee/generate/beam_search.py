@@ -1,177 +1,292 @@
-"""Beam search, as in the reference (docs/format.md §10)."""
+"""Beam search for any number of records at once, as in the reference (docs/format.md §10).
+
+`BeamSearch.add` queues a record, also while others are running; each `BeamSearch.step` writes one
+token for each beam of all running records and returns the records that have ended. A record that
+ends frees its slot, and the next step begins with the prompts of waiting records in all free slots.
+Records only share products, so their answers do not depend on each other.
+
+With a temperature, the beams of a record are independent samples instead (`generate/sampling.py`):
+each is continued by one drawn token, and the record ends with the last of them. The rest, from here
+to the cache, does not know how a continuation was chosen.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from cpm_bee.encoding import Encoder
+from cpm_bee.data.batch import Pair
 from cpm_bee.errors import RunError
-from cpm_bee.generate.decoder import Decoder, Token
+from cpm_bee.generate.beams import ANSWER, Beams, Choice, Continuations
+from cpm_bee.generate.candidates import best_continuations
+from cpm_bee.generate.decoder import Decoder, Shape
+from cpm_bee.generate.job import Job, answers_of
 from cpm_bee.generate.options import GenerationOptions
-from cpm_bee.generate.prompt import Prompt, fill_answers
-from cpm_bee.model.network import CPMBee
-from cpm_bee.records import Record
-from cpm_bee.tokenizer import Tokenizer
+from cpm_bee.generate.prompt import Prompt
+from cpm_bee.generate.sampling import sample
+
+# More beams at once gain no speed on a CPU: products are as fast with half as many.
+_MAX_BEAMS = 256
+# So many tokens of prompts are run at once.
+_PREFILL_TOKENS = 4096
 
 
-class Beam(NamedTuple):
-    """A running hypothesis: summed log probability, and tokens including the `<s>` of answers."""
-
-    log_p: float
-    tokens: tuple[Token, ...]
-
-
-class FinishedHypotheses:
-    """The best `size` finished hypotheses, by mean log probability of their tokens."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._hypotheses: list[tuple[float, tuple[Token, ...]]] = []  # best first
-
-    def add(self, score: float, tokens: tuple[Token, ...]) -> None:
-        self._hypotheses.append((score, tokens))
-        # The sort is stable: among equal scores, the first found stays first.
-        self._hypotheses.sort(key=lambda hypothesis: -hypothesis[0])
-        del self._hypotheses[self._size :]
-
-    def cannot_improve(self, best_log_p: float, step: int) -> bool:
-        """Whether `size` are found, and the worst scores at least `best_log_p / step`."""
-        full = len(self._hypotheses) == self._size
-        return full and self._hypotheses[-1][0] >= best_log_p / step
-
-    def best(self) -> tuple[Token, ...]:
-        return self._hypotheses[0][1]
-
-
-def penalize_repetition(
-    logits: torch.Tensor, ids: torch.Tensor, penalty: float, window: int | None
-) -> torch.Tensor:
-    """Penalize each id among the last `window` of a beam, once.
+def penalize_repetition_(logits: torch.Tensor, ids: torch.Tensor, penalty: float) -> None:
+    """Penalize each id of a beam, once, in place.
 
     Args:
         logits: [B, candidates].
-        ids: vocabulary ids written so far, [B, A]; an entry of the extension table counts as the
-            id that it shares.
-        window: None for all ids.
+        ids: vocabulary ids, [B, A]; an entry of the extension table counts as the id it shares.
     """
-    if penalty == 1:
-        return logits
-    ids = ids[:, -window:] if window else ids
     found = logits.gather(1, ids)
     # Scattering the same value twice is harmless: each id is penalized once.
-    return logits.scatter(1, ids, torch.where(found < 0, found * penalty, found / penalty))
+    logits.scatter_(1, ids, torch.where(found < 0, found * penalty, found / penalty))
 
 
-class Generator:
-    """Writes the answers of records with a model."""
+class BeamSearch:
+    """The records that are being generated and those that wait.
 
-    def __init__(self, model: CPMBee, tokenizer: Tokenizer) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.encoder = Encoder(tokenizer)
+    Args:
+        decoder: is used by no other search meanwhile; a later one uses its memory again.
+        max_tokens: how many keys and values the cache may hold: for each record the prompt and, for
+            each beam, the longest answer. One record is always run.
+    """
 
-    def generate(self, record: Record, options: GenerationOptions) -> dict:
-        """Returns a copy of a valid record with the model's answers; None for one not reached.
+    def __init__(self, decoder: Decoder, options: GenerationOptions, max_tokens: int) -> None:
+        self._decoder, self._options, self._max_tokens = decoder, options, max_tokens
+        self._num_beams = options.num_beams
+        self._last_step = options.max_length + 1
+        self._waiting: deque[Job] = deque()
+        self._running: list[Job | None] = []  # by slot; None is a free slot among them
+        self._shape = Shape(0, 0, 0)
 
-        Ignores the record's own answers. Sets the model to eval mode.
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
 
-        Raises:
-            InputError: a special token of the record has a name that the vocabulary lacks.
-            RunError: the model's logits are not finite.
+    @property
+    def max_records(self) -> int:
+        """How many records may run at once, where `max_tokens` allows it."""
+        return max(_MAX_BEAMS // self._num_beams, 1)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._waiting and not any(self._running)
+
+    def num_tokens(self, prompt: Prompt) -> int:
+        """How many keys and values a record needs, compare `max_tokens`."""
+        return self.prompt_columns(prompt) + self._last_step * self._num_beams
+
+    def add(self, prompt: Prompt, options: GenerationOptions | None = None, number: int = 0) -> Job:
+        """Queue a prompt that has answers to write; it may be waited for in any order.
+
+        Args:
+            options: of this record; they may differ from those of the search in all but the number
+                of hypotheses, and in the length only downwards.
+            number: of the record; samples depend on it and on the seed.
         """
-        prompt = Prompt.of(record, self.encoder)
-        texts: list[str | None] = [None] * len(prompt.answers)
-        if texts:
-            for i, pairs in enumerate(self._search(prompt, options)):
-                texts[i] = prompt.text(pairs)
-        return fill_answers(record, texts)
+        job = Job(prompt, options or self._options, number)
+        assert job.options.num_beams == self._num_beams and job.last_step <= self._last_step
+        self._waiting.append(job)
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Drop a job that has not ended."""
+        if job in self._waiting:
+            self._waiting.remove(job)
+        else:
+            self._running[self._running.index(job)] = None
+
+    def answers_so_far(self, job: Job) -> list[list[Pair]]:
+        """The (id, sub) pairs that the best beam of a running job has written; [] if it waits.
+
+        With one beam, later steps only append to them.
+        """
+        if job not in self._running:
+            return []
+        slot = self._running.index(job)
+        return answers_of(self._beams.tokens[slot, 0, : self._beams.last[slot] + 1])
 
     @torch.inference_mode()
-    def _search(self, prompt: Prompt, options: GenerationOptions) -> list[list[tuple[int, int]]]:
-        """Returns the (id, sub) pairs of each answer reached, without `<s>` and `</s>`."""
-        self.model.eval()
-        decoder = Decoder(self.model, self.tokenizer, prompt)
-        tokens = _Search(decoder, self.tokenizer, len(prompt.answers), options).run()
-        answers: list[list[tuple[int, int]]] = [[] for _ in range(tokens[-1].answer + 1)]
-        for token in tokens:
-            if token.position > 0:  # position 0 is `<s>`
-                answers[token.answer].append((token.id, token.sub))
-        return answers
+    def step(self) -> list[Job]:
+        """Start waiting records in free slots, and write a token; returns the jobs that ended."""
+        ended = self._start_waiting()
+        self._fill_gaps()
+        slots = np.arange(len(self._running))
+        if len(slots):
+            states = self._decoder.step(self._beams, len(slots))
+            ended += self._continue(states, slots, self._beams.log_p[slots])
+        return ended
 
+    # ------------------------------------------------------------------ slots
 
-class _Search:
-    """The beam search of one prompt."""
+    def _start_waiting(self) -> list[Job]:
+        """Run the prompts of waiting records, as many as there are free slots, for one token."""
+        if not any(self._running):
+            self._running.clear()
+            if self._waiting:
+                self._divide()
+        ended: list[Job] = []
+        while starting := self._next_slots():
+            slots = np.array(list(starting))
+            for slot, job in starting.items():
+                self._running[slot] = job
+                self._beams.start(slot)
+            prompts = [job.prompt for job in starting.values()]
+            states = self._decoder.prefill(prompts, list(starting))
+            ended += self._continue(states, slots, np.zeros((len(slots), 1), dtype=np.float32))
+        return ended
 
-    def __init__(
-        self, decoder: Decoder, tokenizer: Tokenizer, num_answers: int, options: GenerationOptions
-    ) -> None:
-        self._decoder = decoder
-        self._bos, self._eos = tokenizer.bos, tokenizer.eos
-        self._num_answers = num_answers
-        self._options = options
-        self._finished = FinishedHypotheses(options.beam_size)
-
-    def run(self) -> tuple[Token, ...]:
-        """Returns the tokens of the best hypothesis, with the `<s>` but no `</s>` of answers."""
-        beams = [Beam(0.0, (Token(self._bos, 0, 0, 0),))]
-        parents = [0]
-        last_step = self._options.max_length + 1
-        for step in range(last_step + 1):
-            candidates = self._candidates(beams, parents)
-            if self._finished.cannot_improve(candidates[0][0], step):
+    def _next_slots(self) -> dict[int, Job]:
+        """Takes waiting records whose prompts are run next, by slot."""
+        starting: dict[int, Job] = {}
+        num_tokens = 0
+        gaps = [slot for slot, job in enumerate(self._running) if job is None]
+        while self._waiting and self._fits(job := self._waiting[0]):
+            num_tokens += self.prompt_columns(job.prompt)
+            if starting and num_tokens > _PREFILL_TOKENS:
                 break
-            beams, parents = self._advance(beams, candidates, is_last=step == last_step)
-            if not beams:
-                break
-        return self._finished.best()
+            if not gaps:
+                if len(self._running) == self._shape.num_slots:
+                    break
+                gaps.append(len(self._running))
+                self._running.append(None)
+            starting[gaps.pop(0)] = self._waiting.popleft()
+        return starting
 
-    def _candidates(
-        self, beams: Sequence[Beam], parents: Sequence[int]
-    ) -> list[tuple[float, int, int]]:
-        """Returns the 2 * beam_size best continuations (summed log p, beam, number), best first."""
-        logits = self._decoder.logits([beam.tokens for beam in beams], parents)
-        ids = torch.tensor([[t.id for t in beam.tokens] for beam in beams], device=logits.device)
-        logits = penalize_repetition(
-            logits, ids, self._options.repetition_penalty, self._options.repetition_window
+    def _fits(self, job: Job) -> bool:
+        """Whether a slot is long enough for a job, and not so long that half as many would do."""
+        prompt_columns = self.prompt_columns(job.prompt)
+        shape = self._shape_for(prompt_columns)
+        fits = prompt_columns <= self._shape.prompt_columns
+        return fits and shape.num_slots < 2 * self._shape.num_slots
+
+    @staticmethod
+    def prompt_columns(prompt: Prompt) -> int:
+        return len(prompt.encoded) + 1  # and `<s>`
+
+    def _shape_for(self, prompt_columns: int) -> Shape:
+        answer_columns = self._last_step * self._num_beams
+        num_slots = self._max_tokens // (prompt_columns + answer_columns)
+        num_slots = max(min(num_slots, self.max_records), 1)
+        # What is left makes slots longer, so that later records fit as well.
+        left = self._max_tokens // num_slots - answer_columns
+        return Shape(num_slots, max(prompt_columns, min(left, 2 * prompt_columns)), answer_columns)
+
+    def _divide(self) -> None:
+        """Divide the memory for the records that wait longest; none is running."""
+        if self._fits(self._waiting[0]):
+            return
+        shape = self._shape_for(self.prompt_columns(self._waiting[0].prompt))
+        first = list(self._waiting)[: shape.num_slots]
+        longest = self._shape_for(max(self.prompt_columns(job.prompt) for job in first))
+        # Hazard: the first one must fit, or nothing would ever start.
+        self._shape = longest if shape.num_slots < 2 * longest.num_slots else shape
+        self._decoder.divide(self._shape, self._num_beams)
+        self._beams = Beams(
+            self._shape.num_slots,
+            self._num_beams,
+            self._last_step + 1,
+            self._decoder.tokenizer.bos,
+            self._decoder.tokenizer.eos,
         )
-        before = torch.tensor([beam.log_p for beam in beams], device=logits.device)
-        total = (logits.log_softmax(dim=-1) + before[:, None]).flatten()
-        top, numbers = total.topk(min(2 * self._options.beam_size, len(total)))
-        values = top.tolist()
-        if not values[0] > float("-inf"):  # topk puts NaN first
+
+    def _fill_gaps(self) -> None:
+        """Move the last records into slots that stayed free: slots 0 to n - 1 are in use then."""
+        for slot in [i for i, job in enumerate(self._running) if job is None]:
+            while self._running and self._running[-1] is None:
+                self._running.pop()
+            if slot >= len(self._running):
+                break
+            last = len(self._running) - 1
+            self._decoder.move(last, slot, self._beams)
+            self._beams.move(last, slot)
+            self._running[slot] = self._running.pop()
+
+    # ------------------------------------------------------------------ the search
+
+    def _continue(self, states: torch.Tensor, slots: np.ndarray, log_p: np.ndarray) -> list[Job]:
+        """Make the next beams of records from the present ones' states.
+
+        Args:
+            states: see `Decoder.continuations`, as for the others.
+        """
+        jobs = [job for slot in slots if (job := self._running[slot]) is not None]
+        k = self._num_beams if self._options.is_sampling else 2 * self._num_beams
+
+        def choose(
+            logits: torch.Tensor, before: torch.Tensor, part: slice
+        ) -> tuple[torch.Tensor, ...]:
+            self._penalize_repetition(logits, jobs[part], slots[part], before.shape[1])
+            if self._options.is_sampling:
+                return self._sampled(logits, before, jobs[part])
+            return best_continuations(logits, before, k)
+
+        found = self._decoder.continuations(states, slots, log_p, k, choose)
+        if not np.isfinite(found.log_p[:, 0]).all():
             raise RunError(
                 "the model's logits are not finite: the weights are broken, or the range of "
                 "--dtype is too small for them (--dtype fp32 has the largest)"
             )
-        return [
-            (value, *divmod(number, logits.shape[1]))
-            for value, number in zip(values, numbers.tolist(), strict=True)
-            if value > float("-inf")
+        num_answers = np.array([len(job.prompt.answers) for job in jobs])
+        is_last = self._beams.last[slots] == [job.last_step for job in jobs]
+        choice = self._beams.choose(slots, found, num_answers, is_last)
+        ended = [
+            job
+            for row, job in enumerate(jobs)
+            if self._has_ended(job, slots[row], row, found, choice)
         ]
+        going = np.array([job not in ended for job in jobs])
+        for slot, job in zip(slots[~going], ended, strict=True):
+            job.has_ended = True
+            self._running[slot] = None
+        if going.any():
+            parts = (array[going] for array in found), (array[going] for array in choice)
+            self._beams.advance(slots[going], Continuations(*parts[0]), Choice(*parts[1]))
+        return ended
 
-    def _advance(
-        self, beams: Sequence[Beam], candidates: list[tuple[float, int, int]], *, is_last: bool
-    ) -> tuple[list[Beam], list[int]]:
-        """Finish hypotheses and make the next beams, with the index of the beam each continues."""
-        next_beams: list[Beam] = []
-        parents: list[int] = []
-        for log_p, parent, number in candidates:
-            tokens = beams[parent].tokens
-            closes = number == self._eos
-            last = tokens[-1]
-            following = Token(*self._decoder.pair(number), last.answer, last.position + 1)
-            if is_last or (closes and last.answer + 1 == self._num_answers):
-                # Each token so far, `<s>` included, has predicted the next one.
-                score = log_p / len(tokens)
-                self._finished.add(score, tokens if closes else (*tokens, following))
-                continue
-            if closes:
-                following = Token(self._bos, 0, last.answer + 1, 0)
-            next_beams.append(Beam(log_p, (*tokens, following)))
-            parents.append(parent)
-            if len(next_beams) == self._options.beam_size:
-                break
-        return next_beams, parents
+    def _penalize_repetition(
+        self, logits: torch.Tensor, jobs: Sequence[Job], slots: np.ndarray, width: int
+    ) -> None:
+        """Penalize the tokens that the beams of these records have written, in place."""
+        of_records = logits.unflatten(0, (len(jobs), width))
+        for row, job in enumerate(jobs):
+            if job.options.repetition_penalty != 1:
+                window = job.options.repetition_window
+                recent = self._beams.recent_ids(slots[row : row + 1], window)[0, :width]
+                ids = torch.from_numpy(recent.astype(np.int64)).to(logits.device)
+                penalize_repetition_(of_records[row], ids, job.options.repetition_penalty)
+
+    def _sampled(
+        self, logits: torch.Tensor, before: torch.Tensor, jobs: Sequence[Job]
+    ) -> tuple[torch.Tensor, ...]:
+        """One continuation of each sample; at the first token, all samples of the first beam."""
+        num_records, width = before.shape
+        draws = self._num_beams // width  # from each row
+        uniforms = np.stack([job.rng.random(self._num_beams) for job in jobs])
+        options = [job.options for job in jobs for _ in range(width)]
+        log_p, numbers = sample(logits, options, uniforms.reshape(-1, draws))
+        total = log_p.unflatten(0, (num_records, width)) + before[:, :, None]
+        parents = torch.arange(width, device=logits.device).repeat_interleave(draws)
+        shape = (num_records, self._num_beams)
+        return total.flatten(1), parents.expand(shape), numbers.reshape(shape)
+
+    def _has_ended(
+        self, job: Job, slot: int, row: int, found: Continuations, choice: Choice
+    ) -> bool:
+        """Adds the hypotheses that a record has finished in this step; whether the search ends."""
+        step = int(self._beams.last[slot])
+        is_sampling = self._options.is_sampling
+        if not is_sampling and job.finished.cannot_improve(float(found.log_p[row, 0]), step):
+            return True
+        for column in np.flatnonzero(choice.finished[row]).tolist():
+            # Each token so far, `<s>` included, has predicted the next one.
+            score = job.finished.score(float(found.log_p[row, column]), step + 1)
+            tokens = self._beams.hypothesis(slot, found, row, column)
+            reached = tokens[-1, ANSWER] + 1 == len(job.prompt.answers)
+            is_whole = bool(reached and choice.closes[row, column])
+            job.finished.add(score, tokens, is_whole)
+        return not choice.taken[row].any()

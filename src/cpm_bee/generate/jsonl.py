@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 from cpm_bee import json_lines, records
 from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError, Problems, naming
-from cpm_bee.generate.beam_search import Generator
+from cpm_bee.generate.generator import Generator
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.output import Output, check_partial, names_in_use, resumable_file
 from cpm_bee.generate.prompt import Prompt
 from cpm_bee.paths import not_a_file
 from cpm_bee.progress import progress_bar
-from cpm_bee.records import ANSWER, Record
+from cpm_bee.records import ANSWER, CANDIDATES, Record, without_marks
 from cpm_bee.tokenizer import unescape
 
 STANDARD = "-"  # names standard input and output
@@ -63,6 +63,7 @@ def read_records(path: str, *, escape: bool = False) -> list[InputRecord]:
     name = "standard input" if path == STANDARD else path
     for number, line in _lines(path):
         value, reason = json_lines.parse_line(line)
+        value = without_marks(value)
         checked = records.escape_texts(value) if escape else value
         found = [reason] if reason else records.validate(checked)
         problems.extend(f"{name}:{number}", found)
@@ -147,6 +148,7 @@ def generate_file(
     *,
     resume: bool = False,
     escape: bool = False,
+    max_tokens: int | None = None,
 ) -> Score:
     """Write each record with the model's answer in place of its own, one per line.
 
@@ -155,6 +157,7 @@ def generate_file(
         settings: what decides the answers, by flag; it must be the same to resume.
         resume: continue after the records that an interrupted call left in `output`.partial.
         escape: the texts are plain, and so are the answers that are written.
+        max_tokens: how many tokens are held at once, see `Generator.stream`.
 
     Raises:
         InputError: a record cannot be encoded (all are listed); or as `resumable_file`.
@@ -166,20 +169,29 @@ def generate_file(
     places = [where for where, _ in inputs]
     check_vocabulary(list(map(InputRecord, places, prompts)), generator.encoder)
     with _output(output, given, settings, resume) as (file, done):
+        results = generator.stream(prompts[len(done) :], options, max_tokens, len(done))
         correct = answered = 0
         for i, record in enumerate(progress_bar(given, description="generating", unit="records")):
             if i < len(done):
                 result = done[i]
             else:
-                result = generator.generate(prompts[i], options)
+                result = next(results)
                 if escape:
-                    result = {**record, ANSWER: _unescaped(result[ANSWER])}
+                    result = _as_plain(record, result)
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
                 file.flush()  # a kill loses no record
             if records.has_answer(record[ANSWER]):
                 answered += 1
                 correct += result[ANSWER] == record[ANSWER]
     return Score(correct, answered)
+
+
+def _as_plain(record: Record, result: dict) -> dict:
+    """An answered record with the plain texts of `record`, and its answers as plain texts."""
+    marks = {key: value for key, value in result.items() if key not in record}
+    if CANDIDATES in marks:
+        marks[CANDIDATES] = [{**own, ANSWER: _unescaped(own[ANSWER])} for own in marks[CANDIDATES]]
+    return {**record, ANSWER: _unescaped(result[ANSWER]), **marks}
 
 
 def _unescaped(answer: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpm_bee import hints, quantize
-from cpm_bee.cli import positive, real_number
+from cpm_bee.cli import not_negative, positive, real_number, share
 from cpm_bee.errors import InputError
 from cpm_bee.options import REQUIRED, CommandOptions, Group, check_values, verify_option
 
@@ -18,22 +18,45 @@ MACHINE = Group("machine", "运行环境")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
-    """The flags of the beam search.
+class AnswerOptions:
+    """The flag for the length of answers."""
 
-    Raises:
-        InputError: a value is out of range; names the flag.
-    """
-
-    beam_size: int = SEARCH.option(
-        3, "number of beams; 1 is greedy decoding", "束的个数；1 为贪心解码", type=positive
-    )
     max_length: int = SEARCH.option(
         100,
         "maximum number of tokens to write for a record, over all its answers (up to two more are "
         "possible)",
         "每条记录最多生成的 token 数，所有答案合计（可能多出至多两个）",
         type=positive,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions(AnswerOptions):
+    """The flags of the beam search.
+
+    Raises:
+        InputError: a value is out of range; names the flag.
+    """
+
+    beam_size: int | None = SEARCH.option(
+        None,
+        "number of beams; 1 is greedy decoding; 3 when not given; not with `--temperature`",
+        "束的个数；1 为贪心解码；不指定时为 3；不能与 `--temperature` 同用",
+        type=positive,
+    )
+    num_return: int = SEARCH.option(
+        1,
+        "number of answers to write for a record: the best hypotheses of the beam search, or "
+        "independent samples; all are listed under `<candidates>`",
+        "每条记录写出的答案数：束搜索中最好的几个，或相互独立的采样；全部列在 `<candidates>` 下",
+        type=positive,
+    )
+    length_penalty: float = SEARCH.option(
+        1.0,
+        "exponent of the length by which a hypothesis's log probability is divided: larger values "
+        "prefer longer answers, 0 is no division",
+        "候选的对数概率除以其长度的该次幂：值越大越偏向长答案，0 为不除",
+        type=real_number(0),
     )
     # Keskar et al. 2019, CTRL, section 4.1, for logits of either sign.
     repetition_penalty: float = SEARCH.option(
@@ -50,53 +73,67 @@ class GenerationOptions:
         type=positive,
     )
 
+    temperature: float | None = SEARCH.option(
+        None,
+        "draw tokens at random, with their logits divided by this, instead of a beam search; 0 is "
+        "greedy decoding",
+        "按概率随机采样（logits 除以该值），而不用束搜索；0 为贪心解码",
+        type=real_number(0),
+    )
+    top_k: int | None = SEARCH.option(
+        None,
+        "draw from the K most probable tokens; needs `--temperature`",
+        "只在概率最大的 K 个 token 中采样；需要 `--temperature`",
+        type=positive,
+    )
+    top_p: float | None = SEARCH.option(
+        None,
+        "draw from the fewest tokens that have this share of the probability; needs "
+        "`--temperature`",
+        "只在概率之和达到该值的最少 token 中采样；需要 `--temperature`",
+        type=share(exclusive=True),
+    )
+    min_p: float | None = SEARCH.option(
+        None,
+        "draw from the tokens that have at least this share of the probability of the most "
+        "probable one; needs `--temperature`",
+        "只在概率不低于最大概率该比例的 token 中采样；需要 `--temperature`",
+        type=share(),
+    )
+    seed: int = SEARCH.option(0, "seed of the samples", "采样的随机种子", type=not_negative)
+
     def __post_init__(self) -> None:
         check_values(self)
+        problems = []
+        for name in ("top_k", "top_p", "min_p"):
+            if getattr(self, name) is not None and not self.is_sampling:
+                problems.append(f"--{name.replace('_', '-')}: needs --temperature above 0")
+        if self.beam_size not in (None, 1) and self.temperature is not None:
+            problems.append("--beam-size: not used with --temperature; leave one of them out")
+        if not self.is_sampling and self.num_return > self.num_beams:
+            problems.append(
+                f"--num-return {self.num_return}: needs --beam-size {self.num_return} or more, or "
+                "--temperature"
+            )
+        if problems:
+            raise InputError("\n".join(problems))
+
+    @property
+    def is_sampling(self) -> bool:
+        return bool(self.temperature)
+
+    @property
+    def num_beams(self) -> int:
+        """The number of hypotheses that run side by side: beams, or samples."""
+        if self.is_sampling:
+            return self.num_return
+        return 1 if self.temperature == 0 else self.beam_size or 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextGenerationOptions(GenerationOptions, CommandOptions):
-    """The flags of text_generation.py."""
+class LoadedModelOptions:
+    """The flags for the model that answers, and where it runs."""
 
-    script = "text_generation.py"
-    description = (
-        "Answer records with a model: reads a file of records and writes the same records with "
-        'the text under "<ans>" replaced by the model\'s answer (null if the model reached '
-        "--max-length before that answer). If the input has answers, it prints the share of exact "
-        "matches."
-    )
-    chinese = (
-        "用模型回答记录：读入一个记录文件，写出同样的记录，其中 `<ans>` 下的文本换成模型的答案"
-        "（如果写到该答案之前已达到 `--max-length`，则为 `null`）。"
-        "若输入中带有答案，还会打印完全一致的比例。"
-    )
-    groups = (FILES, MODEL, SEARCH, MACHINE)
-    hints = hints.GENERATE
-
-    input: str = FILES.option(
-        REQUIRED,
-        "records, one JSON object per line; `-` is standard input",
-        "记录文件，每行一个 JSON 对象；`-` 为标准输入",
-        metavar="FILE",
-    )
-    output: str = FILES.option(
-        REQUIRED,
-        "file for the answered records; `-` is standard output",
-        "写入作答后的记录的文件；`-` 为标准输出",
-        metavar="FILE",
-    )
-    resume: bool = FILES.option(
-        False,
-        "continue after the records that an interrupted run of the same command left in "
-        "`OUTPUT.partial`",
-        "接着上次中断时留在 `OUTPUT.partial` 中的记录继续生成（命令须与上次相同）",
-    )
-    escape: bool = FILES.option(
-        False,
-        "treat all texts as plain text, as in preprocess_dataset.py: a literal `<` needs no "
-        "escaping, and the output has none",
-        "把所有文本当作普通文本，与 preprocess_dataset.py 相同：字面的 `<` 无需转义，输出也不转义",
-    )
     load: str = MODEL.option(
         "ckpts/pytorch_model.bin",
         "checkpoint of the base model, or of a fully fine-tuned one",
@@ -151,14 +188,25 @@ class TextGenerationOptions(GenerationOptions, CommandOptions):
         metavar="DEVICE",
     )
 
+    max_tokens: int | None = MACHINE.option(
+        None,
+        "number of tokens to hold in memory at once, of which a record needs those of its prompt "
+        "and `--max-length` for each beam; records are generated together as far as they fit, one "
+        "at least. It does not change the answers. When not given, what a quarter of the free "
+        "memory holds",
+        "同时保存在内存中的 token 数；每条记录占用其提示的 token 数，再加上每个束各 `--max-length` "
+        "个。放得下的记录一起生成，至少一条。不影响答案。不指定时为四分之一可用内存所能容纳的数目",
+        type=positive,
+    )
+
     def __post_init__(self) -> None:
-        super().__post_init__()
+        check_values(self)
         if self.delta_alpha is not None and self.delta is None:
             raise InputError("--delta-alpha: needs --delta")
 
-    def files_read(self) -> Iterator[str | Path]:
-        """The files that this command reads, as far as they are known before it opens them."""
-        given = (self.input, self.load, self.model_config, self.vocab, self.delta)
+    def model_files(self) -> Iterator[str | Path]:
+        """The files of the model, as far as they are known before they are opened."""
+        given = (self.load, self.model_config, self.vocab, self.delta)
         yield from (path for path in given if path is not None)
         yield from (Path(path).with_suffix(".json") for path in (self.load, self.delta) if path)
         load = Path(self.load)
@@ -172,3 +220,57 @@ class TextGenerationOptions(GenerationOptions, CommandOptions):
             "vocab.txt",
         ):
             yield from folder.glob(pattern)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextGenerationOptions(GenerationOptions, LoadedModelOptions, CommandOptions):
+    """The flags of text_generation.py."""
+
+    script = "text_generation.py"
+    description = (
+        "Answer records with a model: reads a file of records and writes the same records with "
+        'the text under "<ans>" replaced by the model\'s answer (null if the model reached '
+        "--max-length before that answer). If the input has answers, it prints the share of exact "
+        "matches."
+    )
+    chinese = (
+        "用模型回答记录：读入一个记录文件，写出同样的记录，其中 `<ans>` 下的文本换成模型的答案"
+        "（如果写到该答案之前已达到 `--max-length`，则为 `null`）。"
+        "若输入中带有答案，还会打印完全一致的比例。"
+    )
+    groups = (FILES, MODEL, SEARCH, MACHINE)
+    hints = hints.GENERATE
+
+    input: str = FILES.option(
+        REQUIRED,
+        "records, one JSON object per line; `-` is standard input",
+        "记录文件，每行一个 JSON 对象；`-` 为标准输入",
+        metavar="FILE",
+    )
+    output: str = FILES.option(
+        REQUIRED,
+        "file for the answered records; `-` is standard output",
+        "写入作答后的记录的文件；`-` 为标准输出",
+        metavar="FILE",
+    )
+    resume: bool = FILES.option(
+        False,
+        "continue after the records that an interrupted run of the same command left in "
+        "`OUTPUT.partial`",
+        "接着上次中断时留在 `OUTPUT.partial` 中的记录继续生成（命令须与上次相同）",
+    )
+    escape: bool = FILES.option(
+        False,
+        "treat all texts as plain text, as in preprocess_dataset.py: a literal `<` needs no "
+        "escaping, and the output has none",
+        "把所有文本当作普通文本，与 preprocess_dataset.py 相同：字面的 `<` 无需转义，输出也不转义",
+    )
+
+    def __post_init__(self) -> None:
+        GenerationOptions.__post_init__(self)
+        LoadedModelOptions.__post_init__(self)
+
+    def files_read(self) -> Iterator[str | Path]:
+        """The files that this command reads, as far as they are known before it opens them."""
+        yield self.input
+        yield from self.model_files()

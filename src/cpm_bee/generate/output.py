@@ -26,7 +26,7 @@ from cpm_bee.errors import InputError, InterruptedRun, Problems, keeping, shown
 from cpm_bee.files import exclusive, refuse_if_held
 from cpm_bee.paths import unwritable_folder
 from cpm_bee.progress import silence_terminal
-from cpm_bee.records import ANSWER, Record
+from cpm_bee.records import ANSWER, Record, without_marks
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ def _without_answers(record: Any) -> str:
         return {k: empty(v) for k, v in node.items()} if isinstance(node, dict) else None
 
     if isinstance(record, dict) and ANSWER in record:
-        record = {**record, ANSWER: empty(record[ANSWER])}
+        record = {**without_marks(record), ANSWER: empty(record[ANSWER])}
     return json.dumps(record)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from cpm_bee.data.batch import Pair
-from cpm_bee.encoding import EncodedRecord, Encoder
+from cpm_bee.encoding import EncodedRecord, Encoder, Extension
 from cpm_bee.records import ANSWER, Record, Tree
 from cpm_bee.segments import outline
-from cpm_bee.tokenizer import ExtensionTable, Tokenizer
+from cpm_bee.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Prompt:
     encoded: EncodedRecord
     answers: tuple[int, ...]
     _tokenizer: Tokenizer
-    _extension: ExtensionTable
+    _extension: Extension
     _extension_numbers: dict[Pair, int]  # (id, sub) -> its id in the extension table
 
     @classmethod
@@ -44,6 +46,23 @@ class Prompt:
     def has_unknown(self) -> bool:
         """Whether the context has text that the vocabulary lacks, which `<unk>` then represents."""
         return (self._tokenizer.unk, 0) in self._extension_numbers
+
+    @property
+    def started(self) -> EncodedRecord:
+        """The context followed by the `<s>` of the first answer."""
+        encoded, bos = self.encoded, self._tokenizer.bos
+        return EncodedRecord(
+            ids=np.append(encoded.ids, np.int32(bos)),
+            subs=np.append(encoded.subs, np.uint16(0)),
+            segments=np.append(encoded.segments, np.uint16(self.answers[0])),
+            tree=encoded.tree,
+        )
+
+    def pair_of(self, token: str) -> Pair:
+        """The (id, sub) pair of a special token of the context."""
+        [token_id] = self._tokenizer.encode(token, self._extension)
+        is_listed = token_id < len(self._tokenizer)
+        return (token_id, 0) if is_listed else self._extension.pair(token_id)
 
     def text(self, tokens: Sequence[Pair]) -> str:
         """Returns the text of (id, sub) pairs; extension entries mean what they do in the record.

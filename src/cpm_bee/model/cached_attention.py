@@ -1,24 +1,25 @@
-"""Attention with a KV cache, for generation.
+"""Attention of one decoding step, for the beams of several records at once.
 
-A prompt is run once (`CPMBee.prefill`); then each step runs one new token of each of B sequences
-(`CPMBee.decode`), whose query attends to two sets of keys:
+Each record has a slot in the cache of keys and values. Its keys are, in this order: the prompt,
+with the `<s>` of the first answer as its last token; then one key for each beam and step. All beams
+of a record attend to all keys of its slot in one product, so each key is read once per step, and
+the bias says what a beam sees: it is -inf for keys of other beams that are not its ancestors. Keys
+and values are therefore never copied or reordered when a beam continues another one. Only the bias
+changes, which is small.
 
-- the keys of the prompt, shared by all sequences. One product q Kᵀ computes the scores of all
-  sequences, so its time hardly depends on the number of beams. An answer's segment is never one of
-  the prompt's, so the bias depends only on the pair of segments and comes from a table with a row
-  for each answer.
-- the keys of its own tokens, including the new one. Within a segment the bias depends on the
-  distance, between answers on the pair of segments.
+Prompts are aligned to the right: in every slot the prompt ends at column `prompt_columns`, so the
+columns in use of neighbouring slots are one window, and the products of these records are one
+`bmm`. The columns before a shorter prompt are masked.
 
-Both sets of scores go through one softmax, so the result equals that of a pass over the whole
-sequence without a cache, up to rounding. A `KeyValueCache` stores keys and values without biases.
-Hazard: `decode` appends to the cache, so it must be called exactly once per token, and the caller
-must reorder the cache first if beams have changed their order.
+An answer's segment is never one of the prompt's, so the bias between a token and the prompt depends
+only on the token's answer: it is set when a record starts or a beam begins another answer, not in
+each step. Between tokens of answers, the bias depends on the distance and is set in each step.
 
-To decode several records at once, only this attention function would have to change: everywhere
-else, `decode` computes each row by itself.
+The softmax over both parts gives the result of a pass over the whole sequence without a cache, up
+to rounding. Hazard: masked columns are multiplied by 0, so the values there must be finite; the
+cache begins with zeros.
 
-Shapes: B sequences, P prompt tokens, A answer tokens, H heads of dimension D.
+Shapes: R records with B beams each, H heads of dimension D, W columns of the window.
 """
 
 from __future__ import annotations
@@ -29,103 +30,119 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from cpm_bee.data.batch import Batch
 from cpm_bee.model.attention import PositionBias
-from cpm_bee.model.layers import AttentionFunction
 
 
 class KeyValue(NamedTuple):
-    """Keys and values of one layer, (H, P, D) for the prompt and (B, H, A, D) for answers."""
+    """Keys and values of one layer."""
 
     k: torch.Tensor
     v: torch.Tensor
 
 
+class Window(NamedTuple):
+    """Neighbouring slots, and the columns that some of them use."""
+
+    slots: slice
+    columns: slice
+
+
 class KeyValueCache(Protocol):
     """The interface of a KV cache."""
 
-    def set_prompt(self, layer: int, prompt: KeyValue) -> None:
-        """Store the prompt's keys and values of a layer."""
-
-    def prompt(self, layer: int) -> KeyValue:
-        """The prompt's keys and values of a layer."""
+    def write(self, layer: int, rows: torch.Tensor, new: KeyValue) -> None:
+        """Store keys and values [N, H, D] in rows [N * H] of the cache."""
         ...
 
-    def append(self, layer: int, new: KeyValue) -> KeyValue:
-        """Append one token to each sequence, (B, H, 1, D); returns all tokens, newest last."""
+    def window(self, layer: int, window: Window) -> KeyValue:
+        """Its keys and values, [R * H, W, D]."""
         ...
 
 
-class AnswerTokens(NamedTuple):
-    """The tokens of B sequences after the prompt, newest last."""
-
-    ids: torch.Tensor  # (B, A) vocabulary ids
-    subs: torch.Tensor  # (B, A) number of the extension entry of its id; 0 for ordinary tokens
-    answers: torch.Tensor  # (B, A) the answer that a token belongs to, from 0
-    positions: torch.Tensor  # (B, A) position within the answer
-
-
-class Prefill:
-    """A prompt that has been run: its KV cache, and the biases of answers."""
+class BeamBias:
+    """The bias between the newest token of each beam and each column of its slot."""
 
     def __init__(
-        self, prompt: Batch, answers: Sequence[int], bias: PositionBias, cache: KeyValueCache
+        self,
+        position_bias: PositionBias,
+        shape: tuple[int, int, int],
+        prompt_columns: int,
+        dtype: torch.dtype,
     ) -> None:
-        self.prompt = prompt
-        self.cache = cache
-        self._bias = bias
-        (size,) = prompt.num_segments  # of one record
-        segments = torch.tensor(answers, device=prompt.ids.device)
-        relations = prompt.relations.view(size, size).long()[segments]  # (answers, S)
-        self._relations = relations[:, segments]  # (answers, answers)
-        to_prompt = relations[:, prompt.segments]  # (answers, P)
-        # Never the same segment, so the distance does not matter.
-        rows = bias.rows(torch.zeros_like(to_prompt), to_prompt)
-        self._prompt_bias = bias.values(rows.unsqueeze(0)).squeeze(0)  # (H, answers, P)
+        """`shape` is (slots, beams, columns)."""
+        table = position_bias.relative_attention_bias
+        slots, beams, columns = shape
+        self._position_bias = position_bias
+        self._prompt_columns = prompt_columns
+        self._beams = torch.arange(beams, device=table.device)
+        self._values = torch.full(
+            (slots, table.shape[1], beams, columns),
+            -math.inf,
+            dtype=dtype,
+            device=table.device,
+        )
 
-    def caching(self, attend: AttentionFunction) -> AttentionFunction:
-        """Returns `attend`, wrapped so that it also stores keys and values in the cache."""
+    def set_prompt(self, slot: int, relations: torch.Tensor) -> None:
+        """Set the bias between each beam's answer and the prompt, from relations [B, P]."""
+        rows = self._position_bias.rows(torch.zeros_like(relations), relations)  # (B, P)
+        values = self._position_bias.values(rows[None])[0]  # (H, B, P)
+        begin = self._prompt_columns - 1 - relations.shape[1]  # the last column is <s>
+        self._values[slot, :, :, :begin] = -math.inf
+        self._values[slot, :, :, begin : self._prompt_columns - 1] = values
 
-        def attend_and_keep(
-            layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-        ) -> torch.Tensor:
-            # (P, H, D) -> (H, P, D), contiguous because every later step reads them in this order
-            kept = KeyValue(k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous())
-            self.cache.set_prompt(layer, kept)
-            return attend(layer, q, k, v)
+    def set_answers(
+        self, relations: torch.Tensor, distances: torch.Tensor, writers: torch.Tensor
+    ) -> None:
+        """Set the bias between the newest token of each beam and the tokens of answers.
 
-        return attend_and_keep
+        Args:
+            relations: segment relations to each token that the beam has written, [R, B, A].
+            distances: position of that token minus the newest token's, [R, B, A].
+            writers: the beam that wrote it, in whose column it is; -1 for none, [R, B, A].
+        """
+        bias = self._position_bias
+        rows = bias.rows(distances, relations)  # (R, B, A)
+        written = writers[:, :, 1:, None] == self._beams  # (R, B, A - 1, B)
+        own = torch.where(written, rows[:, :, 1:, None], bias.masked_row).flatten(2)
+        rows = torch.cat([rows[:, :, :1], own], dim=2)  # (R, B, 1 + (A - 1) * B)
+        begin = self._prompt_columns - 1
+        columns = slice(begin, begin + rows.shape[2])
+        self._values[: len(rows), :, :, columns] = bias.values(rows)
 
-    def prompt_bias(self, tokens: AnswerTokens) -> torch.Tensor:
-        """The bias between each sequence's new token and the prompt, (H, B, P)."""
-        return self._prompt_bias.index_select(1, tokens.answers[:, -1])
+    def move(self, source: int, target: int) -> None:
+        self._values[target] = self._values[source]
 
-    def answer_bias(self, tokens: AnswerTokens) -> torch.Tensor:
-        """The bias between each sequence's new token and its own tokens, (B, H, 1, A)."""
-        relation = self._relations[tokens.answers[:, -1:], tokens.answers]  # (B, A)
-        distance = tokens.positions - tokens.positions[:, -1:]  # (B, A), k - q
-        return self._bias.values(self._bias.rows(distance, relation).unsqueeze(1))
+    def window(self, window: Window) -> torch.Tensor:
+        """(R * H, B, W)."""
+        return self._values[window.slots, :, :, window.columns].flatten(0, 1)
 
 
-class CachedAttention:
-    """The attention function of one step, for all layers: q, k, v [B, H, D] -> [B, H, D]."""
+class BeamAttention:
+    """The attention function of one step, for all layers: q, k, v [R * B, H, D] -> the same.
 
-    def __init__(self, prefill: Prefill, tokens: AnswerTokens) -> None:
-        self._cache = prefill.cache
-        self._prompt_bias = prefill.prompt_bias(tokens)  # (H, B, P)
-        self._answer_bias = prefill.answer_bias(tokens)  # (B, H, 1, A)
+    The windows together cover all slots in use, in order.
+    """
+
+    def __init__(
+        self, cache: KeyValueCache, rows: torch.Tensor, bias: BeamBias, windows: Sequence[Window]
+    ) -> None:
+        """`rows` [R * B * H] are those of the cache for the new keys and values."""
+        self._cache, self._rows = cache, rows
+        self._windows = [(window, bias.window(window)) for window in windows]
+        self._num_slots = windows[-1].slots.stop
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
-        prompt = self._cache.prompt(layer)
-        answers = self._cache.append(layer, KeyValue(k.unsqueeze(2), v.unsqueeze(2)))
-        q = q / math.sqrt(q.shape[-1])
-        to_prompt = q.transpose(0, 1) @ prompt.k.mT + self._prompt_bias  # (H, B, P)
-        to_answers = q.unsqueeze(2) @ answers.k.mT + self._answer_bias  # (B, H, 1, A)
-        scores = torch.cat([to_prompt.transpose(0, 1), to_answers.squeeze(2)], dim=-1)
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)  # (B, H, P + A)
-        on_prompt, on_answers = weights.split([prompt.k.shape[1], answers.k.shape[2]], dim=-1)
-        from_prompt = (on_prompt.transpose(0, 1) @ prompt.v).transpose(0, 1)  # (B, H, D)
-        from_answers = (on_answers.unsqueeze(2) @ answers.v).squeeze(2)  # (B, H, D)
-        return from_prompt + from_answers
+        self._cache.write(layer, self._rows, KeyValue(k, v))
+        scale = 1 / math.sqrt(q.shape[2])
+        q = q.unflatten(0, (self._num_slots, -1)).transpose(1, 2)  # (R, H, B, D)
+        outputs = []
+        for window, bias in self._windows:
+            keys, values = self._cache.window(layer, window)  # (r * H, W, D)
+            queries = q[window.slots].flatten(0, 1).to(keys.dtype)  # (r * H, B, D)
+            scores = torch.baddbmm(bias, queries, keys.mT, alpha=scale)
+            weights = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
+            outputs.append(torch.bmm(weights, values))  # (r * H, B, D)
+        out = torch.cat(outputs).unflatten(0, (self._num_slots, -1))  # (R, H, B, D)
+        return out.transpose(1, 2).flatten(0, 1)

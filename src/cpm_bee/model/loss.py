@@ -89,8 +89,13 @@ class _Piece:
             vocabulary[candidates.unk] = unk
         return best == self._targets
 
-    def losses(self) -> torch.Tensor:
-        """The loss of each target, fp32 [n]; overwrites each logit with exp(logit - max)."""
+    def losses(self, own: torch.Tensor | None = None) -> torch.Tensor:
+        """The loss of each target, fp32 [n]; overwrites each logit with exp(logit - max).
+
+        With `own`, bool [n, E], only these extension entries count.
+        """
+        if own is not None and own.numel():
+            self._extension[:, : len(own)].masked_fill_(~own.mT, float("-inf"))
         parts = [part for part in (self._vocabulary, self._extension) if len(part)]
         top = torch.stack([part.amax(dim=0) for part in parts]).amax(dim=0)  # (n,)
         chosen = self._at_targets(self._vocabulary, self._extension)
@@ -148,9 +153,18 @@ class TargetLoss(torch.autograd.Function):
 
 @torch.no_grad()
 def score(
-    h: torch.Tensor, head: OutputHead, targets: torch.Tensor, candidates: Candidates | None = None
+    h: torch.Tensor,
+    head: OutputHead,
+    targets: torch.Tensor,
+    candidates: Candidates | None = None,
+    own_extension: torch.Tensor | None = None,
 ) -> Scores:
-    """The scores of states [N, dim_model]; see `_Piece.correct` for `candidates`."""
+    """The scores of states [N, dim_model].
+
+    Args:
+        candidates: see `_Piece.correct`.
+        own_extension: see `_Piece.losses`; bool [N, E].
+    """
     scores = []
     for i in range(0, len(h), _PIECE):
         part = slice(i, i + _PIECE)
@@ -159,6 +173,7 @@ def score(
             has_unk=candidates.has_unk[part], extension=candidates.extension[part]
         )
         correct = piece.correct(own)
-        scores.append(Scores(piece.losses(), correct))
+        own_part = None if own_extension is None else own_extension[part]
+        scores.append(Scores(piece.losses(own_part), correct))
         del piece
     return Scores(*(torch.cat(parts) for parts in zip(*scores, strict=True)))

@@ -1,14 +1,14 @@
 """CPM-Bee: embedding, layers, and logits at the targets or at the next token of an answer.
 
 Training and evaluation (`loss`, `score`) run a `Batch`, a flat stream of records, in one pass.
-Generation (`prefill`, then `decode` once per token) runs a prompt once and keeps its keys and
-values in a cache that the caller passes; see `model/cached_attention.py`.
+Generation runs prompts once, also as a `Batch` (`prefill`), then one token of each hypothesis per
+step (`decode`); the caller keeps keys and values, see `model/cached_attention.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -20,7 +20,7 @@ from cpm_bee.data.batch import Batch
 from cpm_bee.model import flex_attention
 from cpm_bee.model.attention import PaddedAttention, PaddedGroups, PositionBias
 from cpm_bee.model.block import TransformerBlock
-from cpm_bee.model.cached_attention import AnswerTokens, CachedAttention, KeyValueCache, Prefill
+from cpm_bee.model.cached_attention import KeyValue
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.layers import AttentionFunction, Embedding, RMSNorm
 from cpm_bee.model.loss import Candidates, OutputHead, Scores, TargetLoss, score
@@ -104,35 +104,46 @@ class CPMBee(nn.Module):
                 self._output_head(batch),
                 batch.targets,
                 _candidates(batch),
+                batch.extension_is_own[batch.target_records]
+                if batch.extension_is_own is not None
+                else None,
             )
 
-    def prefill(self, prompt: Batch, answers: Sequence[int], cache: KeyValueCache) -> Prefill:
-        """Run a prompt and fill `cache` with its keys and values; the result is for `decode`.
+    def prefill(self, prompts: Batch, keep: Callable[[int, KeyValue], None]) -> torch.Tensor:
+        """The states of the targets after the last norm, [N, dim_model].
 
         Args:
-            prompt: one record whose answers have segments but no tokens.
-            answers: the segment of each answer.
+            prompts: records whose first answer has only its `<s>`, the one target of the record.
+            keep: is called with each layer that has attention and its keys and values, (T, H, D).
         """
-        h = self.input_embedding(prompt.ids, prompt.subs)  # (P, dim_model)
-        groups = PaddedGroups.of(prompt, self.position_bias)
-        attend = PaddedAttention(groups, self.position_bias, _compute_dtype(h), 0.0)
-        prefill = Prefill(prompt, answers, self.position_bias, cache)
-        self.encoder(h, prefill.caching(attend))
-        return prefill
 
-    def decode(self, tokens: AnswerTokens, prefill: Prefill) -> torch.Tensor:
-        """Logits of each sequence's next token, [B, vocab_size + E].
+        def keeping(attend: AttentionFunction) -> AttentionFunction:
+            def keep_and_attend(
+                layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+            ) -> torch.Tensor:
+                keep(layer, KeyValue(k, v))
+                return attend(layer, q, k, v)
+
+            return keep_and_attend
+
+        h = self.input_embedding(prompts.ids, prompts.subs)  # (T, dim_model)
+        bias, dtype = self.position_bias, _compute_dtype(h)
+        attend, attend_last = (
+            PaddedAttention(PaddedGroups.of(prompts, bias, at_targets=last), bias, dtype, 0.0)
+            for last in (False, True)
+        )
+        h = self.encoder(h, keeping(attend), keeping(attend_last), prompts.target_positions)
+        return self.encoder.output_layernorm(h)
+
+    def decode(
+        self, ids: torch.Tensor, subs: torch.Tensor, attend: AttentionFunction
+    ) -> torch.Tensor:
+        """The states of one token of each of N sequences after the last norm, [N, dim_model].
 
         Sequences share only the attention: everything else computes each row by itself.
-
-        Args:
-            tokens: all tokens of B answers so far; the last one of each is not in the cache yet.
         """
-        h = self.input_embedding(tokens.ids[:, -1], tokens.subs[:, -1])  # (B, dim_model)
-        h = self.encoder(h, CachedAttention(prefill, tokens))
-        h = self.encoder.output_layernorm(h)
-        prompt = prefill.prompt
-        return self.input_embedding.logits(h, prompt.extension_ids, prompt.extension_subs)
+        h = self.encoder(self.input_embedding(ids, subs), attend)
+        return self.encoder.output_layernorm(h)
 
     def _target_states(self, batch: Batch) -> torch.Tensor:
         """The states after the last norm, at the targets only, [N, dim_model]."""

@@ -20,13 +20,13 @@ from cpm_bee.checkpoint.sidecar import write_sidecar
 from cpm_bee.delta import DeltaConfig
 from cpm_bee.delta import save as save_delta
 from cpm_bee.disk import shortage
-from cpm_bee.errors import DamagedFile, InputError, Problems, RunError, shown
+from cpm_bee.errors import InputError, Problems, RunError, shown
 from cpm_bee.files import exclusive, refuse_if_held
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.temporary_files import remove_abandoned
 from cpm_bee.train.log import least_loss
 from cpm_bee.train.run_folder import RunFolder
-from cpm_bee.train.saved_state import check_state
+from cpm_bee.train.saved_state import check_state, newest_intact
 
 logger = logging.getLogger(__name__)
 
@@ -47,31 +47,6 @@ class RunProvenance(NamedTuple):
     vocabulary_fingerprint: str
     evaluation_fingerprint: str  # of the evaluation set's records; empty without one
     delta: DeltaConfig | None  # None: full fine-tuning
-
-
-def saved_delta_config(folder: str, name: str, path: Path | None = None) -> DeltaConfig | None:
-    """The settings of the delta in a run's newest training state; None if there is no such state.
-
-    Args:
-        path: another state to read instead.
-
-    Raises:
-        InputError: the state is damaged.
-    """
-    if path is None:
-        files = RunFolder(Path(folder), name, ["-state.pt"], 1).current()
-        path = next((file for file in files if file.name == f"{name}-state.pt"), None)
-    if path is None or not path.is_file():
-        return None
-    state = load_tensors(path, "a training state")
-    check_state(path, state)
-    saved = state["delta"]
-    if not saved:
-        return None
-    try:
-        return DeltaConfig(**{**saved, "targets": tuple(saved["targets"])})
-    except (TypeError, KeyError):
-        raise InputError(f"{path}: its delta is {shown(saved)}, not what a run saves") from None
 
 
 class RunFiles:
@@ -244,7 +219,9 @@ class RunFiles:
             states and path.is_file() and path.samefile(states[0])
         )
         if path is None:
-            path, state = self._newest_intact(states)
+            if not states:
+                raise InputError(f"{self.state}: there is no saved state to resume from")
+            path, state = newest_intact(states)
         elif not path.is_file():
             raise InputError(f"--resume {path}: no such file")
         else:
@@ -273,29 +250,9 @@ class RunFiles:
         problems.raise_if_any(f"{path}: --resume needs the same as before:")
         if is_foreign:
             self._origin = (path, path.stat())
-        elif path.name == self.state.name:
+        elif states[0].name == self.state.name and path.samefile(states[0]):
             self._newest_step = state["progress"]["step"]
         return state["engine"], state["progress"]
-
-    def _newest_intact(self, states: list[Path]) -> tuple[Path, dict[Any, Any]]:
-        """Returns the newest state that is not damaged, with its path."""
-        if not states:
-            raise InputError(f"{self.state}: there is no saved state to resume from")
-        problems = Problems()
-        for path in states:
-            try:
-                state = load_tensors(path, "a training state", verify=True)
-                check_state(path, state)
-            except DamagedFile as error:
-                problems.include(error)
-                continue
-            if problems.count:
-                logger.warning(f"{_one_line(problems)}; resuming from {path} instead")
-            return path, state
-        raise DamagedFile(
-            f"{_one_line(problems)}; no earlier state is intact: start again without --resume, or "
-            "put an intact copy there"
-        )
 
     @property
     def begins_new_run(self) -> bool:
@@ -354,9 +311,7 @@ def _add_name(path: Path, name: Path) -> None:
     name.unlink(missing_ok=True)
     try:
         os.link(path, name)
+    except FileNotFoundError:  # somebody has removed it
+        return
     except OSError:  # a file system without hard links
         path.rename(name)
-
-
-def _one_line(problems: Problems) -> str:
-    return " ".join(problems.text().split())

@@ -11,8 +11,8 @@ from cpm_bee.delta import DeltaConfig, DeltaFile
 from cpm_bee.delta import insert as insert_new_delta
 from cpm_bee.errors import Problems
 from cpm_bee.pretrained import PretrainedModel
-from cpm_bee.train.checkpoints import saved_delta_config
 from cpm_bee.train.options import ALWAYS, AUTO, NEVER, Options
+from cpm_bee.train.saved_state import saved_delta_config
 
 
 class InitialDelta:

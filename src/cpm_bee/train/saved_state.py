@@ -1,15 +1,21 @@
-"""Checks that a training state is complete and well formed before any of it is used."""
+"""Reads training states, and checks that one is complete and well formed before it is used."""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cpm_bee.checkpoint.reader import load_tensors
+from cpm_bee.delta import DeltaConfig
 from cpm_bee.errors import DamagedFile, InputError, Problems, shown
+from cpm_bee.train.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 # The fields of `trainer.TrainingState` with their minimum values.
 _PROGRESS = {
@@ -45,6 +51,62 @@ def check_state(path: Path, state: dict[Any, Any]) -> None:
         problems.raise_if_any(f"{path}: not a training state, or a damaged one:")
     except InputError as error:
         raise DamagedFile(str(error)) from None
+
+
+def newest_intact(states: Sequence[Path]) -> tuple[Path, dict[Any, Any]]:
+    """Returns the first state that is not damaged, with its path; names the damaged ones.
+
+    Args:
+        states: their paths, newest first.
+
+    Raises:
+        DamagedFile: all of them are damaged.
+        InputError: that state is not a training state.
+    """
+    problems = Problems()
+    for path in states:
+        try:
+            state = load_tensors(path, "a training state", verify=True)
+            check_state(path, state)
+        except DamagedFile as error:
+            problems.include(error)
+            continue
+        if problems.count:
+            logger.warning(f"{_one_line(problems)}; resuming from {path} instead")
+        return path, state
+    raise DamagedFile(
+        f"{_one_line(problems)}; no earlier state is intact: start again without --resume, or "
+        "put an intact copy there"
+    )
+
+
+def _one_line(problems: Problems) -> str:
+    return " ".join(problems.text().split())
+
+
+def saved_delta_config(folder: str, name: str, path: Path | None = None) -> DeltaConfig | None:
+    """The settings of the delta in a run's newest training state; None if there is no such state.
+
+    Args:
+        path: another state to read instead.
+
+    Raises:
+        InputError: the state is damaged.
+    """
+    if path is None:
+        files = RunFolder(Path(folder), name, ["-state.pt"], 1).current()
+        path = next((file for file in files if file.name == f"{name}-state.pt"), None)
+    if path is None or not path.is_file():
+        return None
+    state = load_tensors(path, "a training state")
+    check_state(path, state)
+    saved = state["delta"]
+    if not saved:
+        return None
+    try:
+        return DeltaConfig(**{**saved, "targets": tuple(saved["targets"])})
+    except (TypeError, KeyError):
+        raise InputError(f"{path}: its delta is {shown(saved)}, not what a run saves") from None
 
 
 def _is_plain(value: Any, depth: int = 0) -> bool:

@@ -71,7 +71,7 @@ class ArrayBlocks:
         remedy: str,
     ) -> None:
         self._blocks = {
-            name: checksums.CheckedBlocks(folder / name, data, lists[name], remedy)
+            name: checksums.CheckedBlocks(folder / name, len(data), lists[name], remedy)
             for name, data in maps.items()
             if lists is not None
         }

@@ -1,0 +1,99 @@
+"""A record that is generated, and the hypotheses that its search has finished."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from cpm_bee.data.batch import Pair
+from cpm_bee.generate.beams import ANSWER, ID, POSITION, SUB
+from cpm_bee.generate.options import GenerationOptions
+from cpm_bee.generate.prompt import Prompt
+
+
+class Hypothesis(NamedTuple):
+    """A finished hypothesis.
+
+    Attributes:
+        score: mean log probability of the tokens.
+        tokens: (n, 5), see `beams`; with the `<s>` of answers.
+        is_whole: whether all answers ended; else it was cut off at the limit.
+    """
+
+    score: float
+    tokens: np.ndarray
+    is_whole: bool
+
+
+class FinishedHypotheses:
+    """The best `size` finished hypotheses, by the log probability of their tokens.
+
+    Args:
+        length_penalty: exponent of the number of tokens by which it is divided; 1 is their mean.
+    """
+
+    def __init__(self, size: int, length_penalty: float = 1.0) -> None:
+        self._size = size
+        self._length_penalty = length_penalty
+        self.hypotheses: list[Hypothesis] = []  # best first
+
+    def score(self, log_p: float, num_tokens: int) -> float:
+        """The score of a hypothesis with this summed log probability."""
+        return log_p / num_tokens**self._length_penalty
+
+    def add(self, score: float, tokens: np.ndarray, is_whole: bool = True) -> None:
+        self.hypotheses.append(Hypothesis(score, tokens, is_whole))
+        # The sort is stable: among equal scores, the first found stays first.
+        self.hypotheses.sort(key=lambda hypothesis: -hypothesis.score)
+        del self.hypotheses[self._size :]
+
+    def cannot_improve(self, best_log_p: float, step: int) -> bool:
+        """Whether `size` are found, and the worst scores at least what `best_log_p` would."""
+        full = len(self.hypotheses) == self._size
+        return full and self.hypotheses[-1].score >= self.score(best_log_p, step)
+
+
+class Job:
+    """A record that is generated.
+
+    Attributes:
+        options: its own; the number of hypotheses is that of the search.
+        finished: its hypotheses so far.
+        rng: draws its samples.
+    """
+
+    def __init__(self, prompt: Prompt, options: GenerationOptions, number: int) -> None:
+        self.prompt = prompt
+        self.options = options
+        self.finished = FinishedHypotheses(options.num_beams, options.length_penalty)
+        self.rng = np.random.default_rng([options.seed, number])
+        self.has_ended = False
+
+    @property
+    def last_step(self) -> int:
+        """The index of the last token, after which every hypothesis is finished."""
+        return self.options.max_length + 1
+
+    @property
+    def best(self) -> list[Hypothesis]:
+        """The hypotheses to return, best first."""
+        return self.finished.hypotheses[: self.options.num_return]
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether the best hypothesis was cut off at the limit."""
+        return not self.best[0].is_whole
+
+    def answers(self) -> list[list[Pair]]:
+        """The (id, sub) pairs of each answer of the best hypothesis, as `answers_of`."""
+        return answers_of(self.best[0].tokens)
+
+
+def answers_of(tokens: np.ndarray) -> list[list[Pair]]:
+    """The (id, sub) pairs of each answer that has begun in tokens [n, 5], without `<s>`, `</s>`."""
+    answers: list[list[Pair]] = [[] for _ in range(tokens[-1, ANSWER] + 1)]
+    for token in tokens.tolist():
+        if token[POSITION] > 0:  # position 0 is `<s>`
+            answers[token[ANSWER]].append((token[ID], token[SUB]))
+    return answers
