@@ -26,7 +26,7 @@ TABLES = [
     hints.MERGE,
     hints.CONVERT,
 ]
-TABLES += [hints.DOCTOR]
+TABLES += [hints.CONVERT, hints.DOCTOR]
 HINTS = [(o, theirs, ours) for o in SCRIPTS for theirs, ours in o.hints.items()]
 
 

@@ -28,7 +28,7 @@ class EvaluateOptions(AnswerOptions, LoadedModelOptions, CommandOptions):
     description = (
         "Evaluate a model on records with answers: exact match, choice accuracy with a confusion "
         "table, token accuracy, perplexity, and BLEU, chrF and ROUGE-L for free text, each with a "
-        "95 % bootstrap interval. With `--baseline` it also compares the delta with the base "
+        "95 % bootstrap interval. With --baseline it also compares the delta with the base "
         "model on the same records, and says what the difference means."
     )
     chinese = (
