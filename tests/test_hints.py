@@ -18,14 +18,7 @@ from cpm_bee.train.options import Options
 
 SCRIPTS: list[type[CommandOptions]] = [Options, TextGenerationOptions, PreprocessOptions]
 SCRIPTS += [EvaluateOptions, MergeOptions, ConvertOptions, DoctorOptions]
-TABLES = [
-    hints.FINETUNE,
-    hints.GENERATE,
-    hints.PREPROCESS,
-    hints.EVALUATE,
-    hints.MERGE,
-    hints.CONVERT,
-]
+TABLES = [hints.FINETUNE, hints.GENERATE, hints.PREPROCESS, hints.EVALUATE, hints.MERGE]
 TABLES += [hints.CONVERT, hints.DOCTOR]
 HINTS = [(o, theirs, ours) for o in SCRIPTS for theirs, ours in o.hints.items()]
 
