@@ -196,7 +196,7 @@ def test_logits_of_another_token(tmp_path: Path, monkeypatch: Patch) -> None:
         return self._model.input_embedding.weight.dtype == torch.bfloat16
 
     # The trusted computation on the CPU has the fault too; the exact one shows it.
-    changed(Decoder, "logits", monkeypatch, lambda x: x.roll(1, 0) * 2, in_bf16)
+    changed(Decoder, "_next_logits", monkeypatch, lambda x: x.roll(1, 0) * 2, in_bf16)
     assert faults(generation.generation, tmp_path) == ["bf16, logits with a KV cache"]
 
 
