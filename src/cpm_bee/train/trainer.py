@@ -321,6 +321,11 @@ class Trainer:
         old = {s: signal.signal(s, note) for s in signals}
         try:
             yield
+        except BaseException:
+            # torchrun's SIGTERM must not end this process before it has reported its error.
+            if "TORCHELASTIC_RUN_ID" in os.environ and rank.is_reporting_rank():
+                old.pop(signal.SIGTERM, None)
+            raise
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
