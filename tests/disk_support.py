@@ -26,6 +26,9 @@ SCRIPTS = {
     "preprocess_dataset": ROOT / "src" / "preprocess_dataset.py",
     "finetune_cpm_bee": ROOT / "src" / "finetune_cpm_bee.py",
     "text_generation": ROOT / "src" / "text_generation.py",
+    "evaluate": ROOT / "src" / "evaluate.py",
+    "merge_delta": ROOT / "src" / "merge_delta.py",
+    "convert_checkpoint": ROOT / "src" / "convert_checkpoint.py",
 }
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _MNT_DETACH = 2

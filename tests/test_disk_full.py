@@ -56,6 +56,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     train_support.write_jsonl(folder / "bee" / "train.jsonl", train_support.records(300, 1))
     few: list[Record] = [{"input": "ab" * 150, "<ans>": "a"}] * 25
     train_support.write_jsonl(folder / "few.jsonl", few)
+    with train_support.one_thread():
+        tuned = workspace.flags(folder / "tuned", use_delta=True, max_steps=1)
+        assert run_here("finetune_cpm_bee", *tuned).status == 0
     return workspace
 
 
@@ -118,7 +121,39 @@ STAGES = {
         ],
         kept=".partial",
     ),
+    "evaluation": Stage(
+        "evaluate",
+        lambda data, folder: [
+            *("--dataset", data.folder / "few.jsonl", "--output", folder / "evaluation"),
+            *("--load", data.model, "--max-length", 2, "--device", "cpu"),
+        ],
+    ),
+    "merging": Stage(
+        "merge_delta",
+        lambda data, folder: [
+            *("--load", data.model, "--delta", tuned_delta(data)),
+            *("--output", folder / "merged", "--overwrite"),
+        ],
+    ),
+    "conversion": Stage(
+        "convert_checkpoint",
+        lambda data, folder: [
+            *("--input", data.model, "--to", "huggingface", "--shard-size", 1e-5),
+            *("--output", folder / "converted", "--overwrite"),
+        ],
+    ),
+    "adapter": Stage(
+        "convert_checkpoint",
+        lambda data, folder: [
+            *("--input", tuned_delta(data), "--to", "peft"),
+            *("--output", folder / "adapter", "--overwrite"),
+        ],
+    ),
 }
+
+
+def tuned_delta(data: Workspace) -> Path:
+    return data.folder / "tuned" / "cpm_bee_finetune-delta-last.pt"
 
 
 def contents(folder: Path) -> Snapshot:

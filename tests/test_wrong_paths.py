@@ -10,7 +10,16 @@ import disk_support
 import pytest
 import train_support
 from disk_support import run_here
+from support import ROOT
 from train_support import Workspace
+
+from cpm_bee.checkpoint.options import ConvertOptions, MergeOptions
+from cpm_bee.data.preprocess.options import PreprocessOptions
+from cpm_bee.doctor.options import DoctorOptions
+from cpm_bee.evaluate.options import EvaluateOptions
+from cpm_bee.generate.options import TextGenerationOptions
+from cpm_bee.options import CommandOptions
+from cpm_bee.train.options import Options
 
 FILES = [  # flags that name a file to read
     ("text_generation", "--input"),
@@ -19,7 +28,14 @@ FILES = [  # flags that name a file to read
     ("text_generation", "--delta"),
     ("finetune_cpm_bee", "--model-config"),
     ("finetune_cpm_bee", "--vocab"),
+    ("finetune_cpm_bee", "--init-delta"),
     ("preprocess_dataset", "--vocab"),
+    ("evaluate", "--model-config"),
+    ("evaluate", "--vocab"),
+    ("evaluate", "--delta"),
+    ("merge_delta", "--vocab"),
+    ("merge_delta", "--delta"),
+    ("convert_checkpoint", "--vocab"),
 ]
 FOLDERS = [("finetune_cpm_bee", "--dataset"), ("finetune_cpm_bee", "--eval-dataset")]
 EITHER = [  # a file, or a folder of files
@@ -27,12 +43,21 @@ EITHER = [  # a file, or a folder of files
     ("preprocess_dataset", "--input"),
     ("text_generation", "--load"),
     ("finetune_cpm_bee", "--load"),
+    ("evaluate", "--load"),
+    ("evaluate", "--dataset"),
+    ("evaluate", "--train-dataset"),
+    ("merge_delta", "--load"),
+    ("convert_checkpoint", "--input"),
+    ("convert_checkpoint", "--load"),
 ]
 OUTPUT_FOLDERS = [
     ("data_reformat", "--output"),
     ("preprocess_dataset", "--output_path"),
     ("finetune_cpm_bee", "--save"),
     ("finetune_cpm_bee", "--tensorboard"),
+    ("evaluate", "--output"),
+    ("merge_delta", "--output"),
+    ("convert_checkpoint", "--output"),
 ]
 OUTPUTS = [*OUTPUT_FOLDERS, ("text_generation", "--output")]
 NAMES = {
@@ -57,6 +82,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     (wrong / "link").symlink_to("nowhere")
     (wrong / "loop").symlink_to("loop")
     os.mkfifo(wrong / "pipe")
+    tuned = {**train_support.DEFAULTS, "--dataset": workspace.train, "--load": workspace.model}
+    tuned |= {"--save": folder / "tuned", "--max-steps": 1}
+    with train_support.one_thread():
+        done = run_here(
+            "finetune_cpm_bee", "--use-delta", *(part for pair in tuned.items() for part in pair)
+        )
+    assert done.status == 0, done
     return workspace
 
 
@@ -92,6 +124,24 @@ def usual(place: Workspace, script: str, output: Path) -> dict[str, object]:
             "--load": place.model,
             "--max-length": 2,
             "--device": "cpu",
+        },
+        "evaluate": {
+            "--dataset": folder / "bee" / "train.jsonl",
+            "--output": output / "evaluation",
+            "--load": place.model,
+            "--max-length": 2,
+            "--device": "cpu",
+        },
+        "merge_delta": {
+            "--load": place.model,
+            "--delta": folder / "tuned" / "cpm_bee_finetune-delta-last.pt",
+            "--output": output / "merged",
+        },
+        "convert_checkpoint": {
+            "--input": folder / "tuned" / "cpm_bee_finetune-delta-last.pt",
+            "--load": place.model,
+            "--to": "peft",
+            "--output": output / "converted",
         },
     }[script]  # type: ignore[return-value]
 
@@ -159,3 +209,33 @@ def test_a_link_to_what_is_to_be_made(
     done = run_here(script, *(part for pair in flags.items() for part in pair))
     assert done.status == 0, done
     assert (tmp_path / "link").is_symlink() and (tmp_path / "target").exists()
+
+
+# ------------------------------------------------------------------ all flags are tried
+
+PATHS = ("FILE", "FOLDER", "PATH", "CHECKPOINT", "FILE[=WEIGHT]", "auto|never|PATH")
+# What the doctor is given to look at is a line of its table, not wrong usage. Its outputs are in
+# tests/doctor; what `--resume` may be, in tests/train/test_states.py.
+ELSEWHERE = {
+    *(("doctor", f"--{name}") for name in ("load", "model-config", "vocab", "save", "json")),
+    ("finetune_cpm_bee", "--resume"),
+}
+SCRIPTS: list[type[CommandOptions]] = [Options, TextGenerationOptions, PreprocessOptions]
+SCRIPTS += [EvaluateOptions, MergeOptions, ConvertOptions, DoctorOptions]
+
+
+def test_every_flag_that_names_a_path_is_tried() -> None:
+    assert {p.stem for p in (ROOT / "src").glob("*.py")} == {s.script[:-3] for s in SCRIPTS}
+    named = {
+        (options.script.removesuffix(".py"), flag.flag)
+        for options in SCRIPTS
+        for flag in options.flags()
+        if flag.metavar in PATHS
+    }
+    tried = {
+        (script, flag.replace("_", "-"))
+        for script, flag in [*FILES, *FOLDERS, *EITHER, *OUTPUTS]
+        if script != "data_reformat"
+    }
+    assert named - tried == ELSEWHERE
+    assert tried <= named

@@ -18,6 +18,7 @@ from cpm_bee.checkpoint.sidecar import sidecar_path
 from cpm_bee.delta import INFIX, DeltaConfig, DeltaFile
 from cpm_bee.errors import InputError
 from cpm_bee.files import atomic_folder
+from cpm_bee.paths import unwritable_folder
 from cpm_bee.pretrained import AUTO, PretrainedModel, open_pretrained
 
 _GIGABYTE = 10**9
@@ -122,6 +123,8 @@ def _delta_to_adapter(options: ConvertOptions, output: Path) -> None:
 def _adapter_to_delta(options: ConvertOptions, output: Path) -> None:
     if output.is_dir():
         raise InputError(f"--output {output}: is a folder; --to delta needs the name of a file")
+    if reason := unwritable_folder(output.parent):
+        raise InputError(f"--output {output}: {reason}")
     existing = [path for path in (output, sidecar_path(output)) if path.exists()]
     inputs = [p for p in Path(options.input).glob("*") if any(p.samefile(e) for e in existing)]
     if inputs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from cpm_bee.checkpoint.writer import StoredTensor, write_safetensors, write_tor
 from cpm_bee.disk import open_to_write
 from cpm_bee.errors import InputError
 from cpm_bee.model.config import ModelConfig
+from cpm_bee.paths import unwritable_folder
 from cpm_bee.progress import progress_bar
 
 CONFIG, VOCABULARY = "config.json", "vocab.txt"
@@ -36,20 +38,21 @@ def check_output(output: Path, inputs: Iterable[str | Path | None], *, overwrite
     """Refuse an output folder that would replace something else than an earlier result.
 
     Raises:
-        InputError: it exists and `overwrite` is false, it has other files than a model or an
-            adapter, or one of the inputs is in it.
+        InputError: it cannot be made, it exists and `overwrite` is false, it has other files than
+            a model or an adapter, or one of the inputs is in it.
     """
-    place = output.resolve()
+    place = Path(os.path.realpath(output))  # `resolve` would raise for a loop of links
     for path in inputs:
-        if path is not None and place in (Path(path).resolve(), *Path(path).resolve().parents):
+        read = None if path is None else Path(os.path.realpath(path))
+        if read is not None and place in (read, *read.parents):
             raise InputError(
                 f"--output {output}: holds {path}, which is read; its contents would be replaced: "
                 "give another --output"
             )
+    if reason := unwritable_folder(output):
+        raise InputError(f"--output {output}: {reason}")
     if not place.exists():
         return
-    if not place.is_dir():
-        raise InputError(f"--output {output}: is a file, expected a folder")
     others = sorted(p.name for p in place.iterdir() if not _OURS.fullmatch(p.name))
     if others:
         raise InputError(
