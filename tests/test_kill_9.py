@@ -98,10 +98,10 @@ def kill_in_turn(
     check: Check,
     check_end: Check,
     begin: Check,
-) -> None:
+) -> int:
     """Kill a command that often at random moments, start it again each time, and let it end.
 
-    Whenever it has ended before its kill, it begins once more.
+    Whenever it has ended before its kill, it begins once more. Returns the number of kills.
 
     Args:
         seconds: the time that the command takes from its beginning to its end.
@@ -111,17 +111,19 @@ def kill_in_turn(
     """
     begin()
     seconds /= 2  # later starts have less left to do
-    while kills:
+    killed = 0
+    while killed < kills:
         started = time.monotonic()
         if server.run(command, rng.uniform(0, seconds)) == -signal.SIGKILL:
             check()
-            kills -= 1
+            killed += 1
         else:
             seconds = min(seconds, time.monotonic() - started)
             check_end()
             begin()
     server.complete(command)
     check_end()
+    return killed
 
 
 def kill_training(
@@ -131,7 +133,7 @@ def kill_training(
     values: dict[str, Any],
     kills: int,
     rng: random.Random,
-) -> None:
+) -> int:
     model = folder / "model"
     flags = {
         "load": model, "eval_dataset": workspace.eval, "eval_interval": 4, "epoch": 9,
@@ -187,7 +189,7 @@ def kill_training(
             assert run.column(column, "eval") == reference.column(column, "eval")
 
     command = [FINETUNE, *workspace.flags(save, resume="auto", **flags)]
-    kill_in_turn(server, command, kills, seconds, rng, check, check_end, begin)
+    return kill_in_turn(server, command, kills, seconds, rng, check, check_end, begin)
 
 
 def log_steps(log: Path) -> list[str]:
@@ -202,8 +204,10 @@ def kill_writing(
     kills: int,
     rng: random.Random,
     prepare: Callable[[Path], None],
-) -> None:
+) -> int:
     """Kill a command that adds files to a folder; what it adds, it adds all at once or not at all.
+
+    Returns the number of kills.
 
     Args:
         command: the command, for a folder.
@@ -227,7 +231,7 @@ def kill_writing(
         shutil.rmtree(killed, ignore_errors=True)
         prepare(killed)
 
-    kill_in_turn(server, command(killed), kills, seconds, rng, check, check_end, begin)
+    return kill_in_turn(server, command(killed), kills, seconds, rng, check, check_end, begin)
 
 
 def preprocess(
@@ -258,7 +262,7 @@ def test_training(
     server: KillServer, workspace: Workspace, tmp_path: Path, kind: str, kills: int
 ) -> None:
     rng = random.Random(f"{SEED}/{kind}")
-    kill_training(server, workspace, tmp_path, TRAINING[kind], kills, rng)
+    assert kill_training(server, workspace, tmp_path, TRAINING[kind], kills, rng) == kills
 
 
 @pytest.mark.slow
@@ -267,7 +271,7 @@ def test_preprocessing(
     server: KillServer, workspace: Workspace, tmp_path: Path, workers: int
 ) -> None:
     rng = random.Random(f"{SEED}/{workers}")
-    kill_preprocessing(server, workspace, tmp_path, workers, [2, 2], rng)
+    assert kill_preprocessing(server, workspace, tmp_path, workers, [2, 2], rng) == 4
 
 
 def kill_preprocessing(
@@ -277,12 +281,12 @@ def kill_preprocessing(
     workers: int,
     kills: list[int],
     rng: random.Random,
-) -> None:
+) -> int:
     """Kill it while it makes a dataset, and then while it replaces one."""
     records = folder / "many.jsonl"
     train_support.write_jsonl(records, train_support.records(1500, seed=4))
     command = preprocess(records, workspace.vocabulary, workers)
-    kill_writing(server, command, folder / "new", kills[0], rng, lambda path: None)
+    killed = kill_writing(server, command, folder / "new", kills[0], rng, lambda path: None)
 
     def prepare(path: Path) -> None:
         train_support.make_dataset(path, "few", train_support.records(40, seed=5))
@@ -291,17 +295,18 @@ def kill_preprocessing(
         (path / "few.jsonl").unlink()
 
     command = preprocess(records, workspace.vocabulary, workers, "--overwrite")
-    kill_writing(server, command, folder / "old", kills[1], rng, prepare)
+    return killed + kill_writing(server, command, folder / "old", kills[1], rng, prepare)
 
 
 @pytest.mark.slow
 def test_the_token_index(server: KillServer, workspace: Workspace, tmp_path: Path) -> None:
-    kill_index(server, workspace, tmp_path, 4, random.Random(f"{SEED}/index"))
+    rng = random.Random(f"{SEED}/index")
+    assert kill_index(server, workspace, tmp_path, 4, rng) == 4
 
 
 def kill_index(
     server: KillServer, workspace: Workspace, folder: Path, kills: int, rng: random.Random
-) -> None:
+) -> int:
     train_support.make_dataset(folder, "many", train_support.records(2000, seed=4))
     made = folder / "bin_data" / "many"
 
@@ -311,19 +316,20 @@ def kill_index(
     def prepare(path: Path) -> None:
         shutil.copytree(made, path / "many")
 
-    kill_writing(server, command, folder, kills, rng, prepare)
+    killed = kill_writing(server, command, folder, kills, rng, prepare)
     assert len(BinaryDataset(folder / "killed" / "many")) == 2000
+    return killed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_quantizing(server: KillServer, tmp_path: Path, kind: str) -> None:
-    kill_quantizing(server, tmp_path, kind, 2, random.Random(f"{SEED}/{kind}"))
+    assert kill_quantizing(server, tmp_path, kind, 2, random.Random(f"{SEED}/{kind}")) == 2
 
 
 def kill_quantizing(
     server: KillServer, folder: Path, kind: str, kills: int, rng: random.Random
-) -> None:
+) -> int:
     sizes = {"dim_model": 256, "dim_ff": 512, "dim_head": 32, "num_heads": 8, "num_layers": 6}
     train_support.make_model(folder / "model", replace(train_support.CONFIG, **sizes))
 
@@ -333,4 +339,4 @@ def kill_quantizing(
     def command(path: Path) -> list[str]:
         return ["kill_server:quantize", str(path), kind]
 
-    kill_writing(server, command, folder, kills, rng, prepare)
+    return kill_writing(server, command, folder, kills, rng, prepare)

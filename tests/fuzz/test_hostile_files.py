@@ -44,10 +44,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> seeds.Seeds:
     return seeds.Seeds(tmp_path_factory.mktemp("hostile"))
 
 
-def refused(read: Callable[[], object], size: int, reason: str | None = None) -> None:
-    """Reading ends in an error of our own, in time and within the memory of `fuzz.limits`."""
-    with limits(size, SECONDS), pytest.raises(InputError, match=reason):
+def refusal(read: Callable[[], object], size: int) -> str:
+    """Returns the message of our own error that reading ends with.
+
+    It comes in time and within the memory of `fuzz.limits`.
+    """
+    with limits(size, SECONDS), pytest.raises(InputError) as caught:
         read()
+    return str(caught.value)
 
 
 # ------------------------------------------------------------------ pickles that run code
@@ -165,7 +169,8 @@ def test_zip_bombs(files: seeds.Seeds, entry: str) -> None:
     content = write_zip(entries, zipfile.ZIP_DEFLATED)
     assert len(content) < 1 << 20
     path = files.path("bomb.bin", content)
-    refused(lambda: Checkpoint(path), len(content), "compressed")
+    message = refusal(lambda: Checkpoint(path), len(content))
+    assert "compressed" in message
 
 
 def test_a_zip_of_many_entries_over_the_same_bytes(files: seeds.Seeds) -> None:
@@ -217,10 +222,12 @@ BOMBS = {
 def test_pickles_that_take_all_memory_or_time(files: seeds.Seeds, name: str) -> None:
     for protocol in (b"\x80\x02", b"\x80\x04"):
         payload = protocol + BOMBS[name] + b"."
-        refused(lambda payload=payload: record_pickle.decode(payload), len(payload))  # type: ignore[misc]
+        message = refusal(lambda payload=payload: record_pickle.decode(payload), len(payload))  # type: ignore[misc]
+        assert message
         for content in (as_zip(payload), as_legacy(payload)):
             path = files.path("bomb.bin", content)
-            refused(lambda path=path: Checkpoint(path), len(content), str(path))  # type: ignore[misc]
+            message = refusal(lambda path=path: Checkpoint(path), len(content))  # type: ignore[misc]
+            assert str(path) in message
 
 
 @pytest.mark.parametrize("shape", [(1 << 40,), (1 << 40, 8), (8, 1 << 33), (1 << 20, 1 << 10)])
@@ -233,20 +240,21 @@ def test_tensors_that_claim_more_values_than_the_file_has(
     for name in tensors:
         content = seeds.torch_file({**tensors, name: view})
         path = str(files.path("claims.bin", content))
-        refused(
+        message = refusal(
             lambda path=path: load_pretrained(  # type: ignore[misc]
                 path, "auto", vocabulary, torch.float32, torch.device("cpu")
             ),
             len(content),
-            "the file holds fewer",
-        )
+        )  # type: ignore[misc]
+        assert "the file holds fewer" in message
 
 
 def test_many_names_of_one_tensor(files: seeds.Seeds) -> None:
     one = torch.zeros(1 << 20)
     content = seeds.torch_file({f"encoder.layers.{i}.self_att.a": one for i in range(1000)})
     path = files.path("shared.bin", content)
-    refused(lambda: Checkpoint(path), len(content), "the file holds fewer")
+    message = refusal(lambda: Checkpoint(path), len(content))
+    assert "the file holds fewer" in message
 
 
 def test_a_tied_embedding_may_be_one_tensor(files: seeds.Seeds) -> None:
@@ -262,7 +270,8 @@ def test_a_delta_of_a_huge_rank(files: seeds.Seeds) -> None:
     content = seeds.torch_file({name: torch.zeros(rank, 8)})
     path = files.path("rank.pt", content)
     before = {n: p for n, p in files.delta_model.named_parameters() if ".lora." in n}
-    refused(lambda: delta.load(files.delta_model, path, "", ""), len(content), "is missing")
+    message = refusal(lambda: delta.load(files.delta_model, path, "", ""), len(content))
+    assert "is missing" in message
     after = {n: p for n, p in files.delta_model.named_parameters() if ".lora." in n}
     assert all(after[name] is p for name, p in before.items())
 
@@ -270,7 +279,8 @@ def test_a_delta_of_a_huge_rank(files: seeds.Seeds) -> None:
 def test_a_record_of_many_fields(files: seeds.Seeds) -> None:
     record = {"<ans>": "", "a": {str(i): "" for i in range(100_000)}}
     size = len(json.dumps(record))
-    refused(lambda: Encoder(files.tokenizer).encode(record), size, "more than 4096 fields")
+    message = refusal(lambda: Encoder(files.tokenizer).encode(record), size)
+    assert "more than 4096 fields" in message
     record = {"<ans>": "", "a": {str(i): "" for i in range(2000)}}
     with limits(len(json.dumps(record)), SECONDS):
         encoded = Encoder(files.tokenizer).encode(record)
@@ -321,7 +331,8 @@ HEADERS = {
 @pytest.mark.parametrize("name", HEADERS)
 def test_wild_safetensors_headers(files: seeds.Seeds, name: str) -> None:
     path = files.path("wild.safetensors", HEADERS[name])
-    refused(lambda: Checkpoint(path), len(HEADERS[name]), "wild.safetensors")
+    message = refusal(lambda: Checkpoint(path), len(HEADERS[name]))
+    assert "wild.safetensors" in message
 
 
 # ------------------------------------------------------------------ JSON
@@ -352,13 +363,16 @@ def test_deep_json(files: seeds.Seeds, depth: int, brackets: Any) -> None:
         ),
     ]
     for read in readers:
-        refused(read, len(content))
+        message = refusal(read, len(content))
+        assert message
     folder = files.folder / "deep-meta"
     folder.mkdir(exist_ok=True)
     (folder / "meta.bin").write_bytes(content + b"\n")
-    refused(lambda: read_meta(folder), len(content), "meta.bin")
+    message = refusal(lambda: read_meta(folder), len(content))
+    assert "meta.bin" in message
     files.path("sidecar.json", content)
-    refused(lambda: read_sidecar(files.folder / "sidecar.pt"), len(content), "sidecar.json")
+    message = refusal(lambda: read_sidecar(files.folder / "sidecar.pt"), len(content))
+    assert "sidecar.json" in message
 
 
 @pytest.mark.parametrize("depth", [70, 400, 900])
@@ -403,8 +417,9 @@ def test_a_line_of_100_megabytes(files: seeds.Seeds, kind: str) -> None:
     }[kind]
     path = files.path("long.jsonl", begin + b"a" * size + end + b"\n")
     limit = f"a line may have up to {MAX_LINE}"
-    refused(lambda: read_records(str(path)), size, limit)
-    refused(
+    message = refusal(lambda: read_records(str(path)), size)
+    assert limit in message
+    message = refusal(
         lambda: preprocess(
             path,
             files.folder / "long",
@@ -415,8 +430,8 @@ def test_a_line_of_100_megabytes(files: seeds.Seeds, kind: str) -> None:
             tokenizer=files.tokenizer,
         ),
         size,
-        limit,
     )
+    assert limit in message
     script = "tutorials/basic_task_finetune/data_reformat.py"
     done = support.run_script(script, "--input", path, "--output", files.folder / "reformatted")
     assert done.returncode == 2
@@ -452,21 +467,25 @@ def test_nul_and_surrogates(files: seeds.Seeds, name: str) -> None:
             [found] = read_records(str(path))  # a character like any other
             Encoder(files.tokenizer).encode(found.record)
             continue
-        refused(lambda path=path: read_records(str(path)), len(line), "odd.jsonl:1")  # type: ignore[misc]
+        message = refusal(lambda path=path: read_records(str(path)), len(line))  # type: ignore[misc]
+        assert "odd.jsonl:1" in message
     config = files.config_file.replace(b"8", b'"%s"' % part, 1)
-    refused(lambda: ModelConfig.load(files.path("odd.json", config)), len(config))
+    message = refusal(lambda: ModelConfig.load(files.path("odd.json", config)), len(config))
+    assert message
     meta = (files.dataset / "meta.bin").read_bytes().replace(b'"data"', b'"%s"' % part)
     folder = files.folder / "odd-meta"
     folder.mkdir(exist_ok=True)
     (folder / "meta.bin").write_bytes(meta)
-    refused(lambda: read_meta(folder), len(meta), "meta.bin")
+    message = refusal(lambda: read_meta(folder), len(meta))
+    assert "meta.bin" in message
     if b"\\" not in part:
         vocabulary = files.vocabulary + b"\n" + part
         if name == "NUL":
             assert len(Tokenizer.load(files.path("odd.txt", vocabulary))) == len(seeds.TOKENS) + 1
         else:
             odd = files.path("odd.txt", vocabulary)
-            refused(lambda: Tokenizer.load(odd), len(vocabulary), "not UTF-8")
+            message = refusal(lambda: Tokenizer.load(odd), len(vocabulary))
+            assert "not UTF-8" in message
 
 
 SCRIPTS = {
@@ -496,10 +515,12 @@ def test_names_that_no_file_can_have(files: seeds.Seeds, name: str) -> None:
     folder.mkdir(exist_ok=True)
     info = json.loads((files.dataset / "meta.bin").read_text())
     (folder / "meta.bin").write_text(json.dumps({**info, "file_name": name}))
-    refused(lambda: read_meta(folder), 10_000, "file_name: expected the name of a file")
+    message = refusal(lambda: read_meta(folder), 10_000)
+    assert "file_name: expected the name of a file" in message
     index = json.dumps({"weight_map": {"a": name}}).encode()
     path = files.path("named.safetensors.index.json", index)
-    refused(lambda: Checkpoint(path), 10_000, "is not the name of a file beside the index")
+    message = refusal(lambda: Checkpoint(path), 10_000)
+    assert "is not the name of a file beside the index" in message
     checkpoint = files.path("named.bin", files.checkpoint)
     files.path("named.json", json.dumps({"vocab": name}).encode())
     files.path("vocab.txt", files.vocabulary)
@@ -514,11 +535,10 @@ def test_sizes_of_no_model(files: seeds.Seeds, key: str, value: int) -> None:
     config = {**json.loads(files.config_file), key: value}
     path = str(files.path("sizes.json", json.dumps(config).encode()))
     vocabulary = str(files.path("vocab.txt", files.vocabulary))
-    refused(
-        lambda: load_pretrained(None, path, vocabulary, torch.float32, torch.device("cpu")),
-        1000,
-        f'"{key}" must be at most',
+    message = refusal(
+        lambda: load_pretrained(None, path, vocabulary, torch.float32, torch.device("cpu")), 1000
     )
+    assert f'"{key}" must be at most' in message
 
 
 @pytest.mark.parametrize("key", ["eps", "distance_scale"])
@@ -526,7 +546,8 @@ def test_sizes_of_no_model(files: seeds.Seeds, key: str, value: int) -> None:
 def test_numbers_that_are_not_finite(files: seeds.Seeds, key: str, value: bytes) -> None:
     config = json.dumps({**json.loads(files.config_file), key: "RAW"}).encode()
     path = files.path("finite.json", config.replace(b'"RAW"', value))
-    refused(lambda: ModelConfig.load(path), 1000, f'"{key}" must be')
+    message = refusal(lambda: ModelConfig.load(path), 1000)
+    assert f'"{key}" must be' in message
 
 
 def test_meta_numbers(files: seeds.Seeds) -> None:
@@ -536,4 +557,5 @@ def test_meta_numbers(files: seeds.Seeds) -> None:
     for key in ("block_begin", "block_end", "nbytes", "nlines", "block_size"):
         for value in (2**63, 10**400, -1, 0.5, None, "1", True):
             (folder / "meta.bin").write_text(json.dumps({**info, key: value}))
-            refused(lambda: read_meta(folder), 1000, f"{key}: expected a number")
+            message = refusal(lambda: read_meta(folder), 1000)
+            assert f"{key}: expected a number" in message

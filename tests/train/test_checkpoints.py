@@ -81,7 +81,7 @@ def test_a_lock_that_is_held_for_a_moment_is_waited_for(tmp_path: Path) -> None:
     timer = threading.Timer(0.08, os.close, [descriptor])
     timer.start()
     with exclusive(path, "is busy"):
-        pass
+        assert timer.finished.is_set()
     timer.join()
 
 

@@ -141,6 +141,8 @@ def test_no_chunk_is_read_for_a_bucket_without_its_records(
 def test_memory_is_that_of_a_piece(tmp_path: Path) -> None:
     path = write(tmp_path / "bee_data" / "train.jsonl", 6_000)
     piece = path.stat().st_size // 40
+    write(tmp_path / "before" / "bee_data" / "train.jsonl", 10)
+    make(tmp_path / "before")  # what is imported late is not counted
     tracemalloc.start()
     folder = make(tmp_path, bucket_bytes=piece, chunk_bytes=piece)
     peak = tracemalloc.get_traced_memory()[1]
