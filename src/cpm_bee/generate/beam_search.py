@@ -18,12 +18,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from cpm_bee.data.batch import Pair
 from cpm_bee.errors import RunError
 from cpm_bee.generate.beams import ANSWER, Beams, Choice, Continuations
 from cpm_bee.generate.candidates import best_continuations
 from cpm_bee.generate.decoder import Decoder, Shape
-from cpm_bee.generate.job import Job, answers_of
+from cpm_bee.generate.job import Job
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt
 from cpm_bee.generate.sampling import sample
@@ -80,35 +79,53 @@ class BeamSearch:
         """How many keys and values a record needs, compare `max_tokens`."""
         return self.prompt_columns(prompt) + self._last_step * self._num_beams
 
-    def add(self, prompt: Prompt, options: GenerationOptions | None = None, number: int = 0) -> Job:
+    def add(
+        self,
+        prompt: Prompt,
+        options: GenerationOptions | None = None,
+        number: int = 0,
+        most: int | None = None,
+    ) -> Job:
         """Queue a prompt that has answers to write; it may be waited for in any order.
 
         Args:
             options: of this record; they may differ from those of the search in all but the number
-                of hypotheses, and in the length only downwards.
+                of hypotheses and whether they are samples, and in the length only downwards.
             number: of the record; samples depend on it and on the seed.
+            most: the most tokens to write, see `Job`.
         """
-        job = Job(prompt, options or self._options, number)
+        job = Job(prompt, options or self._options, number, most)
         assert job.options.num_beams == self._num_beams and job.last_step <= self._last_step
+        assert job.options.is_sampling == self._options.is_sampling
         self._waiting.append(job)
         return job
 
     def cancel(self, job: Job) -> None:
-        """Drop a job that has not ended."""
+        """Drop a job that has not ended; its slot is free for the next step."""
         if job in self._waiting:
             self._waiting.remove(job)
         else:
             self._running[self._running.index(job)] = None
 
-    def answers_so_far(self, job: Job) -> list[list[Pair]]:
-        """The (id, sub) pairs that the best beam of a running job has written; [] if it waits.
+    def is_running(self, job: Job) -> bool:
+        """Whether a job has a slot."""
+        return job in self._running
 
-        With one beam, later steps only append to them.
+    def texts_so_far(self, job: Job) -> list[str]:
+        """The text of each answer that has begun, as far as no later step changes it.
+
+        That is the whole text once the job has ended; [] while it waits. A token is never a part of
+        a character, so a text grows by whole characters.
         """
-        if job not in self._running:
+        if job in self._running:
+            slot = self._running.index(job)
+            exist = self._beams.log_p[slot] > -np.inf
+            beams = self._beams.tokens[slot, exist, : self._beams.last[slot] + 1]
+        elif job.has_ended:
+            beams = np.empty((0, 0, 0), dtype=np.int32)
+        else:
             return []
-        slot = self._running.index(job)
-        return answers_of(self._beams.tokens[slot, 0, : self._beams.last[slot] + 1])
+        return [job.prompt.text(pairs) for pairs in job.answers_so_far(beams)]
 
     @torch.inference_mode()
     def step(self) -> list[Job]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
 from cpm_bee.encoding import Encoder
 from cpm_bee.engine.device import free_memory
@@ -62,6 +62,19 @@ class Output(NamedTuple):
         return fill_answers(self.record, texts)
 
 
+# Called with the record that is yielded next, and the texts that its best answers begin with: later
+# calls for the same record only add to them (`growth` gives what is new).
+OnTexts: TypeAlias = Callable[[Output, Sequence[str]], None]
+
+
+def growth(before: Sequence[str], after: Sequence[str]) -> list[tuple[int, str]]:
+    """The text that each answer has gained between two calls of `OnTexts`, with its number."""
+    old = [*before, *[""] * (len(after) - len(before))]
+    pairs = list(zip(old, after, strict=True))
+    assert all(new.startswith(own) for own, new in pairs)
+    return [(i, new[len(own) :]) for i, (own, new) in enumerate(pairs) if new != own]
+
+
 class Generator:
     """Writes the answers of records with a model, which it sets to eval mode."""
 
@@ -95,6 +108,7 @@ class Generator:
         options: GenerationOptions,
         max_tokens: int | None = None,
         first_number: int = 0,
+        on_texts: OnTexts | None = None,
     ) -> Iterator[Output]:
         """Yields each valid record, in order, with its ended job.
 
@@ -104,6 +118,8 @@ class Generator:
             records: are read as they are needed.
             max_tokens: see `BeamSearch`; by default, what a quarter of the free memory holds.
             first_number: the number of the first record, for its samples.
+            on_texts: is called after each token, and once more before a record is yielded; see
+                `OnTexts`.
 
         Raises:
             InputError: a special token of a record has a name that the vocabulary lacks.
@@ -116,22 +132,34 @@ class Generator:
         self._spare = None
         try:
             numbered = enumerate(records, start=first_number)
-            yield from self._run(BeamSearch(decoder, options, max_tokens), numbered, max_tokens)
+            search = BeamSearch(decoder, options, max_tokens)
+            yield from self._run(search, numbered, max_tokens, on_texts)
         finally:
             self._spare = decoder
 
     def _run(
-        self, search: BeamSearch, records: Iterator[tuple[int, Record]], max_tokens: int
+        self,
+        search: BeamSearch,
+        records: Iterator[tuple[int, Record]],
+        max_tokens: int,
+        on_texts: OnTexts | None,
     ) -> Iterator[Output]:
         outputs: deque[Output] = deque()
+
+        def show(output: Output) -> None:
+            if on_texts is not None and output.job is not None:
+                on_texts(output, search.texts_so_far(output.job))
+
         while True:
             if not search.num_waiting:
                 outputs += self._read_ahead(search, records, max_tokens)
             while outputs and (outputs[0].job is None or outputs[0].job.has_ended):
+                show(outputs[0])
                 yield outputs.popleft()
             if not outputs:
                 return
             search.step()
+            show(outputs[0])
 
     def default_max_tokens(self) -> int:
         weight = self.model.input_embedding.weight

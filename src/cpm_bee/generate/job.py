@@ -61,11 +61,17 @@ class Job:
         options: its own; the number of hypotheses is that of the search.
         finished: its hypotheses so far.
         rng: draws its samples.
+        most: the most tokens that are written, over all answers, the `</s>` of each included; None
+            if `options.max_length` alone is the limit.
     """
 
-    def __init__(self, prompt: Prompt, options: GenerationOptions, number: int) -> None:
+    def __init__(
+        self, prompt: Prompt, options: GenerationOptions, number: int, most: int | None = None
+    ) -> None:
+        assert most is None or most > 0
         self.prompt = prompt
         self.options = options
+        self.most = most
         self.finished = FinishedHypotheses(options.num_beams, options.length_penalty)
         self.rng = np.random.default_rng([options.seed, number])
         self.has_ended = False
@@ -73,7 +79,8 @@ class Job:
     @property
     def last_step(self) -> int:
         """The index of the last token, after which every hypothesis is finished."""
-        return self.options.max_length + 1
+        last_step = self.options.max_length + 1
+        return last_step if self.most is None else min(last_step, self.most - 1)
 
     @property
     def best(self) -> list[Hypothesis]:
@@ -88,6 +95,21 @@ class Job:
     def answers(self) -> list[list[Pair]]:
         """The (id, sub) pairs of each answer of the best hypothesis, as `answers_of`."""
         return answers_of(self.best[0].tokens)
+
+    def answers_so_far(self, beams: np.ndarray) -> list[list[Pair]]:
+        """The (id, sub) pairs that the best answers will begin with, whatever is written yet.
+
+        The best hypothesis will be the best finished one or go on from a running one, so what all
+        of these begin with stays. With one beam, that is each token as it is written.
+
+        Args:
+            beams: the tokens of the running hypotheses, [B, n, 5], none if the job has ended.
+        """
+        possible = [*beams, *(own.tokens for own in self.finished.hypotheses[:1])]
+        length = min(map(len, possible))
+        columns = np.stack([tokens[:length, [ID, SUB, ANSWER]] for tokens in possible])
+        differs = (columns != columns[0]).any(axis=(0, 2))
+        return answers_of(possible[0][: differs.argmax() if differs.any() else length])
 
 
 def answers_of(tokens: np.ndarray) -> list[list[Pair]]:
