@@ -28,8 +28,10 @@ from cpm_bee.cli import (
     DEBUG_HELP,
     DEBUG_HELP_CHINESE,
     ArgumentParser,
+    comma_list,
     not_negative,
     positive,
+    real_number,
     whole_number,
 )
 from cpm_bee.errors import InputError
@@ -56,6 +58,7 @@ class Group:
         metavar: str | None = None,
         bare: str | None = None,
         repeated: bool = False,
+        words: Callable[[Sequence[str]], Any] | None = None,
     ) -> Any:
         """Returns a dataclass field that declares a flag of this group.
 
@@ -66,16 +69,61 @@ class Group:
             type: converts the text to the value; raises `argparse.ArgumentTypeError`.
             bare: the value if the flag is given without one; None if it needs one.
             repeated: the flag may be given several times; the value is a tuple.
+            words: the flag may have any number of words; converts them to the value; raises
+                `InputError`.
         """
         declared = {
             "group": self, "help": help, "chinese": chinese,
             "type": type, "choices": choices, "metavar": metavar, "bare": bare,
-            "repeated": repeated,
+            "repeated": repeated, "words": words,
         }  # fmt: skip
         return dataclasses.field(default=default, metadata=declared)
 
 
 GENERAL = Group("general", "通用")
+
+
+def model_config_option(group: Group) -> Any:
+    """Returns the field of `--model-config`."""
+    return group.option(
+        "auto",
+        "config file of the model; `auto` reads the sizes from the checkpoint",
+        "模型配置文件；`auto` 表示从检查点推断",
+        metavar="FILE",
+    )
+
+
+def vocab_option(group: Group) -> Any:
+    """Returns the field of `--vocab`."""
+    return group.option(
+        None,
+        "vocabulary; `vocab.txt` beside the checkpoint when not given",
+        "词表；不指定时用检查点旁边的 `vocab.txt`",
+        metavar="FILE",
+    )
+
+
+def recorded_alpha_option(group: Group) -> Any:
+    """Returns the field of `--delta-alpha` of scripts that read a delta."""
+    return group.option(
+        None,
+        "alpha of a delta that does not record it (another tool's, without a `.json`); 16 when "
+        "not given",
+        "增量文件未记录 alpha（由其他工具保存、旁边没有 `.json`）时使用的 alpha；不指定时为 16",
+        type=real_number(0, exclusive=True),
+    )
+
+
+def keep_option(group: Group) -> Any:
+    """Returns the field of `--keep`."""
+    return group.option(
+        (),
+        "fields of a file's records that are not shown to the model, such as `id,source`; their "
+        "values may be of any kind",
+        "记录文件中不给模型看的字段，如 `id,source`；其值可以是任意 JSON 类型",
+        type=comma_list,
+        metavar="FIELDS",
+    )
 
 
 def verify_option(group: Group) -> Any:
@@ -104,6 +152,7 @@ class Flag:
     metavar: str | None = None
     bare: str | None = None
     repeated: bool = False
+    words: Callable[[Sequence[str]], Any] | None = None
 
     @property
     def flag(self) -> str:
@@ -121,6 +170,9 @@ class Flag:
         metavar = self.metavar
         if metavar is None and self.choices is None and self.type is not None:
             metavar = "N" if self.type in (whole_number, positive, not_negative) else "X"
+        nargs: dict[str, Any] = {} if self.bare is None else {"nargs": "?", "const": self.bare}
+        if self.words is not None:
+            nargs = {"nargs": "*"}
         parser.add_argument(
             self.flag,
             action="append" if self.repeated else "store",
@@ -130,7 +182,7 @@ class Flag:
             choices=self.choices,
             metavar=metavar,
             help=text,
-            **({} if self.bare is None else {"nargs": "?", "const": self.bare}),
+            **nargs,
         )
 
 
@@ -194,4 +246,6 @@ class CommandOptions:
         for flag in cls.flags():
             if flag.repeated and values[flag.name] is not None:
                 values[flag.name] = tuple(values[flag.name])
+            if flag.words and values[flag.name] is not None:
+                values[flag.name] = flag.words(values[flag.name])
         return cls(**{flag.name: values[flag.name] for flag in cls.flags()})

@@ -24,11 +24,12 @@ from cpm_bee.checkpoint.sidecar import METADATA
 from cpm_bee.data import record_pickle
 from cpm_bee.data.bin_dataset import BinaryDataset, frame
 from cpm_bee.data.preprocess.pipeline import preprocess
+from cpm_bee.data.record_source import read_records
 from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.data.token_index.writer import INFO, folder_name
 from cpm_bee.encoding import Encoder, Extension
 from cpm_bee.errors import CpmBeeError, InputError
-from cpm_bee.generate.jsonl import check_vocabulary, read_records
+from cpm_bee.generate.jsonl import check_vocabulary
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.pretrained import load_pretrained, open_pretrained
 from cpm_bee.quantize.cache import cache_path, quantized_entries

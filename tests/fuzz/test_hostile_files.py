@@ -24,9 +24,9 @@ from cpm_bee.checkpoint.sidecar import read_sidecar
 from cpm_bee.data import record_pickle
 from cpm_bee.data.bin_meta import read_meta
 from cpm_bee.data.preprocess.pipeline import preprocess
+from cpm_bee.data.record_source import read_records
 from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError
-from cpm_bee.generate.jsonl import read_records
 from cpm_bee.json_lines import MAX_LINE, parse_line
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.pretrained import load_pretrained

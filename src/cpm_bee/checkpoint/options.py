@@ -12,7 +12,13 @@ from typing import NamedTuple
 from cpm_bee import hints
 from cpm_bee.cli import real_number
 from cpm_bee.errors import InputError
-from cpm_bee.options import REQUIRED, CommandOptions, Group
+from cpm_bee.options import (
+    REQUIRED,
+    CommandOptions,
+    Group,
+    recorded_alpha_option,
+    vocab_option,
+)
 
 AUTO, NATIVE, HUGGING_FACE, DELTA, PEFT = "auto", "native", "huggingface", "delta", "peft"
 SHARD_SIZE = 5.0  # GB
@@ -79,12 +85,7 @@ class MergeOptions(CommandOptions):
         "基座模型：检查点文件（`.bin`、`.pt`、`.safetensors`）、分片索引，或包含它们的文件夹",
         metavar="CHECKPOINT",
     )
-    vocab: str | None = MODEL.option(
-        None,
-        "vocabulary; `vocab.txt` beside the checkpoint when not given",
-        "词表；不指定时用检查点旁边的 `vocab.txt`",
-        metavar="FILE",
-    )
+    vocab: str | None = vocab_option(MODEL)
     delta: tuple[WeightedDelta, ...] = MODEL.option(
         REQUIRED,
         "delta file, with a factor if it is not 1 (`FILE=0.5`); repeat the flag for several deltas",
@@ -93,13 +94,7 @@ class MergeOptions(CommandOptions):
         metavar="FILE[=WEIGHT]",
         repeated=True,
     )
-    delta_alpha: float | None = MODEL.option(
-        None,
-        "alpha of deltas that do not record it (another tool's, without a `.json`); 16 when not "
-        "given",
-        "增量文件未记录 alpha（由其他工具保存、旁边没有 `.json`）时使用的 alpha；不指定时为 16",
-        type=_above_zero,
-    )
+    delta_alpha: float | None = recorded_alpha_option(MODEL)
     output: str = OUTPUT.option(
         REQUIRED,
         "folder for the merged model, with its config and vocabulary",
@@ -150,19 +145,8 @@ class ConvertOptions(CommandOptions):
         "增量或 adapter 所属的基座模型：检查二者是否匹配，并在结果中记录基座",
         metavar="CHECKPOINT",
     )
-    vocab: str | None = MODEL.option(
-        None,
-        "vocabulary of the model; `vocab.txt` beside the checkpoint when not given",
-        "模型的词表；不指定时用检查点旁边的 `vocab.txt`",
-        metavar="FILE",
-    )
-    delta_alpha: float | None = MODEL.option(
-        None,
-        "alpha of a delta that does not record it (another tool's, without a `.json`); 16 when "
-        "not given",
-        "增量文件未记录 alpha（由其他工具保存、旁边没有 `.json`）时使用的 alpha；不指定时为 16",
-        type=_above_zero,
-    )
+    vocab: str | None = vocab_option(MODEL)
+    delta_alpha: float | None = recorded_alpha_option(MODEL)
     to: str = OUTPUT.option(
         REQUIRED,
         "format of the result: `native` and `huggingface` for a model, `peft` for a delta, "

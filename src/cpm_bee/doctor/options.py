@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cpm_bee import hints
 from cpm_bee.cli import comma_list
 from cpm_bee.errors import InputError
-from cpm_bee.options import CommandOptions, Group
+from cpm_bee.options import CommandOptions, Group, model_config_option, vocab_option
 
 MODEL = Group("model and results", "模型与结果")
 STEPS = Group("checks of the GPU code", "GPU 代码检查")
@@ -37,18 +37,8 @@ class DoctorOptions(CommandOptions):
         "要检查的检查点（连同其配置和词表）",
         metavar="CHECKPOINT",
     )
-    model_config: str = MODEL.option(
-        "auto",
-        "config file of the model; `auto` reads the sizes from the checkpoint",
-        "模型配置文件；`auto` 表示从检查点推断",
-        metavar="FILE",
-    )
-    vocab: str | None = MODEL.option(
-        None,
-        "vocabulary; `vocab.txt` beside the checkpoint when not given",
-        "词表；不指定时用检查点旁边的 `vocab.txt`",
-        metavar="FILE",
-    )
+    model_config: str = model_config_option(MODEL)
+    vocab: str | None = vocab_option(MODEL)
     save: str = MODEL.option(
         "results",
         "folder where runs will be saved; its disk is checked",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cpm_bee import hints
-from cpm_bee.cli import comma_list, not_negative, positive
+from cpm_bee.cli import not_negative, positive
 from cpm_bee.errors import InputError
 from cpm_bee.generate.options import (
     FILES,
@@ -15,7 +15,7 @@ from cpm_bee.generate.options import (
     AnswerOptions,
     LoadedModelOptions,
 )
-from cpm_bee.options import REQUIRED, CommandOptions, Group
+from cpm_bee.options import REQUIRED, CommandOptions, Group, keep_option
 
 EVALUATION = Group("evaluation", "评测")
 
@@ -42,8 +42,9 @@ class EvaluateOptions(AnswerOptions, LoadedModelOptions, CommandOptions):
     dataset: str = FILES.option(
         REQUIRED,
         "records with answers: a folder that `preprocess_dataset.py` made, or a file with one "
-        "JSON object per line",
-        "带答案的记录：`preprocess_dataset.py` 生成的文件夹，或每行一个 JSON 对象的文件",
+        "JSON object per line; `-` is standard input",
+        "带答案的记录：`preprocess_dataset.py` 生成的文件夹，或每行一个 JSON 对象的文件；"
+        "`-` 为标准输入",
         metavar="PATH",
     )
     output: str | None = FILES.option(
@@ -59,13 +60,7 @@ class EvaluateOptions(AnswerOptions, LoadedModelOptions, CommandOptions):
         "treat all texts of a file as plain text, as in preprocess_dataset.py",
         "把文件中的所有文本当作普通文本，与 preprocess_dataset.py 相同",
     )
-    keep: tuple[str, ...] = FILES.option(
-        (),
-        "fields of a file's records that are not shown to the model, such as `id,source`",
-        "记录文件中不给模型看的字段，如 `id,source`",
-        type=comma_list,
-        metavar="FIELDS",
-    )
+    keep: tuple[str, ...] = keep_option(FILES)
     baseline: bool = EVALUATION.option(
         False,
         "also evaluate the base model without the delta, and compare; needs `--delta`",

@@ -33,7 +33,7 @@ from cpm_bee.progress import progress_bar
 from cpm_bee.records import ANSWER, Record, has_answer
 
 _MOST_DUPLICATES = 5  # shown
-MAX_TOKENS = 8192  # in a batch
+_MAX_TOKENS = 8192  # in a batch that is scored
 
 
 def evaluate(options: EvaluateOptions) -> str:
@@ -73,10 +73,11 @@ def run_model(
     generator = Generator(model, tokenizer)
     records = [one.record for one in located]
     limits = GenerationOptions(beam_size=1, max_length=options.max_length)
-    scores = score_records(model, generator.encoder, records, max_tokens=MAX_TOKENS)
-    choices = choose(model, generator.encoder, records, max_tokens=MAX_TOKENS)
+    max_tokens = options.max_tokens or _MAX_TOKENS
+    scores = score_records(model, generator.encoder, records, max_tokens=max_tokens)
+    choices = choose(model, generator.encoder, records, max_tokens=max_tokens)
     outputs = progress_bar(
-        generator.search(records, limits),
+        generator.search(records, limits, options.max_tokens),
         total=len(records),
         description="answering",
         unit="records",

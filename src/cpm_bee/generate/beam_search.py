@@ -18,7 +18,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from cpm_bee.errors import RunError
 from cpm_bee.generate.beams import ANSWER, Beams, Choice, Continuations
 from cpm_bee.generate.candidates import best_continuations
 from cpm_bee.generate.decoder import Decoder, Shape
@@ -26,6 +25,7 @@ from cpm_bee.generate.job import Job
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt
 from cpm_bee.generate.sampling import sample
+from cpm_bee.generate.scoring import check_finite
 
 # More beams at once gain no speed on a CPU: products are as fast with half as many.
 _MAX_BEAMS = 256
@@ -243,11 +243,7 @@ class BeamSearch:
             return best_continuations(logits, before, k)
 
         found = self._decoder.continuations(states, slots, log_p, k, choose)
-        if not np.isfinite(found.log_p[:, 0]).all():
-            raise RunError(
-                "the model's logits are not finite: the weights are broken, or the range of "
-                "--dtype is too small for them (--dtype fp32 has the largest)"
-            )
+        check_finite(found.log_p[:, 0])
         num_answers = np.array([len(job.prompt.answers) for job in jobs])
         is_last = self._beams.last[slots] == [job.last_step for job in jobs]
         choice = self._beams.choose(slots, found, num_answers, is_last)

@@ -20,7 +20,7 @@ from cpm_bee.encoding import Encoder
 from cpm_bee.generate.beams import Beams
 from cpm_bee.generate.decoder import Decoder, Shape
 from cpm_bee.generate.prompt import Prompt
-from cpm_bee.generate.scoring import groups_by_length
+from cpm_bee.generate.scoring import check_finite, groups_by_length
 from cpm_bee.model.network import CPMBee
 from cpm_bee.progress import progress_bar
 from cpm_bee.records import ANSWER, Record, Tree, options_of
@@ -40,7 +40,7 @@ class Choice(NamedTuple):
 class _Variant(NamedTuple):
     """A record with its options in some order."""
 
-    number: int  # of the record
+    row: int  # of the record
     prompt: Prompt
     tokens: list[str]  # the special tokens of its options
     options: list[str]  # the record's option whose text each of them has
@@ -54,6 +54,8 @@ def choose(
     max_tokens: int,
     orders: int = 1,
     seed: int = 0,
+    numbers: Sequence[int] | None = None,
+    quiet: bool = False,
 ) -> list[Choice | None]:
     """Choose an option for each record; None for a record without options.
 
@@ -61,29 +63,35 @@ def choose(
         max_tokens: the most tokens of prompts in a batch.
         orders: the number of orders of the options; the first is the record's own, the others are
             random. At most as many as there are.
+        seed: of the random orders, together with the number of the record.
+        numbers: of the records; from 0 by default.
+        quiet: show no bar.
 
     Raises:
         InputError: a special token of a record has a name that the vocabulary lacks.
+        RunError: the model's logits are not finite.
     """
     model.eval()
     variants: list[_Variant] = []
-    for number, record in enumerate(records):
+    for row, record in enumerate(records):
         own = list(options_of(record))
-        rng = random.Random(f"{seed}/{number}")
+        rng = random.Random(f"{seed}/{numbers[row] if numbers is not None else row}")
         for order in _orders(own, orders, rng) if own else ():
             moved = _reordered(record, dict(zip(own, order, strict=True)))
             prompt = Prompt.of({**moved, ANSWER: ""}, encoder)
-            variants.append(_Variant(number, prompt, own, order))
+            variants.append(_Variant(row, prompt, own, order))
     decoder = Decoder(model, encoder.tokenizer)
     sums: list[dict[str, float]] = [dict.fromkeys(options_of(r), 0.0) for r in records]
     lengths = [len(variant.prompt.encoded) for variant in variants]
-    with progress_bar(total=len(variants), description="choosing", unit="records") as bar:
+    with progress_bar(
+        total=len(variants), description="choosing", unit="records", quiet=quiet
+    ) as bar:
         for group in groups_by_length(lengths, max_tokens):
             own_variants = [variants[i] for i in group]
             for variant, log_p in zip(own_variants, _log_p(decoder, own_variants), strict=True):
                 p = np.exp(log_p[: len(variant.options)] - log_p.max())
                 for option, share in zip(variant.options, p / p.sum(), strict=True):
-                    sums[variant.number][option] += float(share)
+                    sums[variant.row][option] += float(share)
             bar.update(len(group))
     return [_normalized(own) if own else None for own in sums]
 
@@ -128,6 +136,7 @@ def _log_p(decoder: Decoder, variants: Sequence[_Variant]) -> np.ndarray:
     beams.advance(slots, found, beams.choose(slots, found, np.ones_like(slots), going))
     states = decoder.step(beams, len(variants))
     log_p = decoder.continuations(states, slots, beams.log_p, width, end).log_p
+    check_finite(log_p[exists])
     return np.where(exists, log_p, -np.inf)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count
 from typing import NamedTuple, TypeAlias
 
 from cpm_bee.encoding import Encoder
@@ -93,13 +94,13 @@ class Generator:
         records: Iterable[Record],
         options: GenerationOptions,
         max_tokens: int | None = None,
-        first_number: int = 0,
+        numbers: Iterable[int] | None = None,
     ) -> Iterator[dict]:
         """Yields a copy of each valid record, in order, with the model's answers.
 
         See `Output.filled`. The record's own answers are ignored. Args and errors as in `search`.
         """
-        outputs = self.search(records, options, max_tokens, first_number)
+        outputs = self.search(records, options, max_tokens, numbers)
         return (output.filled() for output in outputs)
 
     def search(
@@ -107,7 +108,7 @@ class Generator:
         records: Iterable[Record],
         options: GenerationOptions,
         max_tokens: int | None = None,
-        first_number: int = 0,
+        numbers: Iterable[int] | None = None,
         on_texts: OnTexts | None = None,
     ) -> Iterator[Output]:
         """Yields each valid record, in order, with its ended job.
@@ -117,7 +118,7 @@ class Generator:
         Args:
             records: are read as they are needed.
             max_tokens: see `BeamSearch`; by default, what a quarter of the free memory holds.
-            first_number: the number of the first record, for its samples.
+            numbers: of the records, on which their samples depend; from 0 by default.
             on_texts: is called after each token, and once more before a record is yielded; see
                 `OnTexts`.
 
@@ -131,7 +132,7 @@ class Generator:
         decoder = self._spare or Decoder(self.model, self.tokenizer)
         self._spare = None
         try:
-            numbered = enumerate(records, start=first_number)
+            numbered = zip(count() if numbers is None else numbers, records, strict=False)
             search = BeamSearch(decoder, options, max_tokens)
             yield from self._run(search, numbered, max_tokens, on_texts)
         finally:

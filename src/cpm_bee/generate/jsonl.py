@@ -11,94 +11,76 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cpm_bee import json_lines, records
+from cpm_bee import records
+from cpm_bee.data.record_source import STANDARD, LocatedRecord
 from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError, Problems, naming
+from cpm_bee.generate.choices import choose
 from cpm_bee.generate.generator import Generator
-from cpm_bee.generate.options import GenerationOptions
+from cpm_bee.generate.options import GenerationOptions, TextGenerationOptions
 from cpm_bee.generate.output import Output, check_partial, names_in_use, resumable_file
 from cpm_bee.generate.prompt import Prompt
-from cpm_bee.paths import not_a_file
 from cpm_bee.progress import progress_bar
-from cpm_bee.records import ANSWER, CANDIDATES, Record, without_marks
+from cpm_bee.records import ANSWER, CANDIDATES, CHOICES, MARKS, Record
 from cpm_bee.tokenizer import unescape
 
-STANDARD = "-"  # names standard input and output
-
-
-class InputRecord(NamedTuple):
-    """A record as it was given, and its location, as file:line."""
-
-    where: str
-    record: Record
+# Records that are chosen together; they wait for each other before they are written.
+_BLOCK = 256
 
 
 class Score(NamedTuple):
-    """The number of exact matches, and of the records that came with an answer."""
+    """The number of exact matches, and of the records that came with an answer.
+
+    Attributes:
+        abstained: records whose options were all less probable than `abstain_below`.
+    """
 
     correct: int
     answered: int
+    abstained: int = 0
 
-    def __str__(self) -> str:
-        share = self.correct / self.answered
-        return f"exact match: {self.correct:,} of {self.answered:,} answers ({share:.1%})"
+    def lines(self) -> list[str]:
+        """What there is to say, for people."""
+        lines = []
+        if self.abstained:
+            lines.append(f"abstained: {self.abstained:,} records (see --abstain-below)")
+        if self.answered:
+            share = self.correct / self.answered
+            lines.append(
+                f"exact match: {self.correct:,} of {self.answered:,} answers ({share:.1%})"
+            )
+        return lines
 
 
-def read_records(path: str, *, escape: bool = False) -> list[InputRecord]:
-    """Read the records of a file, or of standard input if `path` is "-".
+class ChoiceOptions(NamedTuple):
+    """How records with options are answered, instead of being generated.
 
-    Args:
-        escape: their texts are plain; they are checked as `records.escape_texts` makes them.
-
-    Raises:
-        InputError: with all problems of all lines.
+    Attributes:
+        orders: the number of orders of the options that are averaged.
+        abstain_below: the answer is None if no option is at least so probable.
+        seed: of the orders.
     """
-    if path != STANDARD:
-        if reason := not_a_file(path):
-            hint = "; a pipe is read with --input -" if Path(path).is_fifo() else ""
-            raise InputError(f"--input {path}: {reason}{hint}")
-        json_lines.check_is_lines(Path(path))
-    inputs: list[InputRecord] = []
-    problems = Problems()
-    name = "standard input" if path == STANDARD else path
-    for number, line in _lines(path):
-        value, reason = json_lines.parse_line(line)
-        value = without_marks(value)
-        checked = records.escape_texts(value) if escape else value
-        found = [reason] if reason else records.validate(checked)
-        problems.extend(f"{name}:{number}", found)
-        if not found:
-            inputs.append(InputRecord(f"{name}:{number}", value))
-    problems.raise_if_any(
-        f"{name}: {problems.count} problems, nothing was written",
-        'a record is one line: {"input": "...", "<ans>": ""}, a literal < written <<'
-        + (" (or give --escape)" if not escape else ""),
-    )
-    if not inputs:
-        raise InputError(f"{name}: holds no records")
-    return inputs
+
+    orders: int = 1
+    abstain_below: float = 0.0
+    seed: int = 0
+
+    @classmethod
+    def of(cls, options: TextGenerationOptions) -> ChoiceOptions | None:
+        """Those of the flags; None without `--choices`."""
+        if options.choices is None:
+            return None
+        return cls(options.choices, options.abstain_below or 0.0, options.seed)
 
 
-def _lines(path: str) -> Iterator[tuple[int, str]]:
-    if path != STANDARD:
-        yield from json_lines.read_lines(path)
-        return
-    for number, raw in enumerate(sys.stdin.buffer, start=1):
-        line, reason = json_lines.decode_line(raw, None, is_first=number == 1)
-        if reason:
-            raise InputError(f"standard input:{number}: {reason}")
-        if line:
-            yield number, line
-
-
-def check_vocabulary(inputs: Sequence[InputRecord], encoder: Encoder) -> None:
+def check_vocabulary(inputs: Sequence[LocatedRecord], encoder: Encoder) -> None:
     """Raise `InputError` with all records that cannot be encoded with this vocabulary."""
     problems = Problems()
-    for where, record in inputs:
+    for one in inputs:
         try:
-            Prompt.of(record, encoder)
+            Prompt.of(one.record, encoder)
         except InputError as error:
-            problems.add(where, str(error))
+            problems.add(one.where, str(error))
     problems.raise_if_any(f"{problems.count} records cannot be encoded, nothing was written")
 
 
@@ -120,13 +102,13 @@ def check_output(output: str, inputs: Iterable[str | Path]) -> None:
                 )
 
 
-def check_resume(output: str, inputs: Sequence[InputRecord], *, resume: bool) -> None:
+def check_resume(output: str, inputs: Sequence[LocatedRecord], *, resume: bool) -> None:
     """Raise `InputError` for what an interrupted start has left, before a model is loaded.
 
     It is there and `resume` is false, or it does not belong to these records.
     """
     if output != STANDARD:
-        check_partial(Path(output), [record for _, record in inputs], resume=resume)
+        check_partial(Path(output), [one.given for one in inputs], resume=resume)
     elif resume:
         raise InputError("--resume: standard output cannot be resumed, give a file as --output")
 
@@ -141,7 +123,7 @@ def _is_same_file(path: str | Path, other: Path) -> bool:
 
 def generate_file(
     generator: Generator,
-    inputs: Sequence[InputRecord],
+    inputs: Sequence[LocatedRecord],
     options: GenerationOptions,
     output: str,
     settings: Mapping[str, Any],
@@ -149,49 +131,102 @@ def generate_file(
     resume: bool = False,
     escape: bool = False,
     max_tokens: int | None = None,
+    choices: ChoiceOptions | None = None,
 ) -> Score:
-    """Write each record with the model's answer in place of its own, one per line.
+    """Write each record as it was given with the model's answer in place of its own, one per line.
 
     Args:
         output: a file, named `output`.partial until it is complete; "-" is standard output.
         settings: what decides the answers, by flag; it must be the same to resume.
         resume: continue after the records that an interrupted call left in `output`.partial.
-        escape: the texts are plain, and so are the answers that are written.
+        escape: the given texts are plain, and so are the answers that are written.
         max_tokens: how many tokens are held at once, see `Generator.stream`.
+        choices: answer the records with options by these; see `answer_all`.
 
     Raises:
         InputError: a record cannot be encoded (all are listed); or as `resumable_file`.
         InterruptedRun, KeyboardInterrupt: as `resumable_file`.
     """
     check_resume(output, inputs, resume=resume)
-    given = [record for _, record in inputs]
-    prompts = [records.escape_texts(record) for record in given] if escape else given
-    places = [where for where, _ in inputs]
-    check_vocabulary(list(map(InputRecord, places, prompts)), generator.encoder)
+    given = [one.given for one in inputs]
+    check_vocabulary(inputs, generator.encoder)
     with _output(output, given, settings, resume) as (file, done):
-        results = generator.stream(prompts[len(done) :], options, max_tokens, len(done))
-        correct = answered = 0
+        rest = [one.record for one in inputs[len(done) :]]
+        numbers = range(len(done), len(inputs))
+        results = answer_all(generator, rest, numbers, options, max_tokens, choices)
+        correct = answered = abstained = 0
         for i, record in enumerate(progress_bar(given, description="generating", unit="records")):
             if i < len(done):
                 result = done[i]
             else:
-                result = next(results)
-                if escape:
-                    result = _as_plain(record, result)
+                result = as_given(record, next(results), escape=escape)
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
                 file.flush()  # a kill loses no record
+            abstained += CHOICES in result and result[ANSWER] is None
             if records.has_answer(record[ANSWER]):
                 answered += 1
                 correct += result[ANSWER] == record[ANSWER]
-    return Score(correct, answered)
+    return Score(correct, answered, abstained)
 
 
-def _as_plain(record: Record, result: dict) -> dict:
-    """An answered record with the plain texts of `record`, and its answers as plain texts."""
-    marks = {key: value for key, value in result.items() if key not in record}
+def answer_all(
+    generator: Generator,
+    prompts: Sequence[Record],
+    numbers: Sequence[int],
+    options: GenerationOptions,
+    max_tokens: int | None = None,
+    choices: ChoiceOptions | None = None,
+) -> Iterator[dict]:
+    """Yields a copy of each record, in order, with the model's answer; see `Output.filled`.
+
+    With `choices`, the answer of a record with options is the most probable one, or None, and the
+    probabilities of all are under `CHOICES`; records without options are generated.
+
+    Args:
+        numbers: of the records, on which samples and orders of options depend.
+        max_tokens: see `Generator.stream`.
+    """
+    if choices is None:
+        yield from generator.stream(prompts, options, max_tokens, numbers)
+        return
+    for begin in range(0, len(prompts), _BLOCK):
+        block = prompts[begin : begin + _BLOCK]
+        own_numbers = numbers[begin : begin + _BLOCK]
+        found = choose(
+            generator.model,
+            generator.encoder,
+            block,
+            numbers=own_numbers,
+            max_tokens=max_tokens or generator.default_max_tokens(),
+            orders=choices.orders,
+            seed=choices.seed,
+            quiet=True,
+        )
+        others = [i for i, choice in enumerate(found) if choice is None]
+        generated = generator.stream(
+            [block[i] for i in others], options, max_tokens, [own_numbers[i] for i in others]
+        )
+        for record, choice in zip(block, found, strict=True):
+            if choice is None:
+                yield next(generated)
+                continue
+            p = choice.probabilities
+            answer = choice.best if p[choice.best] >= choices.abstain_below else None
+            yield {**record, ANSWER: answer, CHOICES: p}
+
+
+def as_given(given: dict[str, Any], result: dict, *, escape: bool) -> dict:
+    """An answered record in the form in which it was given.
+
+    Args:
+        given: the record as it was read, with the fields that the model does not see.
+        escape: its texts are plain, and so are the answers to be.
+    """
+    plain = _unescaped if escape else (lambda answer: answer)
+    marks = {key: result[key] for key in MARKS if key in result}
     if CANDIDATES in marks:
-        marks[CANDIDATES] = [{**own, ANSWER: _unescaped(own[ANSWER])} for own in marks[CANDIDATES]]
-    return {**record, ANSWER: _unescaped(result[ANSWER]), **marks}
+        marks[CANDIDATES] = [{**own, ANSWER: plain(own[ANSWER])} for own in marks[CANDIDATES]]
+    return {**given, ANSWER: plain(result[ANSWER]), **marks}
 
 
 def _unescaped(answer: Any) -> Any:

@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import argparse
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cpm_bee import hints, quantize
 from cpm_bee.cli import not_negative, positive, real_number, share
 from cpm_bee.errors import InputError
-from cpm_bee.options import REQUIRED, CommandOptions, Group, check_values, verify_option
+from cpm_bee.options import (
+    CommandOptions,
+    Group,
+    check_values,
+    keep_option,
+    model_config_option,
+    recorded_alpha_option,
+    verify_option,
+    vocab_option,
+)
 
 FILES = Group("files", "文件")
 MODEL = Group("model", "模型")
 SEARCH = Group("beam search", "束搜索")
 MACHINE = Group("machine", "运行环境")
+PROMPT = Group("a prompt instead of a file", "以提示代替文件")
+CHOICE = Group("options of a record", "选择题")
+
+
+def _orders(words: Sequence[str]) -> int:
+    """The number of orders in the words after `--choices`.
+
+    Raises:
+        InputError: they are neither none nor `average-orders N`.
+    """
+    if not words:
+        return 1
+    if len(words) != 2 or words[0] != "average-orders":
+        raise InputError(
+            f"--choices {' '.join(words)}: write --choices or --choices average-orders N"
+        )
+    try:
+        return positive(words[1])
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"--choices average-orders: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,31 +170,15 @@ class LoadedModelOptions:
         "基座模型的检查点，或全参数微调得到的检查点",
         metavar="CHECKPOINT",
     )
-    model_config: str = MODEL.option(
-        "auto",
-        "config file of the model; `auto` reads the sizes from the checkpoint",
-        "模型配置文件；`auto` 表示从检查点推断",
-        metavar="FILE",
-    )
-    vocab: str | None = MODEL.option(
-        None,
-        "vocabulary; `vocab.txt` beside the checkpoint when not given",
-        "词表；不指定时用检查点旁边的 `vocab.txt`",
-        metavar="FILE",
-    )
+    model_config: str = model_config_option(MODEL)
+    vocab: str | None = vocab_option(MODEL)
     delta: str | None = MODEL.option(
         None,
         "delta file that fine-tuning saved; the base model alone when not given",
         "微调保存的增量文件；不指定则只用基座模型",
         metavar="FILE",
     )
-    delta_alpha: float | None = MODEL.option(
-        None,
-        "alpha of a delta that does not record it (another tool's, without a `.json`); 16 when "
-        "not given",
-        "增量文件未记录 alpha（由其他工具保存、旁边没有 `.json`）时使用的 alpha；不指定时为 16",
-        type=real_number(0, exclusive=True),
-    )
+    delta_alpha: float | None = recorded_alpha_option(MODEL)
     quantize: str = MODEL.option(
         quantize.NONE,
         "hold the base model in 4 bits (`nf4`) or 8 bits (`int8`) per weight; it is quantized once "
@@ -238,17 +252,19 @@ class TextGenerationOptions(GenerationOptions, LoadedModelOptions, CommandOption
         "（如果写到该答案之前已达到 `--max-length`，则为 `null`）。"
         "若输入中带有答案，还会打印完全一致的比例。"
     )
-    groups = (FILES, MODEL, SEARCH, MACHINE)
+    groups = (FILES, PROMPT, MODEL, CHOICE, SEARCH, MACHINE)
     hints = hints.GENERATE
 
-    input: str = FILES.option(
-        REQUIRED,
-        "records, one JSON object per line; `-` is standard input",
-        "记录文件，每行一个 JSON 对象；`-` 为标准输入",
+    input: str | None = FILES.option(
+        None,
+        "records, one JSON object per line; `-` is standard input; needs `--output`. With neither "
+        "`--input` nor `--prompt` records are asked for on the terminal",
+        "记录文件，每行一个 JSON 对象；`-` 为标准输入；需要 `--output`。"
+        "`--input` 和 `--prompt` 都不给时在终端中逐条输入",
         metavar="FILE",
     )
-    output: str = FILES.option(
-        REQUIRED,
+    output: str | None = FILES.option(
+        None,
         "file for the answered records; `-` is standard output",
         "写入作答后的记录的文件；`-` 为标准输出",
         metavar="FILE",
@@ -265,12 +281,72 @@ class TextGenerationOptions(GenerationOptions, LoadedModelOptions, CommandOption
         "escaping, and the output has none",
         "把所有文本当作普通文本，与 preprocess_dataset.py 相同：字面的 `<` 无需转义，输出也不转义",
     )
+    keep: tuple[str, ...] = keep_option(FILES)
+    prompt: str | None = PROMPT.option(
+        None,
+        "one record as JSON, or a plain text, which becomes the `input` of a record; its answer is "
+        "printed",
+        "一条 JSON 记录，或一段普通文本（作为记录的 `input`）；打印其答案",
+        metavar="RECORD",
+    )
+    instruction: str | None = PROMPT.option(
+        None,
+        "the `prompt` of records that are made from plain texts, such as `翻译成英文`",
+        "由普通文本构成的记录的 `prompt` 字段，如 `翻译成英文`",
+        metavar="TEXT",
+    )
+    stream: bool = PROMPT.option(
+        False,
+        "print an answer while it is written; with several beams, as far as they agree",
+        "边生成边打印答案；有多个束时打印它们一致的部分",
+    )
+    choices: int | None = CHOICE.option(
+        None,
+        "answer records with options by the most probable option, and write the probabilities of "
+        "all under `<choices>`; with `average-orders N` they are averaged over N orders of the "
+        "options. Records without options are generated",
+        "对带选项的记录，以概率最大的选项作答，并把各选项的概率写在 `<choices>` 下；"
+        "`average-orders N` 表示对 N 种选项顺序取平均。没有选项的记录照常生成",
+        words=_orders,
+        metavar="average-orders N",
+    )
+    abstain_below: float | None = CHOICE.option(
+        None,
+        "answer `null` if no option has at least this probability; needs `--choices`",
+        "没有任何选项达到该概率时答案为 `null`；需要 `--choices`",
+        type=share(),
+        metavar="P",
+    )
 
     def __post_init__(self) -> None:
         GenerationOptions.__post_init__(self)
         LoadedModelOptions.__post_init__(self)
+        problems = [*self._problems_of_source(), *self._problems_of_choices()]
+        if problems:
+            raise InputError("\n".join(problems))
+
+    def _problems_of_source(self) -> Iterator[str]:
+        if self.input is not None:
+            if self.output is None:
+                yield "--output: is needed with --input (- is standard output)"
+            for name in ("prompt", "instruction", "stream"):
+                if getattr(self, name):
+                    yield f"--{name}: is not for a file of records (--input)"
+            return
+        for name in ("output", "resume", "keep"):
+            if getattr(self, name):
+                yield f"--{name}: needs --input"
+        if self.stream and (self.num_return > 1 or self.choices is not None):
+            yield "--stream: shows one answer while it is written, not with --num-return, --choices"
+
+    def _problems_of_choices(self) -> Iterator[str]:
+        if self.abstain_below is not None and self.choices is None:
+            yield "--abstain-below: needs --choices"
+        if "<ans>" in self.keep:
+            yield "--keep: <ans> is what the model writes"
 
     def files_read(self) -> Iterator[str | Path]:
         """The files that this command reads, as far as they are known before it opens them."""
-        yield self.input
+        if self.input is not None:
+            yield self.input
         yield from self.model_files()

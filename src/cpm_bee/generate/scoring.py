@@ -11,6 +11,7 @@ import torch
 
 from cpm_bee.data.batch import Stream, extension_pairs, make_batch
 from cpm_bee.encoding import AnswerState, EncodedRecord, Encoder, TokenLists
+from cpm_bee.errors import RunError
 from cpm_bee.model.network import CPMBee
 from cpm_bee.progress import progress_bar
 from cpm_bee.records import Record
@@ -24,6 +25,15 @@ class RecordScores(NamedTuple):
     targets: np.ndarray  # (n,) int64, tokens of the answers with their </s>
     correct: np.ndarray  # (n,) int64, of them, those that are the most probable ones
     is_exact: np.ndarray  # (n,) bool, generation with beam size 1 writes this answer
+
+
+def check_finite(values: np.ndarray) -> None:
+    """Raise `RunError` if log probabilities or losses are not finite: the weights are broken."""
+    if not np.isfinite(values).all():
+        raise RunError(
+            "the model's logits are not finite: the weights are broken, or the range of "
+            "--dtype is too small for them (--dtype fp32 has the largest)"
+        )
 
 
 def is_writable(record: Record, encoder: Encoder) -> bool:
@@ -66,6 +76,7 @@ def score_records(
 
     Raises:
         InputError: a special token of a record has a name that the vocabulary lacks.
+        RunError: the model's logits are not finite.
     """
     model.eval()
     device = model.input_embedding.weight.device
@@ -81,7 +92,9 @@ def score_records(
                 scores = model.score(batch)
             record_of = np.array(group)[batch.target_records.cpu().numpy()]  # (N,)
             is_correct = scores.correct.cpu().numpy()
-            np.add.at(losses, record_of, scores.losses.double().cpu().numpy())
+            own_losses = scores.losses.double().cpu().numpy()
+            check_finite(own_losses)
+            np.add.at(losses, record_of, own_losses)
             np.add.at(targets, record_of, 1)
             np.add.at(correct, record_of, is_correct)
             np.add.at(wrong, record_of, ~is_correct)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cpm_bee.cli import comma_list, positive, real_number
-from cpm_bee.options import REQUIRED, Group, verify_option
+from cpm_bee.options import REQUIRED, Group, model_config_option, verify_option, vocab_option
 from cpm_bee.quantize import CHOICES, NONE
 
 AUTO = "auto"
@@ -30,18 +30,8 @@ class ModelOptions:
         "不指定则从随机权重开始训练（此时需要 `--model-config FILE` 和 `--vocab`）",
         metavar="CHECKPOINT",
     )
-    model_config: str = MODEL.option(
-        AUTO,
-        "config file of the model; `auto` reads the sizes from the checkpoint",
-        "模型配置文件；`auto` 表示从检查点推断",
-        metavar="FILE",
-    )
-    vocab: str | None = MODEL.option(
-        None,
-        "vocabulary; `vocab.txt` beside the checkpoint when not given",
-        "词表；不指定时用检查点旁边的 `vocab.txt`",
-        metavar="FILE",
-    )
+    model_config: str = model_config_option(MODEL)
+    vocab: str | None = vocab_option(MODEL)
     quantize: str = MODEL.option(
         NONE,
         "hold the frozen base model in 4 bits (`nf4`) or 8 bits (`int8`) per weight; it is "
