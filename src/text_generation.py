@@ -27,11 +27,19 @@ def answer_file(options: TextGenerationOptions, path: str, output: str) -> None:
     # Imported late, with torch: --help and wrong usage answer at once.
     from cpm_bee.data.record_source import STANDARD, read_records
     from cpm_bee.generate.generator import Generator
-    from cpm_bee.generate.jsonl import ChoiceOptions, check_output, check_resume, generate_file
+    from cpm_bee.generate.jsonl import (
+        ChoiceOptions,
+        check_choices,
+        check_output,
+        check_resume,
+        generate_file,
+    )
     from cpm_bee.generate.loaded_model import load_model
 
     check_output(output, options.files_read())
     records = read_records(path, keep=options.keep, escape=options.escape)
+    if options.choices is not None:
+        check_choices(records)
     check_resume(output, records, resume=options.resume)
     loaded = load_model(options)
     # The flags that decide the answers, with their values.

@@ -8,7 +8,7 @@ from properties import examples
 from tiny import TOKENIZER, make_model
 
 from cpm_bee.encoding import Encoder
-from cpm_bee.generate.choices import choose
+from cpm_bee.generate.choices import choose, has_choices
 from cpm_bee.generate.scoring import score_records
 
 MODEL = make_model()
@@ -77,3 +77,11 @@ def test_a_nested_list_of_options_is_found_and_reordered():
     assert choice.probabilities["<option_0>"] == pytest.approx(
         other.probabilities["<option_1>"], rel=1e-4
     )
+
+
+def test_a_record_with_several_answers_has_no_choices():
+    several = {**record(TEXTS), "<ans>": {"x": "", "y": ""}}
+    plain = {"input": "a", "<ans>": ""}
+    assert [has_choices(own) for own in (record(TEXTS), several, plain)] == [True, False, False]
+    choice, *others = choices([record(TEXTS), several, plain])
+    assert sum(choice.probabilities.values()) == pytest.approx(1) and others == [None, None]

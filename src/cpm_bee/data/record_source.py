@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cpm_bee import json_lines, records
+from cpm_bee import records
 from cpm_bee.data.bin_dataset import BinaryDataset
-from cpm_bee.errors import InputError, Problems
-from cpm_bee.paths import not_a_file
+from cpm_bee.data.record_file import STANDARD, Mapped, read_json_lines
+from cpm_bee.errors import InputError
 from cpm_bee.records import Record, without_marks
-
-STANDARD = "-"  # names standard input and output
 
 
 class LocatedRecord(NamedTuple):
@@ -57,7 +54,7 @@ def read_located(
         InputError: as `read_records`, or the folder is not such a one.
     """
     if path == STANDARD or not Path(path).is_dir():
-        return read_records(path, keep=keep, escape=escape, limit=limit)
+        return list(read_records(path, keep=keep, escape=escape, limit=limit))
     dataset = BinaryDataset(path)
     found: list[LocatedRecord] = []
     for file_index, offset, _ in dataset:
@@ -72,8 +69,10 @@ def read_located(
 
 def read_records(
     path: str, *, keep: Sequence[str] = (), escape: bool = False, limit: int | None = None
-) -> list[LocatedRecord]:
-    """Read the records of a file of JSON lines; "-" is standard input.
+) -> Sequence[LocatedRecord]:
+    """The records of a file of JSON lines, all of them valid; "-" is standard input.
+
+    They are not held in memory, each is read when it is asked for (see `record_file`).
 
     Args:
         keep: fields to take out of each record, as far as it has them.
@@ -83,42 +82,11 @@ def read_records(
     Raises:
         InputError: there is nothing to read, or records are not valid; all problems are listed.
     """
-    problems = Problems()
-    found: list[LocatedRecord] = []
-    for number, line in _lines(path):
-        if limit is not None and len(found) >= limit:
-            break
-        value, reason = json_lines.parse_line(line)
-        one = located(f"{_name(path)}:{number}", value, keep, escape)
-        reasons = [reason] if reason else records.validate(one.record)
-        problems.extend(one.where, reasons)
-        if not reasons:
-            found.append(one)
-    problems.raise_if_any(
-        f"{_name(path)}: {problems.count} problems, nothing was written",
-        'a record is one line: {"input": "...", "<ans>": ""}, a literal < written <<'
-        + (" (or give --escape)" if not escape else ""),
-    )
-    if not found:
-        raise InputError(f"{_name(path)}: holds no records")
-    return found
 
+    def problems_of(where: str, value: Any) -> list[str]:
+        return records.validate(located(where, value, keep, escape).record)
 
-def _name(path: str) -> str:
-    return "standard input" if path == STANDARD else path
-
-
-def _lines(path: str) -> Iterator[tuple[int, str]]:
-    if path != STANDARD:
-        if reason := not_a_file(path):
-            hint = "; a pipe is read as standard input, with -" if Path(path).is_fifo() else ""
-            raise InputError(f"{path}: {reason}{hint}")
-        json_lines.check_is_lines(Path(path))
-        yield from json_lines.read_lines(path)
-        return
-    for number, raw in enumerate(sys.stdin.buffer, start=1):
-        line, reason = json_lines.decode_line(raw, None, is_first=number == 1)
-        if reason:
-            raise InputError(f"standard input:{number}: {reason}")
-        if line:
-            yield number, line
+    remedy = 'a record is one line: {"input": "...", "<ans>": ""}, a literal < written <<'
+    remedy += "" if escape else " (or give --escape)"
+    lines = read_json_lines(path, problems_of, limit=limit, remedy=remedy)
+    return Mapped(lambda line: located(*line, keep, escape), lines)

@@ -28,12 +28,11 @@ from cpm_bee.generate.choices import choose
 from cpm_bee.generate.generator import Generator
 from cpm_bee.generate.loaded_model import LoadedModel, load_base
 from cpm_bee.generate.options import GenerationOptions
-from cpm_bee.generate.scoring import score_records
+from cpm_bee.generate.scoring import MAX_TOKENS, score_records
 from cpm_bee.progress import progress_bar
 from cpm_bee.records import ANSWER, Record, has_answer
 
 _MOST_DUPLICATES = 5  # shown
-_MAX_TOKENS = 8192  # in a batch that is scored
 
 
 def evaluate(options: EvaluateOptions) -> str:
@@ -73,7 +72,7 @@ def run_model(
     generator = Generator(model, tokenizer)
     records = [one.record for one in located]
     limits = GenerationOptions(beam_size=1, max_length=options.max_length)
-    max_tokens = options.max_tokens or _MAX_TOKENS
+    max_tokens = options.max_tokens or MAX_TOKENS
     scores = score_records(model, generator.encoder, records, max_tokens=max_tokens)
     choices = choose(model, generator.encoder, records, max_tokens=max_tokens)
     outputs = progress_bar(

@@ -46,6 +46,15 @@ class _Variant(NamedTuple):
     options: list[str]  # the record's option whose text each of them has
 
 
+def has_choices(record: Record) -> bool:
+    """Whether an option can be the answer: there are options, and one text as the answer."""
+    return bool(_choices_of(record))
+
+
+def _choices_of(record: Record) -> dict[str, str]:
+    return options_of(record) if isinstance(record[ANSWER], str) else {}
+
+
 def choose(
     model: CPMBee,
     encoder: Encoder,
@@ -57,7 +66,7 @@ def choose(
     numbers: Sequence[int] | None = None,
     quiet: bool = False,
 ) -> list[Choice | None]:
-    """Choose an option for each record; None for a record without options.
+    """Choose an option for each record; None for one that `has_choices` is false for.
 
     Args:
         max_tokens: the most tokens of prompts in a batch.
@@ -74,14 +83,14 @@ def choose(
     model.eval()
     variants: list[_Variant] = []
     for row, record in enumerate(records):
-        own = list(options_of(record))
+        own = list(_choices_of(record))
         rng = random.Random(f"{seed}/{numbers[row] if numbers is not None else row}")
         for order in _orders(own, orders, rng) if own else ():
             moved = _reordered(record, dict(zip(own, order, strict=True)))
             prompt = Prompt.of({**moved, ANSWER: ""}, encoder)
             variants.append(_Variant(row, prompt, own, order))
     decoder = Decoder(model, encoder.tokenizer)
-    sums: list[dict[str, float]] = [dict.fromkeys(options_of(r), 0.0) for r in records]
+    sums: list[dict[str, float]] = [dict.fromkeys(_choices_of(r), 0.0) for r in records]
     lengths = [len(variant.prompt.encoded) for variant in variants]
     with progress_bar(
         total=len(variants), description="choosing", unit="records", quiet=quiet

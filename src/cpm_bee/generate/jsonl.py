@@ -8,18 +8,21 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cpm_bee import records
-from cpm_bee.data.record_source import STANDARD, LocatedRecord
+from cpm_bee.data.record_file import STANDARD, Mapped
+from cpm_bee.data.record_source import LocatedRecord
 from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError, Problems, naming
-from cpm_bee.generate.choices import choose
+from cpm_bee.generate.choices import choose, has_choices
 from cpm_bee.generate.generator import Generator
 from cpm_bee.generate.options import GenerationOptions, TextGenerationOptions
 from cpm_bee.generate.output import Output, check_partial, names_in_use, resumable_file
 from cpm_bee.generate.prompt import Prompt
+from cpm_bee.generate.scoring import MAX_TOKENS
 from cpm_bee.progress import progress_bar
 from cpm_bee.records import ANSWER, CANDIDATES, CHOICES, MARKS, Record
 from cpm_bee.tokenizer import unescape
@@ -73,6 +76,9 @@ class ChoiceOptions(NamedTuple):
         return cls(options.choices, options.abstain_below or 0.0, options.seed)
 
 
+_given, _record = attrgetter("given"), attrgetter("record")
+
+
 def check_vocabulary(inputs: Sequence[LocatedRecord], encoder: Encoder) -> None:
     """Raise `InputError` with all records that cannot be encoded with this vocabulary."""
     problems = Problems()
@@ -82,6 +88,16 @@ def check_vocabulary(inputs: Sequence[LocatedRecord], encoder: Encoder) -> None:
         except InputError as error:
             problems.add(one.where, str(error))
     problems.raise_if_any(f"{problems.count} records cannot be encoded, nothing was written")
+
+
+def check_choices(inputs: Sequence[LocatedRecord]) -> None:
+    """Raise `InputError` if `--choices` would have no effect on any record."""
+    if not any(has_choices(one.record) for one in inputs):
+        raise InputError(
+            f"--choices: none of the {len(inputs):,} records has options to choose from "
+            '({"<option_0>": "...", "<option_1>": "..."} in a field, and one text as its '
+            '"<ans>"); leave the flag out'
+        )
 
 
 def check_output(output: str, inputs: Iterable[str | Path]) -> None:
@@ -108,7 +124,7 @@ def check_resume(output: str, inputs: Sequence[LocatedRecord], *, resume: bool) 
     It is there and `resume` is false, or it does not belong to these records.
     """
     if output != STANDARD:
-        check_partial(Path(output), [one.given for one in inputs], resume=resume)
+        check_partial(Path(output), Mapped(_given, inputs), resume=resume)
     elif resume:
         raise InputError("--resume: standard output cannot be resumed, give a file as --output")
 
@@ -148,10 +164,10 @@ def generate_file(
         InterruptedRun, KeyboardInterrupt: as `resumable_file`.
     """
     check_resume(output, inputs, resume=resume)
-    given = [one.given for one in inputs]
+    given = Mapped(_given, inputs)
     check_vocabulary(inputs, generator.encoder)
     with _output(output, given, settings, resume) as (file, done):
-        rest = [one.record for one in inputs[len(done) :]]
+        rest = Mapped(_record, inputs[len(done) :])
         numbers = range(len(done), len(inputs))
         results = answer_all(generator, rest, numbers, options, max_tokens, choices)
         correct = answered = abstained = 0
@@ -180,7 +196,7 @@ def answer_all(
     """Yields a copy of each record, in order, with the model's answer; see `Output.filled`.
 
     With `choices`, the answer of a record with options is the most probable one, or None, and the
-    probabilities of all are under `CHOICES`; records without options are generated.
+    probabilities of all are under `CHOICES`; the others (see `has_choices`) are generated.
 
     Args:
         numbers: of the records, on which samples and orders of options depend.
@@ -197,7 +213,7 @@ def answer_all(
             generator.encoder,
             block,
             numbers=own_numbers,
-            max_tokens=max_tokens or generator.default_max_tokens(),
+            max_tokens=max_tokens or min(MAX_TOKENS, generator.default_max_tokens()),
             orders=choices.orders,
             seed=choices.seed,
             quiet=True,

@@ -291,8 +291,8 @@ class TextGenerationOptions(GenerationOptions, LoadedModelOptions, CommandOption
     )
     instruction: str | None = PROMPT.option(
         None,
-        "the `prompt` of records that are made from plain texts, such as `翻译成英文`",
-        "由普通文本构成的记录的 `prompt` 字段，如 `翻译成英文`",
+        "the `prompt` of records that are made from plain texts",
+        "由普通文本构成的记录的 `prompt` 字段，如“翻译成英文”",
         metavar="TEXT",
     )
     stream: bool = PROMPT.option(
@@ -330,7 +330,7 @@ class TextGenerationOptions(GenerationOptions, LoadedModelOptions, CommandOption
             if self.output is None:
                 yield "--output: is needed with --input (- is standard output)"
             for name in ("prompt", "instruction", "stream"):
-                if getattr(self, name):
+                if getattr(self, name) not in (None, False):
                     yield f"--{name}: is not for a file of records (--input)"
             return
         for name in ("output", "resume", "keep"):

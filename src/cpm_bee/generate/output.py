@@ -16,11 +16,13 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from cpm_bee import json_lines
 from cpm_bee.cli import command_line
+from cpm_bee.data.record_file import JsonLines, Mapped
 from cpm_bee.disk import open_to_write, sync
 from cpm_bee.errors import InputError, InterruptedRun, Problems, keeping, shown
 from cpm_bee.files import exclusive, refuse_if_held
@@ -131,30 +133,40 @@ def _busy(names: Names) -> str:
 
 def _records_done(
     partial: Path, inputs: Sequence[Record], resume: bool
-) -> tuple[list[Record], int]:
+) -> tuple[Sequence[Record], int]:
     """The records of the whole lines of a partial file, and the bytes that these lines take.
 
     A kill may have cut a line after them.
     """
-    content = partial.read_bytes() if partial.exists() else b""
-    length = content.rfind(b"\n") + 1
-    lines = content[:length].decode("utf-8", "replace").split("\n")[:-1]
-    if lines and not resume:
+    if not partial.exists():
+        return (), 0
+    if not resume and (count := _count_lines(partial)):
         raise InputError(
-            f"{partial}: holds {len(lines):,} records of an interrupted generation\n"
+            f"{partial}: holds {count:,} records of an interrupted generation\n"
             f"to go on after them: {command_line('--resume')}\n{_removal(partial)}"
         )
-    done: list[Record] = []
-    for number, line in enumerate(lines, start=1):
-        record, reason = json_lines.parse_line(line)
-        given = inputs[number - 1] if number <= len(inputs) else None
-        if reason or _without_answers(record) != _without_answers(given):
-            raise InputError(
-                f"{partial}:{number}: {reason or 'is not the record of that number in --input'}\n"
-                f"to go on, give the input that generation began with; {_removal(partial)}"
-            )
-        done.append(record)
-    return done, length
+    lines, length = JsonLines.open(partial), 0
+    with open(partial, "rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if not raw.endswith(b"\n"):
+                break
+            text, reason = json_lines.decode_line(raw, None, is_first=number == 1)
+            record, reason = (None, reason) if reason else json_lines.parse_line(text)
+            given = inputs[number - 1] if number <= len(inputs) else None
+            if reason or _without_answers(record) != _without_answers(given):
+                raise InputError(
+                    f"{partial}:{number}: "
+                    f"{reason or 'is not the record of that number in --input'}\n"
+                    f"to go on, give the input that generation began with; {_removal(partial)}"
+                )
+            lines.add(number, length, raw)
+            length += len(raw)
+    return Mapped(itemgetter(1), lines), length
+
+
+def _count_lines(path: Path) -> int:
+    with open(path, "rb") as file:
+        return sum(line.endswith(b"\n") for line in file)
 
 
 def _without_answers(record: Any) -> str:
@@ -203,10 +215,7 @@ def _check_settings(names: Names, settings: Mapping[str, Any]) -> None:
 
 def _keep(names: Names, total: int) -> None:
     """Remove a partial file without records; say what another one holds."""
-    count = 0
-    if names.partial.exists():
-        with open(names.partial, "rb") as file:
-            count = sum(line.endswith(b"\n") for line in file)
+    count = _count_lines(names.partial) if names.partial.exists() else 0
     if count:
         _LOGGER.warning(
             "%s of %s records are in %s; to go on after them: %s",

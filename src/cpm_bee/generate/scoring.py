@@ -17,6 +17,8 @@ from cpm_bee.progress import progress_bar
 from cpm_bee.records import Record
 from cpm_bee.segments import outline
 
+MAX_TOKENS = 8192  # in a batch, by default
+
 
 class RecordScores(NamedTuple):
     """The scores of n records whose answers are known."""
