@@ -5,9 +5,11 @@ import os
 import pytest
 from generation_support import unmarked
 
+from cpm_bee.data.record_source import located, read_records
 from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError
 from cpm_bee.generate import jsonl
+from cpm_bee.generate.choices import choose
 from cpm_bee.generate.generator import Generator
 from cpm_bee.generate.options import GenerationOptions, TextGenerationOptions
 from cpm_bee.tokenizer import unescape
@@ -30,7 +32,7 @@ def test_all_bad_lines_are_listed_at_once(tmp_path):
         '{"input": 3}',
     )
     with pytest.raises(InputError) as error:
-        jsonl.read_records(path)
+        read_records(path)
     message = str(error.value)
     assert "4 problems" in message and f"{path}:3" not in message
     assert f"{path}:1: value of /input" in message
@@ -40,19 +42,19 @@ def test_all_bad_lines_are_listed_at_once(tmp_path):
 
 def test_an_input_without_records_is_refused(tmp_path):
     with pytest.raises(InputError, match="holds no records"):
-        jsonl.read_records(write(tmp_path / "in.jsonl", "", " "))
+        read_records(write(tmp_path / "in.jsonl", "", " "))
 
 
 def test_records_from_standard_input(monkeypatch):
     text = '\ufeff{"<ans>": "甲"}\r\n\n{"<ans>": "\u2028"}'
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-    assert jsonl.read_records("-") == [
+    assert [(one.where, one.record) for one in read_records("-")] == [
         ("standard input:1", {"<ans>": "甲"}),
         ("standard input:3", {"<ans>": "\u2028"}),
     ]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
     with pytest.raises(InputError, match="not UTF-8"):
-        jsonl.read_records("-")
+        read_records("-")
 
 
 def test_results_are_written_in_order_and_scored(tmp_path, tiny_model, tiny_tokenizer):
@@ -60,24 +62,24 @@ def test_results_are_written_in_order_and_scored(tmp_path, tiny_model, tiny_toke
     prompts = [{"input": text, "<ans>": {"x": ""}} for text in ("甲", "乙", "丙")]
     results = [generator.generate(prompt, OPTIONS) for prompt in prompts]
     placed = [
-        jsonl.InputRecord("f:1", unmarked(results[0])),  # comes with the answer the model gives
-        jsonl.InputRecord("f:2", prompts[1]),  # with none
-        jsonl.InputRecord("f:3", {**prompts[2], "<ans>": {"x": "another"}}),
+        located("f:1", unmarked(results[0])),  # comes with the answer the model gives
+        located("f:2", prompts[1]),  # with none
+        located("f:3", {**prompts[2], "<ans>": {"x": "another"}}),
     ]
     output = tmp_path / "out.jsonl"
     score = jsonl.generate_file(generator, placed, OPTIONS, str(output), {})
     assert [json.loads(line) for line in output.read_text("utf-8").splitlines()] == results
-    assert score == (1, 2)
-    assert str(score) == "exact match: 1 of 2 answers (50.0%)"
+    assert score == (1, 2, 0)
+    assert score.lines() == ["exact match: 1 of 2 answers (50.0%)"]
 
 
 def test_what_the_vocabulary_lacks_is_listed_and_nothing_written(
     tmp_path, tiny_model, tiny_tokenizer
 ):
     placed = [
-        jsonl.InputRecord("f:1", {"input": "<wrong_1>", "<ans>": ""}),
-        jsonl.InputRecord("f:2", {"input": "甲", "<ans>": ""}),
-        jsonl.InputRecord("f:3", {"<also>": "甲", "<ans>": ""}),
+        located("f:1", {"input": "<wrong_1>", "<ans>": ""}),
+        located("f:2", {"input": "甲", "<ans>": ""}),
+        located("f:3", {"<also>": "甲", "<ans>": ""}),
     ]
     generator = Generator(tiny_model, tiny_tokenizer)
     with pytest.raises(InputError) as error:
@@ -145,7 +147,7 @@ class Echo:
     def __init__(self, encoder):
         self.encoder = encoder
 
-    def stream(self, records, options, max_tokens, first_number):
+    def stream(self, records, options, max_tokens, numbers):
         return ({**record, "<ans>": {"x": record["input"], "y": None}} for record in records)
 
 
@@ -158,9 +160,9 @@ PLAIN = [
 def test_with_escape_plain_texts_come_out_as_they_went_in(tmp_path, tiny_tokenizer):
     source = write(tmp_path / "in.jsonl", *(json.dumps(record) for record in PLAIN))
     with pytest.raises(InputError, match="or give --escape"):
-        jsonl.read_records(source)
-    inputs = jsonl.read_records(source, escape=True)
-    assert [record for _, record in inputs] == PLAIN
+        read_records(source)
+    inputs = read_records(source, escape=True)
+    assert [one.given for one in inputs] == PLAIN
     output = tmp_path / "out.jsonl"
     echo = Echo(Encoder(tiny_tokenizer))
     jsonl.generate_file(echo, inputs, OPTIONS, str(output), {}, escape=True)
@@ -173,16 +175,17 @@ def test_with_escape_plain_answers_are_compared(tmp_path, tiny_model, tiny_token
     result = generator.generate({"input": "甲 << 乙", "<ans>": ""}, OPTIONS)
     given = {"input": "甲 < 乙", "<ans>": unescape(result["<ans>"])}
     output = tmp_path / "out.jsonl"
-    placed = [jsonl.InputRecord("f:1", given)]
+    placed = [located("f:1", given, escape=True)]
     score = jsonl.generate_file(generator, placed, OPTIONS, str(output), {}, escape=True)
-    assert score == (1, 1)
+    assert score == (1, 1, 0)
     assert unmarked(json.loads(output.read_text("utf-8"))) == given
 
 
 def test_an_earlier_output_can_be_read(tmp_path):
     marked = {"input": "甲", "<ans>": "乙", "<cut>": True, "<candidates>": [], "<choices>": {}}
     source = write(tmp_path / "in.jsonl", json.dumps(marked))
-    assert jsonl.read_records(source) == [(f"{source}:1", unmarked(marked))]
+    [one] = read_records(source)
+    assert one == (f"{source}:1", unmarked(marked), unmarked(marked), {})
 
 
 def test_an_output_of_its_own_is_accepted(tmp_path):
@@ -190,3 +193,78 @@ def test_an_output_of_its_own_is_accepted(tmp_path):
     jsonl.check_output("-", (source,))
     jsonl.check_output(str(tmp_path / "new.jsonl"), (source, "-"))
     jsonl.check_output(write(tmp_path / "old.jsonl"), (source,))
+
+
+# ------------------------------------------------------------------ kept fields, and options
+
+CHOOSE = {"input": "甲", "o": {"<option_0>": "乙", "<option_1>": "丙", "<option_2>": "丁"}}
+
+
+def test_kept_fields_pass_through_and_are_not_shown(tmp_path, tiny_model, tiny_tokenizer):
+    generator = Generator(tiny_model, tiny_tokenizer)
+    given = [{"id": 7, "input": "甲 < 乙", "<ans>": "", "source": {"a": [None, "<"]}}]
+    source = write(tmp_path / "in.jsonl", *map(json.dumps, given))
+    with pytest.raises(InputError, match="value of /id"):
+        read_records(source, escape=True)
+    inputs = read_records(source, escape=True, keep=("id", "source", "absent"))
+    assert inputs[0].record == {"input": "甲 << 乙", "<ans>": ""}
+    output = tmp_path / "out.jsonl"
+    jsonl.generate_file(generator, inputs, OPTIONS, str(output), {}, escape=True)
+    [result] = map(json.loads, output.read_text("utf-8").splitlines())
+    expected = generator.generate(inputs[0].record, OPTIONS)["<ans>"]
+    assert result.pop("<ans>") == unescape(expected)
+    assert unmarked(result) == {key: given[0][key] for key in ("id", "input", "source")}
+    assert [key for key in result if key in given[0]] == ["id", "input", "source"]
+
+
+def mixed_records():
+    return [{**CHOOSE, "input": "甲" * n, "<ans>": "<option_1>"} for n in (1, 3, 2)] + [
+        {"input": "丁", "<ans>": ""}
+    ]
+
+
+def test_options_are_chosen_and_other_records_generated(tmp_path, tiny_model, tiny_tokenizer):
+    generator = Generator(tiny_model, tiny_tokenizer)
+    given = mixed_records()
+    inputs = [located(f"f:{i}", record) for i, record in enumerate(given)]
+    output = tmp_path / "out.jsonl"
+    choices = jsonl.ChoiceOptions()
+    score = jsonl.generate_file(generator, inputs, OPTIONS, str(output), {}, choices=choices)
+    results = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    assert results[3] == generator.generate(given[3], OPTIONS)
+    found = choose(tiny_model, generator.encoder, given[:3], max_tokens=1000)
+    for result, choice in zip(results[:3], found, strict=True):
+        assert result["<ans>"] == choice.best
+        assert result["<choices>"] == pytest.approx(choice.probabilities, rel=1e-5)
+    assert score == (sum(r["<ans>"] == "<option_1>" for r in results[:3]), 3, 0)
+
+
+def test_it_abstains_below_a_probability(tmp_path, tiny_model, tiny_tokenizer):
+    generator = Generator(tiny_model, tiny_tokenizer)
+    inputs = [located(f"f:{i}", record) for i, record in enumerate(mixed_records())]
+    output = tmp_path / "out.jsonl"
+    best = [
+        max(result["<choices>"].values())
+        for result in jsonl.answer_all(
+            generator, [one.record for one in inputs[:3]], [0, 1, 2], OPTIONS, None,
+            jsonl.ChoiceOptions(),
+        )
+    ]  # fmt: skip
+    bound = sorted(best)[1]  # one is below it
+    choices = jsonl.ChoiceOptions(abstain_below=bound)
+    score = jsonl.generate_file(generator, inputs, OPTIONS, str(output), {}, choices=choices)
+    results = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    assert [r["<ans>"] is None for r in results[:3]] == [p < bound for p in best]
+    assert score.abstained == 1 and score.lines()[0].startswith("abstained: 1 records")
+
+
+def test_averaged_orders_depend_on_the_number_of_the_record_alone(tiny_model, tiny_tokenizer):
+    generator = Generator(tiny_model, tiny_tokenizer)
+    records = mixed_records()
+    choices = jsonl.ChoiceOptions(orders=3)
+    together = list(jsonl.answer_all(generator, records, range(4), OPTIONS, None, choices))
+    later = list(jsonl.answer_all(generator, records[2:], [2, 3], OPTIONS, None, choices))
+    assert later[1] == together[3]
+    assert later[0]["<choices>"] == pytest.approx(together[2]["<choices>"], rel=1e-5)
+    first = list(jsonl.answer_all(generator, records[2:], [0, 1], OPTIONS, None, choices))
+    assert first[0]["<choices>"] != pytest.approx(together[2]["<choices>"], rel=1e-4)

@@ -7,6 +7,7 @@ import signal
 import pytest
 
 from cpm_bee.cli import command_line
+from cpm_bee.data.record_source import located
 from cpm_bee.errors import InputError, InterruptedRun
 from cpm_bee.files import BusyError
 from cpm_bee.generate import jsonl
@@ -30,7 +31,7 @@ class Answers:
         self.encoder, self.stop, self.failure = encoder, stop, failure
         self.answered = []
 
-    def stream(self, records, options, max_tokens, first_number=0):
+    def stream(self, records, options, max_tokens, numbers=None):
         for record in records:
             number = GIVEN.index(record)
             if number == self.stop:
@@ -49,7 +50,7 @@ def encoder(tiny_tokenizer):
 
 
 def generate(answers, output, *, given=GIVEN, settings=SETTINGS, resume=False):
-    inputs = [jsonl.InputRecord(f"f:{i}", record) for i, record in enumerate(given, start=1)]
+    inputs = [located(f"f:{i}", record) for i, record in enumerate(given, start=1)]
     return jsonl.generate_file(answers, inputs, OPTIONS, str(output), settings, resume=resume)
 
 
@@ -97,7 +98,7 @@ def test_records_are_kept_and_resume_goes_on(tmp_path, encoder, stop, failure, c
     else:
         assert not partial.exists()
     answers = Answers(encoder)
-    assert generate(answers, output, resume=True) == (3, 4)
+    assert generate(answers, output, resume=True) == (3, 4, 0)
     assert answers.answered == list(range(stop, 4))
     assert read(output) == RESULTS
     assert sorted(tmp_path.iterdir()) == [output]

@@ -96,7 +96,7 @@ def test_samples_depend_on_the_seed_and_the_number_alone(tiny_models, tiny_token
     own = options(max_length=6, num_return=3)
     together = list(generator.stream(records, own))
     assert list(generator.stream(records, own, 1)) == together  # one at a time
-    assert list(generator.stream(records[2:], own, first_number=2)) == together[2:]
+    assert list(generator.stream(records[2:], own, numbers=range(2, 5))) == together[2:]
     other = list(generator.stream(records, options(max_length=6, num_return=3, seed=1)))
     assert other != together
     assert unmarked(together[2]) != together[2]
