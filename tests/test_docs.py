@@ -199,7 +199,8 @@ def test_blocks_can_be_parsed(document: Path) -> None:
             assert done.returncode == 0, (name_of(document), body, done.stderr)
         for line in body.splitlines() if language == "json" else ():
             value = json.loads(line)
-            assert records.ANSWER not in value or records.validate(value) == []
+            record = records.without_marks(value)
+            assert records.ANSWER not in value or records.validate(record) == []
 
 
 @pytest.mark.parametrize("page", [PAGES / "scripts.md", PAGES_ZH / "scripts.md"], ids=name_of)

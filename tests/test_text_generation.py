@@ -293,3 +293,38 @@ def test_help_answers_at_once(tmp_path):
         *("--max-length", "--repetition-penalty", "--repetition-window", "--dtype", "--device"),
     ):
         assert flag in done.stdout
+
+
+MODEL = ("--load", ROOT / "src" / "ckpts" / "cpm-bee-tiny")
+POEM = {"input": "春天", "o": {"<option_0>": "春眠不觉晓", "<option_1>": "千山鸟飞绝"}}
+
+
+def test_kept_fields_and_options_of_a_file(tmp_path):
+    records = [{"id": i, **POEM, "<ans>": "<option_0>"} for i in (7, 8)]
+    source = write(tmp_path / "in.jsonl", records)
+    flags = ("--input", source, "--output", "-", "--keep", "id", "--choices", "average-orders", 2)
+    done = run(*MODEL, *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = read(done.stdout)
+    assert [result["id"] for result in results] == [7, 8]
+    for result in results:
+        assert sum(result["<choices>"].values()) == pytest.approx(1)
+        assert result["<ans>"] == max(result["<choices>"], key=result["<choices>"].get)
+    assert "2 records written\nexact match: " in done.stderr
+    done = run(*MODEL, *flags, "--abstain-below", 1, cwd=tmp_path)
+    assert [result["<ans>"] for result in read(done.stdout)] == [None, None]
+    assert "abstained: 2 records" in done.stderr
+
+
+def test_a_prompt(tmp_path):
+    done = run(*MODEL, "--prompt", json.dumps(POEM), "--choices", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] in ("<option_0> 春眠不觉晓", "<option_1> 千山鸟飞绝")
+    plain = run(*MODEL, "--prompt", "春天", "--max-length", 5, cwd=tmp_path)
+    streamed = run(*MODEL, "--prompt", "春天", "--max-length", 5, "--stream", cwd=tmp_path)
+    assert plain.returncode == streamed.returncode == 0
+    assert plain.stdout == streamed.stdout != ""
+    assert_refused(
+        run("--prompt", '{"input": 3}', "--load", "none", cwd=tmp_path), "value of /input"
+    )
+    assert_refused(run(*MODEL, cwd=tmp_path), "nothing to answer")

@@ -73,6 +73,8 @@ _GENERATE = _MODEL | {
     "--max-length": "max-new-tokens max-gen-len num-predict",
     "--repetition-penalty": "repeat-penalty",
     "--repetition-window": "repeat-last-n",
+    "--instruction": "system-prompt system",
+    "--stream": "streaming",
 }
 
 _PREPROCESS = {

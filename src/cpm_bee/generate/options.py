@@ -291,7 +291,7 @@ class TextGenerationOptions(GenerationOptions, LoadedModelOptions, CommandOption
     )
     instruction: str | None = PROMPT.option(
         None,
-        "the `prompt` of records that are made from plain texts",
+        'the `prompt` of records that are made from plain texts, such as "Translate into English"',
         "由普通文本构成的记录的 `prompt` 字段，如“翻译成英文”",
         metavar="TEXT",
     )
