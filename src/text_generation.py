@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from cpm_bee.cli import run_command
+from cpm_bee.distributed.rank import RankInfo
 from cpm_bee.generate.options import GenerationOptions, TextGenerationOptions
 from cpm_bee.options import flags_of
 
@@ -12,6 +13,7 @@ from cpm_bee.options import flags_of
 def main() -> None:
     options = TextGenerationOptions.parse()
     # Imported late, with torch: --help and wrong usage answer at once.
+    from cpm_bee.generate import shared_file
     from cpm_bee.generate.generator import Generator
     from cpm_bee.generate.jsonl import (
         STANDARD,
@@ -22,15 +24,22 @@ def main() -> None:
     )
     from cpm_bee.generate.loaded_model import load_model
 
+    rank = RankInfo.of_this_process()
+    several = rank.world_size > 1
+    if several:
+        shared_file.check_names(options.input, options.output)
     check_output(options.output, options.files_read())
     records = read_records(options.input, escape=options.escape)
-    check_resume(options.output, records, resume=options.resume)
+    shared_file.refuse_other_shares(options.output, rank.world_size)
+    check = shared_file.check_shares if several else check_resume
+    check(options.output, records, resume=options.resume)
     loaded = load_model(options)
     # The flags that decide the answers, with their values.
     settings = {flag.flag: getattr(options, flag.name) for flag in flags_of(GenerationOptions)}
     settings |= {**loaded.settings, "--escape": options.escape}
     generator = Generator(loaded.base.model, loaded.base.tokenizer)
-    score = generate_file(
+    generate = shared_file.generate_shared if several else generate_file
+    score = generate(
         generator,
         records,
         options,
@@ -40,6 +49,8 @@ def main() -> None:
         escape=options.escape,
         max_tokens=options.max_tokens,
     )
+    if rank.rank > 0:
+        return
     messages = sys.stderr if options.output == STANDARD else sys.stdout
     print(f"{len(records):,} records written", file=messages)
     if score.answered:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,6 +149,8 @@ def generate_file(
     resume: bool = False,
     escape: bool = False,
     max_tokens: int | None = None,
+    first_number: int = 0,
+    at_end: Callable[[], None] | None = None,
 ) -> Score:
     """Write each record with the model's answer in place of its own, one per line.
 
@@ -158,6 +160,8 @@ def generate_file(
         resume: continue after the records that an interrupted call left in `output`.partial.
         escape: the texts are plain, and so are the answers that are written.
         max_tokens: how many tokens are held at once, see `Generator.stream`.
+        first_number: the number of the first record, for its samples.
+        at_end: called when all records are written, before the file takes its name.
 
     Raises:
         InputError: a record cannot be encoded (all are listed); or as `resumable_file`.
@@ -169,7 +173,8 @@ def generate_file(
     places = [where for where, _ in inputs]
     check_vocabulary(list(map(InputRecord, places, prompts)), generator.encoder)
     with _output(output, given, settings, resume) as (file, done):
-        results = generator.stream(prompts[len(done) :], options, max_tokens, len(done))
+        first = first_number + len(done)
+        results = generator.stream(prompts[len(done) :], options, max_tokens, first)
         correct = answered = 0
         for i, record in enumerate(progress_bar(given, description="generating", unit="records")):
             if i < len(done):
@@ -183,6 +188,8 @@ def generate_file(
             if records.has_answer(record[ANSWER]):
                 answered += 1
                 correct += result[ANSWER] == record[ANSWER]
+        if at_end is not None:
+            at_end()
     return Score(correct, answered)
 
 
