@@ -64,15 +64,15 @@ fi
 #   train STAGE STEPS LR FLAGS...   until the steps are done, or the time of the stage is over
 train() {
     local stage="$1" steps="$2" lr="$3"
-    local limit="$4"
-    local status=0
+    local limit="$4" status=0
+    [ ! -f "$work/$stage-is-trained" ] || return 0
     timeout --signal=TERM --kill-after=60 "$limit" \
         python "$project/src/finetune_cpm_bee.py" --vocab "$work/vocab.txt" \
         --model-config "$work/config.json" --dataset "$work/${stage%%-*}/bin_data/train" \
         --eval-dataset "$work/${stage%%-*}/bin_data/eval" --max-length 512 --batch-size 2 --epoch 1000 \
         --lr "$lr" --lr-decay-style cosine --warmup-iters 50 --train-iters "$steps" \
         --max-steps "$steps" --weight-decay 0 --early-stop-patience 1000 --inspect-iters 1000000 \
-        --eval-interval $((steps / 5 + 1)) --save-minutes 3 --save "$work/results" \
+        --eval-interval $((steps / 10 + 1)) --save-minutes 3 --save "$work/results" \
         --save-name "$stage" --resume auto "${@:5}" > "$work/$stage.txt" 2>&1 || status=$?
     if [ "$status" = 124 ] && [ -f "$work/results/$stage-best.pt" ]; then
         echo "$stage: the time was over before the last of $steps steps"
@@ -80,6 +80,7 @@ train() {
         tail -5 "$work/$stage.txt" >&2
         exit "$status"
     fi
+    touch "$work/$stage-is-trained"
     python - "$work/results/$stage-log.jsonl" <<'PYTHON'
 import json, sys
 events = [json.loads(line) for line in open(sys.argv[1], encoding="utf-8")]
@@ -107,7 +108,7 @@ if [ -n "${WORDS_STEPS:-}" ]; then
 elif [ ! -f "$work/words-steps" ]; then
     train words-speed 40 0.02 $(($(left) / 4)) > /dev/null
 fi
-seconds=$(($(left) * 43 / 100))
+seconds=$(($(left) * 22 / 100))
 count="$(steps words "$work/results/words-speed-log.jsonl" "$seconds")"
 step "2/4 words: $count steps from random weights"
 train words "$count" 0.02 "$((seconds * 6 / 5))"

@@ -14,6 +14,7 @@ def main() -> None:
     options = TextGenerationOptions.parse()
     # Imported late, with torch: --help and wrong usage answer at once.
     from cpm_bee.generate import shared_file
+    from cpm_bee.generate.examples import example_settings, read_examples
     from cpm_bee.generate.generator import Generator
     from cpm_bee.generate.jsonl import (
         STANDARD,
@@ -30,6 +31,7 @@ def main() -> None:
         shared_file.check_names(options.input, options.output)
     check_output(options.output, options.files_read())
     records = read_records(options.input, escape=options.escape)
+    examples = read_examples(options.examples, escape=options.escape)
     shared_file.refuse_other_shares(options.output, rank.world_size)
     check = shared_file.check_shares if several else check_resume
     check(options.output, records, resume=options.resume)
@@ -37,7 +39,8 @@ def main() -> None:
     # The flags that decide the answers, with their values.
     settings = {flag.flag: getattr(options, flag.name) for flag in flags_of(GenerationOptions)}
     settings |= {**loaded.settings, "--escape": options.escape}
-    generator = Generator(loaded.base.model, loaded.base.tokenizer)
+    settings |= example_settings(options.examples)
+    generator = Generator(loaded.base.model, loaded.base.tokenizer, examples)
     generate = shared_file.generate_shared if several else generate_file
     score = generate(
         generator,

@@ -73,6 +73,7 @@ _GENERATE = _MODEL | {
     "--max-length": "max-new-tokens max-gen-len num-predict",
     "--repetition-penalty": "repeat-penalty",
     "--repetition-window": "repeat-last-n",
+    "--examples": "few-shot fewshot few-shot-file few-shot-examples shots demonstrations demos",
 }
 
 _PREPROCESS = {
@@ -118,6 +119,7 @@ _EVALUATE = _MODEL | {
     "--output": "output-path output-dir save",
     "--delta": _GENERATE["--delta"],
     "--max-length": _GENERATE["--max-length"],
+    "--examples": _GENERATE["--examples"],
     "--train-dataset": "train-file train-data",
     "--limit": "max-samples max-eval-samples num-samples",
 }

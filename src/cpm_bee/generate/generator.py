@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from cpm_bee.encoding import Encoder
@@ -63,12 +63,18 @@ class Output(NamedTuple):
 
 
 class Generator:
-    """Writes the answers of records with a model, which it sets to eval mode."""
+    """Writes the answers of records with a model, which it sets to eval mode.
 
-    def __init__(self, model: CPMBee, tokenizer: Tokenizer) -> None:
+    Args:
+        examples: answered records that are in-context samples of each record (`Encoder`).
+    """
+
+    def __init__(
+        self, model: CPMBee, tokenizer: Tokenizer, examples: Sequence[Record] = ()
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.encoder = Encoder(tokenizer)
+        self.encoder = Encoder(tokenizer, examples)
         self._spare: Decoder | None = None  # its memory is used again by the next search
 
     def generate(self, record: Record, options: GenerationOptions) -> dict:
