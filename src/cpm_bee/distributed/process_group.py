@@ -45,7 +45,7 @@ def join(device: torch.device) -> None:
         # `init_process_group` itself would also wait `_TIMEOUT` for the first machine.
         store, rank, world_size = next(dist.rendezvous("env://", timeout=_RENDEZVOUS_TIMEOUT))
         store.set_timeout(_TIMEOUT)  # some ranks may take long to start
-        _store = dist.PrefixStore("wait", store.clone())  # type: ignore[attr-defined]
+        _store = dist.PrefixStore("wait", store.clone())
         nccl = device.type == "cuda"
         if nccl:
             atexit.register(_end_if_abandoned)  # before others, so that it runs after them
