@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,11 +30,12 @@ class Node(NamedTuple):
 class Token(NamedTuple):
     id: int
     sub: int
-    node: int
+    node: int  # in `nodes_of` the record and its samples
     is_context: bool
+    sample: int = 0  # 0: of the record itself
 
 
-def nodes_of(record: Record) -> list[Node]:
+def nodes_of(record: Record, samples: Sequence[Record] = ()) -> list[Node]:
     def below(path: Path, tree: Tree, in_answer: bool) -> Iterator[Node]:
         if isinstance(tree, str):
             yield Node((*path, 0), tree, not in_answer)
@@ -43,7 +44,10 @@ def nodes_of(record: Record) -> list[Node]:
             yield Node((*path, i), key, True)
             yield from below((*path, i), value, in_answer or (path == () and key == "<ans>"))
 
-    return [Node((), "<root>", True), *below((), record, False)]
+    own = [Node((), "<root>", True), *below((), record, False)]
+    for sample in samples:  # all of a sample is given
+        own += [node._replace(is_context=True) for node in nodes_of(sample)]
+    return own
 
 
 @functools.cache
@@ -57,27 +61,37 @@ def bucket(a: Path, b: Path) -> int:
     return up * 8 + down + (1 if up * 8 + down else 0)
 
 
-def tokens_of(record: Record, tokenizer: Tokenizer, *, answers: bool = True) -> list[Token]:
+def tokens_of(
+    record: Record, tokenizer: Tokenizer, *, answers: bool = True, samples: Sequence[Record] = ()
+) -> list[Token]:
     entries: dict[int, list[Piece]] = {}  # distinct extension entries of each id
     tokens = []
-    for number, node in enumerate(nodes_of(record)):
-        if not node.is_context and not answers:
-            continue
-        pairs = [(tokenizer.ids["<s>"], 0)]
-        for piece in split_pieces(tokenizer, node.text):
-            if piece.is_unknown or (piece.is_special and piece.text not in tokenizer.specials):
-                name = f"<{piece.text[1:-1].split('_')[0]}>" if piece.is_special else "<unk>"
-                own = entries.setdefault(tokenizer.ids[name], [])
-                if piece not in own:
-                    own.append(piece)
-                pairs.append((tokenizer.ids[name], own.index(piece)))
-            else:
-                text = {"\n": "</n>", " ": "</_>"}.get(piece.text, piece.text)
-                pairs.append((tokenizer.ids[text], 0))
-        if node.is_context:
-            pairs.append((tokenizer.ids["</s>"], 0))
-        tokens += [Token(i, s, number, node.is_context) for i, s in pairs]
+    number = 0
+    for sample, own in enumerate((record, *samples)):
+        for node in nodes_of(own):
+            if node.is_context or answers or sample:
+                pairs = [(tokenizer.ids["<s>"], 0), *_pairs(node.text, tokenizer, entries)]
+                if node.is_context:
+                    pairs.append((tokenizer.ids["</s>"], 0))
+                is_context = node.is_context or sample > 0
+                tokens += [Token(i, s, number, is_context, sample) for i, s in pairs]
+            number += 1
     return tokens
+
+
+def _pairs(
+    text: str, tokenizer: Tokenizer, entries: dict[int, list[Piece]]
+) -> Iterator[tuple[int, int]]:
+    for piece in split_pieces(tokenizer, text):
+        if piece.is_unknown or (piece.is_special and piece.text not in tokenizer.specials):
+            name = f"<{piece.text[1:-1].split('_')[0]}>" if piece.is_special else "<unk>"
+            own = entries.setdefault(tokenizer.ids[name], [])
+            if piece not in own:
+                own.append(piece)
+            yield tokenizer.ids[name], own.index(piece)
+        else:
+            listed = {"\n": "</n>", " ": "</_>"}.get(piece.text, piece.text)
+            yield tokenizer.ids[listed], 0
 
 
 def targets_of(tokens: list[Token], tokenizer: Tokenizer) -> list[tuple[int, tuple[int, int]]]:
@@ -108,6 +122,8 @@ def bias_row(config: ModelConfig, nodes: list[Node], tokens: list[Token], q: int
     """Row of the bias table for a pair of positions, -1 where q does not see k."""
     if not (tokens[k].is_context or (not tokens[q].is_context and k <= q)):
         return -1
+    if tokens[q].sample != tokens[k].sample:
+        return config.position_bias_num_buckets if tokens[q].sample == 0 else -1  # bucket 1
     relation = bucket(nodes[tokens[q].node].path, nodes[tokens[k].node].path)
     if relation == 0:
         return position_row(config, k - q)
@@ -136,13 +152,17 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 def states(
-    config: ModelConfig, weights: Weights, record: Record, tokens: list[Token]
+    config: ModelConfig,
+    weights: Weights,
+    record: Record,
+    tokens: list[Token],
+    samples: Sequence[Record] = (),
 ) -> torch.Tensor:
     """The states of a record after the last norm, float64 [n, dim_model]."""
     n = len(tokens)
     table = weights["position_bias.relative_attention_bias"]
     embedding = weights["input_embedding.weight"]
-    nodes = nodes_of(record)
+    nodes = nodes_of(record, samples)
     row = functools.partial(bias_row, config, nodes, tokens)
     rows = torch.tensor([[row(q, k) for k in range(n)] for q in range(n)])
     h = torch.stack([embed(config, embedding, t.id, t.sub) for t in tokens])
@@ -174,10 +194,17 @@ def states(
 
 
 def logits_and_loss(
-    config: ModelConfig, weights: Weights, records: list[Record], tokenizer: Tokenizer
+    config: ModelConfig,
+    weights: Weights,
+    records: list[Record],
+    tokenizer: Tokenizer,
+    samples: Sequence[Record] = (),
 ) -> tuple[torch.Tensor, list[tuple[int, int]], torch.Tensor]:
-    """Logits at the targets [N, vocab_size + E], the E extension pairs, and the mean loss."""
-    encoded = [tokens_of(record, tokenizer) for record in records]
+    """Logits at the targets [N, vocab_size + E], the E extension pairs, and the mean loss.
+
+    Every record has the same in-context samples.
+    """
+    encoded = [tokens_of(record, tokenizer, samples=samples) for record in records]
     pairs = list(dict.fromkeys((t.id, t.sub) for tokens in encoded for t in tokens if t.sub))
     embedding = weights["input_embedding.weight"]
     output = embedding / math.sqrt(config.dim_model)
@@ -186,7 +213,7 @@ def logits_and_loss(
         output = torch.cat([output, extension])
     logits, wanted = [], []
     for record, tokens in zip(records, encoded, strict=True):
-        h = states(config, weights, record, tokens)
+        h = states(config, weights, record, tokens, samples)
         for position, (token_id, sub) in targets_of(tokens, tokenizer):
             logits.append(h[position] @ output.T)
             wanted.append(config.vocab_size + pairs.index((token_id, sub)) if sub else token_id)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,20 @@ class Slow:
 
 class SlowSearch:
     def __init__(
-        self, model: CPMBee, tokenizer: Tokenizer, record: Record, options: GenerationOptions
+        self,
+        model: CPMBee,
+        tokenizer: Tokenizer,
+        record: Record,
+        options: GenerationOptions,
+        examples: Sequence[Record] = (),
     ) -> None:
         self.model, self.tokenizer, self.record, self.options = model, tokenizer, record, options
-        encoded, _ = Encoder(tokenizer).encode_outline(outline(record), answers=False)
+        self.encoder = Encoder(tokenizer, examples)
+        encoded, _ = self.encoder.encode_outline(outline(record), answers=False)
         self.prompt = encoded
         self.leaves = [i for i, predicted in enumerate(encoded.tree.predicted) if predicted]
         self.pairs = extension_pairs([encoded])
-        self.may_unk = Prompt.of(record, Encoder(tokenizer)).has_unknown
+        self.may_unk = Prompt.of(record, self.encoder).has_unknown
 
     def log_probabilities(self, slow: Slow) -> list[float]:
         written: list[tuple[int, int]] = []
@@ -160,7 +167,7 @@ class SlowSearch:
         return result
 
     def filled(self, answers: tuple) -> dict[str, Any]:
-        prompt = Prompt.of(self.record, Encoder(self.tokenizer))
+        prompt = Prompt.of(self.record, self.encoder)
         texts: list[str | None] = [prompt.text(a) for a in answers]
         return fill_answers(self.record, texts + [None] * (len(self.leaves) - len(texts)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import random
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from cpm_bee.errors import InputError
 from cpm_bee.records import Record, special_tokens
-from cpm_bee.segments import MAX_SEGMENTS, Outline, SegmentTree, outline
+from cpm_bee.segments import MAX_SEGMENTS, Outline, SegmentTree, SpanTree, outline
 from cpm_bee.tokenizer import ExtensionTable, Piece, Tokenizer
 
 MAX_PARTS = np.iinfo(np.uint16).max  # segments and subs are stored in 16 bits
@@ -37,7 +38,7 @@ class EncodedRecord:
     ids: np.ndarray
     subs: np.ndarray
     segments: np.ndarray
-    tree: SegmentTree
+    tree: SegmentTree | SpanTree
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -114,10 +115,16 @@ class TokenLists:
 
 
 class Encoder:
-    """Encodes records with one vocabulary; not thread-safe."""
+    """Encodes records with one vocabulary; not thread-safe.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    Args:
+        samples: valid records with answers that follow each record as its in-context samples
+            (docs/format.md §5.5). They share its extension, whose first entries are the record's.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, samples: Sequence[Record] = ()) -> None:
         self.tokenizer = tokenizer
+        self._samples = [outline(record) for record in samples]
         self._ordinary: dict[str, list[int]] = {}  # texts without extension entries
         self._markup: dict[str, tuple[Piece, int]] = {}  # texts that are one unlisted special token
 
@@ -143,14 +150,16 @@ class Encoder:
         """Like `encode`, from segments; also returns the record's extension, for decoding."""
         tokens = TokenLists()
         extension = self.append(segments, tokens, answers=answers, extension=extension)
+        self._append_samples(segments, tokens, extension)
+        trees = tuple(sample.tree for sample in self._samples)
         subs = np.zeros(len(tokens.ids), dtype=np.uint16)
         for position, sub in tokens.subs:
             subs[position] = sub
         encoded = EncodedRecord(
             ids=np.array(tokens.ids, dtype=np.int32),
             subs=subs,
-            segments=_numbers(len(segments.texts)).repeat(tokens.segment_lengths),
-            tree=segments.tree,
+            segments=_numbers(len(tokens.segment_lengths)).repeat(tokens.segment_lengths),
+            tree=SpanTree(segments.tree, trees) if trees else segments.tree,
         )
         return encoded, extension
 
@@ -160,8 +169,24 @@ class Encoder:
         The context's entries come first, then those that the answers add.
         """
         segments = outline(record)
+        return self.encode_outline(segments, extension=self._prompt_extension(segments))[0]
+
+    def _prompt_extension(self, segments: Outline) -> Extension:
+        """The extension of a record without its answers, and of the in-context samples."""
         extension = self.append(segments, TokenLists(), answers=False)
-        return self.encode_outline(segments, extension=extension)[0]
+        self._append_samples(segments, TokenLists(), extension)
+        return extension
+
+    def _append_samples(self, segments: Outline, tokens: TokenLists, extension: Extension) -> None:
+        added = extension.answers_added
+        for sample in self._samples:
+            self.append(sample, tokens, extension=extension)
+        extension.answers_added = added
+        count = len(segments.texts) + sum(len(sample.texts) for sample in self._samples)
+        if self._samples and count > MAX_SEGMENTS:
+            raise InputError(
+                f"the record and its examples have {count:,} fields, more than {MAX_SEGMENTS:,}"
+            )
 
     def answer_state(self, segments: Outline, extension: Extension) -> AnswerState:
         """Whether generation can write a record's answer.
@@ -178,7 +203,7 @@ class Encoder:
         if plain and not extension.answers_added:
             return AnswerState.KNOWN | AnswerState.WRITABLE
         vocab_size = len(self.tokenizer)
-        prompt = self.append(segments, TokenLists(), answers=False)
+        prompt = self._prompt_extension(segments)
         state = AnswerState.KNOWN
         if any(extension.pair_of(p, 0) != prompt.pair_of(p, 0) for p in list(prompt.pieces)):
             state |= AnswerState.RENUMBERED
@@ -195,7 +220,7 @@ class Encoder:
     def unwritable_pieces(self, record: Record) -> list[str]:
         """The parts of a record's answer that generation cannot write (`AnswerState.WRITABLE`)."""
         texts, tree = segments = outline(record)
-        prompt = self.append(segments, TokenLists(), answers=False)
+        prompt = self._prompt_extension(segments)
         size = len(prompt)
         taken = {category for category, sub in prompt.pairs if sub == 0}
         found: dict[str, None] = {}

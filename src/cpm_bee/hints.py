@@ -75,6 +75,7 @@ _GENERATE = _MODEL | {
     "--repetition-window": "repeat-last-n",
     "--instruction": "system-prompt system",
     "--stream": "streaming",
+    "--examples": "few-shot fewshot few-shot-file few-shot-examples shots demonstrations demos",
 }
 
 _PREPROCESS = {
@@ -120,6 +121,7 @@ _EVALUATE = _MODEL | {
     "--output": "output-path output-dir save",
     "--delta": _GENERATE["--delta"],
     "--max-length": _GENERATE["--max-length"],
+    "--examples": _GENERATE["--examples"],
     "--train-dataset": "train-file train-data",
     "--limit": "max-samples max-eval-samples num-samples",
 }

@@ -17,6 +17,8 @@ import numpy as np
 from cpm_bee.records import ANSWER, Record, Tree
 
 NUM_DEPTHS = 8  # relations distinguish this many numbers of steps (0 to 7), up and down
+OTHER_SAMPLE = 1  # the bucket of a segment in another in-context sample
+HIDDEN = 255  # instead of a bucket: the second segment is not visible to the first
 # A record with S segments has S squared relations: without a limit, one line could fill memory.
 MAX_SEGMENTS = 4096
 # Relations of trees up to this size are cached; the 4,096 cached ones take at most 64 MiB.
@@ -38,6 +40,50 @@ class SegmentTree(NamedTuple):
         if len(self.depths) > _CACHED_SEGMENTS:
             return _relations.__wrapped__(self.depths)
         return _relations(self.depths)
+
+
+class SpanTree(NamedTuple):
+    """The trees of a record and of its in-context samples, which follow it (docs/format.md §5.5).
+
+    It is used like a `SegmentTree`: the segments are numbered through all trees. All segments of
+    samples are given.
+    """
+
+    record: SegmentTree
+    samples: tuple[SegmentTree, ...]
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        return sum((tree.depths for tree in self.samples), self.record.depths)
+
+    @property
+    def predicted(self) -> tuple[bool, ...]:
+        return self.record.predicted + (False,) * (len(self.depths) - len(self.record.depths))
+
+    @property
+    def relations(self) -> np.ndarray:
+        """The bucket of each ordered pair of segments, uint8 [S, S].
+
+        Between the record and a sample it is `OTHER_SAMPLE`, and between a sample and all others
+        `HIDDEN`: samples see only themselves, the record sees all.
+        """
+        if len(self.depths) > _CACHED_SEGMENTS:
+            return _span_relations.__wrapped__(self)
+        return _span_relations(self)
+
+
+@lru_cache(maxsize=256)
+def _span_relations(tree: SpanTree) -> np.ndarray:
+    size, end = len(tree.depths), len(tree.record.depths)
+    result = np.full((size, size), HIDDEN, dtype=np.uint8)
+    result[:end, end:] = OTHER_SAMPLE
+    begin = 0
+    for own in (tree.record, *tree.samples):
+        end = begin + len(own.depths)
+        result[begin:end, begin:end] = own.relations
+        begin = end
+    result.setflags(write=False)
+    return result
 
 
 class Outline(NamedTuple):

@@ -7,11 +7,13 @@ import json
 
 import torch
 
-from cpm_bee.data.batch import Batch
+from cpm_bee.data.batch import Batch, collate
+from cpm_bee.encoding import Encoder
 from cpm_bee.model.attention import PaddedGroups, PositionBias
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.layers import Embedding, FeedForwardBlock, Linear, RMSNorm
 from cpm_bee.model.network import target_loss
+from cpm_bee.segments import SpanTree
 from format_examples.common import (
     VOCABULARY,
     Json,
@@ -83,6 +85,27 @@ def attention_rows(page: Json) -> Rows:
             str(k),
             VOCABULARY.tokens[int(batch.ids[k])],
             str(int(batch.segments[k])),
+            *("hidden" if rows[q, k] == bias.masked_row else str(int(rows[q, k])) for q in queries),
+        ]
+        for k in range(batch.num_tokens)
+    ]
+
+
+@example
+def sample_rows(page: Json) -> Rows:
+    given = page("sample")
+    encoded = Encoder(VOCABULARY, [given["sample"]]).encode(given["record"])
+    batch = collate([encoded], VOCABULARY)
+    bias = PositionBias(config())
+    rows = PaddedGroups.of(batch, bias).rows[0][0]  # (queries, keys)
+    assert isinstance(encoded.tree, SpanTree)
+    own = len(encoded.tree.record.depths)
+    queries = (6, 13, 21)
+    return [
+        [
+            str(k),
+            VOCABULARY.tokens[int(batch.ids[k])],
+            str(int(batch.segments[k] >= own)),
             *("hidden" if rows[q, k] == bias.masked_row else str(int(rows[q, k])) for q in queries),
         ]
         for k in range(batch.num_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import dense_reference
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from properties import examples
 
 from cpm_bee.data.batch import Batch, collate, extension_pairs
+from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError
 from cpm_bee.model.attention import PositionBias
 from cpm_bee.model.config import ModelConfig
@@ -36,16 +38,17 @@ class Expected(NamedTuple):
     gradients: list[torch.Tensor]  # of each parameter
 
 
-def check(model: CPMBee, records: list[Record]) -> None:
+def check(model: CPMBee, records: list[Record], samples: Sequence[Record] = ()) -> None:
     """In double precision the same as the reference; in fp32 near to it."""
     weights = {
         name: parameter.detach().double().requires_grad_()
         for name, parameter in model.named_parameters()
     }
     logits, pairs, loss = dense_reference.logits_and_loss(
-        model.config, weights, records, tiny.TOKENIZER
+        model.config, weights, records, tiny.TOKENIZER, samples
     )
-    encoded = tiny.encode(records)
+    encoder = Encoder(tiny.TOKENIZER, samples)
+    encoded = [encoder.encode(record) for record in records]
     assert extension_pairs(encoded) == pairs
     batch = collate(encoded, tiny.TOKENIZER)
     gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
@@ -108,6 +111,37 @@ HARD: dict[str, list[Record]] = {
 def test_hard_records(case: str, pruned: bool) -> None:
     masks = ((False, True), (True, True), (False, False), (True, False)) if pruned else ()
     check(tiny.make_model(7, num_layers=4, mask_modules=masks), HARD[case])
+
+
+SAMPLES: dict[str, list[Record]] = {
+    "one": [{"input": "天", "<ans>": "春天"}],
+    "nested answers, and entries of its own": [
+        {"input": "é<mask_1>", "a": {"x": "漢"}, "<ans>": {"a": "ab", "b": {"x": "é 漢"}}},
+        {"<ans>": "<option_1>", "<option_1>": "風"},
+    ],
+    "deeper than the relations distinguish": [{"a": tiny.chain("x", 12, "春"), "<ans>": "a"}],
+}
+
+
+@pytest.mark.parametrize("case", SAMPLES)
+def test_in_context_samples(case: str) -> None:
+    records: list[Record] = [
+        {
+            "input": "é",
+            "<option_0>": "春",
+            "<option_1>": "天",
+            "<ans>": {"b": "<option_1>", "a": ""},
+        },
+        {"<ans>": "春 ab", "question": "風天"},
+    ]
+    check(tiny.make_model(7), records, SAMPLES[case])
+
+
+@pytest.mark.slow
+@examples(5)
+@given(st.lists(tiny.records(), min_size=1, max_size=2), st.lists(tiny.records(), max_size=3))
+def test_random_samples(records: list[Record], samples: list[Record]) -> None:
+    check(tiny.make_model(2), records, samples)
 
 
 def test_a_table_with_too_few_segment_buckets() -> None:

@@ -20,14 +20,17 @@ import torch
 import torch.distributed as dist
 
 from cpm_bee.distributed.heartbeat import Heartbeat
+from cpm_bee.distributed.rank import RankInfo
 from cpm_bee.errors import RunError, exit_status_of
 
 _TIMEOUT = datetime.timedelta(minutes=30)  # rank 0 may be making a token index
 _GLOO_RELEASE_TIME = 0.1  # seconds
+_POLL_TIME = 0.1  # seconds
 _RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=2)  # for the first machine to answer
 
 _NCCL = "nccl"
 _heartbeat: Heartbeat | None = None
+_store: dist.Store | None = None  # a connection of its own
 _abandoned: int | None = None  # the exit status, once an error has ended a run with NCCL
 
 
@@ -37,11 +40,12 @@ def join(device: torch.device) -> None:
     Args:
         device: a GPU with its index, for NCCL; or the CPU, for gloo.
     """
-    global _heartbeat
+    global _heartbeat, _store
     try:
         # `init_process_group` itself would also wait `_TIMEOUT` for the first machine.
         store, rank, world_size = next(dist.rendezvous("env://", timeout=_RENDEZVOUS_TIMEOUT))
         store.set_timeout(_TIMEOUT)  # some ranks may take long to start
+        _store = dist.PrefixStore("wait", store.clone())
         nccl = device.type == "cuda"
         if nccl:
             atexit.register(_end_if_abandoned)  # before others, so that it runs after them
@@ -66,9 +70,25 @@ def join(device: torch.device) -> None:
         ) from None
 
 
+def wait_for_all(place: str) -> None:
+    """Wait until all ranks have come to a place, which each passes once, however long it takes.
+
+    A collective would give up after half an hour, and would let no signal through. The heartbeat
+    ends this process if a rank is lost.
+    """
+    assert _store is not None, "call join first"
+    world_size = RankInfo.of_this_process().world_size
+    with exchange():
+        arrived = _store.add(place, 1)
+        while arrived < world_size:
+            time.sleep(_POLL_TIME)
+            arrived = _store.add(place, 0)
+
+
 def leave() -> None:
     """Leave the process group, if any, and tell the other ranks of an error being handled."""
-    global _heartbeat, _abandoned
+    global _heartbeat, _store, _abandoned
+    _store = None
     error = sys.exc_info()[1]
     if _heartbeat is not None:
         _heartbeat.close(None if error is None else _reason(error))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from cpm_bee.distributed.rank import RankInfo
 from cpm_bee.errors import InputError
 
 AUTO = "auto"
@@ -40,6 +41,24 @@ def choose_device(name: str = AUTO) -> torch.device:
         # batches have new shapes.
         torch.backends.cuda.enable_cudnn_sdp(False)
     return device
+
+
+def own_gpu(device: torch.device) -> torch.device:
+    """Returns the GPU of this process: with several processes, that of its number on this machine.
+
+    Raises:
+        InputError: `device` names one GPU for all of them, or there are fewer GPUs than processes.
+    """
+    info = RankInfo.of_this_process()
+    if device.type != "cuda" or info.world_size == 1:
+        return device
+    if device.index is not None:
+        raise InputError(f"--device {device}: with several processes, each takes its own GPU: cuda")
+    if info.local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"{torch.cuda.device_count()} GPUs for more processes: --nproc_per_node is too large"
+        )
+    return torch.device("cuda", info.local_rank)
 
 
 def use_device(device: torch.device) -> torch.device:

@@ -13,6 +13,7 @@ from cpm_bee.generate.options import (
     MODEL,
     SEARCH,
     AnswerOptions,
+    ExampleOptions,
     LoadedModelOptions,
 )
 from cpm_bee.options import REQUIRED, CommandOptions, Group, keep_option
@@ -21,7 +22,7 @@ EVALUATION = Group("evaluation", "评测")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(AnswerOptions, LoadedModelOptions, CommandOptions):
+class EvaluateOptions(AnswerOptions, ExampleOptions, LoadedModelOptions, CommandOptions):
     """The flags of evaluate.py."""
 
     script = "evaluate.py"

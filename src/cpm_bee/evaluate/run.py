@@ -25,6 +25,7 @@ from cpm_bee.evaluate.figures import Figures, Kinds, Outcome, classes_given, fig
 from cpm_bee.evaluate.harness import samples_of, write_results
 from cpm_bee.evaluate.options import EvaluateOptions
 from cpm_bee.generate.choices import choose
+from cpm_bee.generate.examples import example_settings, read_examples
 from cpm_bee.generate.generator import Generator
 from cpm_bee.generate.loaded_model import LoadedModel, load_base
 from cpm_bee.generate.options import GenerationOptions
@@ -52,6 +53,7 @@ def evaluate(options: EvaluateOptions) -> str:
         )
     _check_field(options, answered)
     records = [one.record for one in answered]
+    read_examples(options.examples, escape=options.escape)  # before the model: it may be wrong
     kinds = Kinds.of(records)
     loaded = load_base(options)
     baseline = None
@@ -60,7 +62,8 @@ def evaluate(options: EvaluateOptions) -> str:
     if options.delta is not None:
         loaded.add_delta(options.delta, options.delta_alpha)
     outcome = run_model(loaded, answered, options)
-    evaluation = Evaluated(options, located, answered, kinds, outcome, loaded.settings)
+    settings = {**loaded.settings, **example_settings(options.examples)}
+    evaluation = Evaluated(options, located, answered, kinds, outcome, settings)
     return evaluation.report(figures_of(records, kinds, outcome), baseline)
 
 
@@ -69,7 +72,8 @@ def run_model(
 ) -> Outcome:
     """Score, answer and, where there are options, choose, for each record."""
     model, tokenizer = loaded.base.model, loaded.base.tokenizer
-    generator = Generator(model, tokenizer)
+    examples = read_examples(options.examples, escape=options.escape)
+    generator = Generator(model, tokenizer, examples)
     records = [one.record for one in located]
     limits = GenerationOptions(beam_size=1, max_length=options.max_length)
     max_tokens = options.max_tokens or MAX_TOKENS

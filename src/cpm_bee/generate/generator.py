@@ -77,12 +77,18 @@ def growth(before: Sequence[str], after: Sequence[str]) -> list[tuple[int, str]]
 
 
 class Generator:
-    """Writes the answers of records with a model, which it sets to eval mode."""
+    """Writes the answers of records with a model, which it sets to eval mode.
 
-    def __init__(self, model: CPMBee, tokenizer: Tokenizer) -> None:
+    Args:
+        examples: answered records that are in-context samples of each record (`Encoder`).
+    """
+
+    def __init__(
+        self, model: CPMBee, tokenizer: Tokenizer, examples: Sequence[Record] = ()
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.encoder = Encoder(tokenizer)
+        self.encoder = Encoder(tokenizer, examples)
         self._spare: Decoder | None = None  # its memory is used again by the next search
 
     def generate(self, record: Record, options: GenerationOptions) -> dict:

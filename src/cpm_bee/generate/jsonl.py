@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from operator import attrgetter
 from pathlib import Path
@@ -38,9 +38,18 @@ class Score(NamedTuple):
         abstained: records whose options were all less probable than `abstain_below`.
     """
 
-    correct: int
-    answered: int
+    correct: int = 0
+    answered: int = 0
     abstained: int = 0
+
+    def counted(self, given: Record, result: dict) -> Score:
+        """Returns the numbers with one more record, as it was given and as it was answered."""
+        answered = records.has_answer(given[ANSWER])
+        return Score(
+            self.correct + (answered and result[ANSWER] == given[ANSWER]),
+            self.answered + answered,
+            self.abstained + (CHOICES in result and result[ANSWER] is None),
+        )
 
     def lines(self) -> list[str]:
         """What there is to say, for people."""
@@ -148,6 +157,8 @@ def generate_file(
     escape: bool = False,
     max_tokens: int | None = None,
     choices: ChoiceOptions | None = None,
+    first_number: int = 0,
+    at_end: Callable[[], None] | None = None,
 ) -> Score:
     """Write each record as it was given with the model's answer in place of its own, one per line.
 
@@ -158,6 +169,8 @@ def generate_file(
         escape: the given texts are plain, and so are the answers that are written.
         max_tokens: how many tokens are held at once, see `Generator.stream`.
         choices: answer the records with options by these; see `answer_all`.
+        first_number: the number of the first record, for its samples.
+        at_end: called when all records are written, before the file takes its name.
 
     Raises:
         InputError: a record cannot be encoded (all are listed); or as `resumable_file`.
@@ -168,9 +181,9 @@ def generate_file(
     check_vocabulary(inputs, generator.encoder)
     with _output(output, given, settings, resume) as (file, done):
         rest = Mapped(_record, inputs[len(done) :])
-        numbers = range(len(done), len(inputs))
+        numbers = range(first_number + len(done), first_number + len(inputs))
         results = answer_all(generator, rest, numbers, options, max_tokens, choices)
-        correct = answered = abstained = 0
+        score = Score()
         for i, record in enumerate(progress_bar(given, description="generating", unit="records")):
             if i < len(done):
                 result = done[i]
@@ -178,11 +191,10 @@ def generate_file(
                 result = as_given(record, next(results), escape=escape)
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
                 file.flush()  # a kill loses no record
-            abstained += CHOICES in result and result[ANSWER] is None
-            if records.has_answer(record[ANSWER]):
-                answered += 1
-                correct += result[ANSWER] == record[ANSWER]
-    return Score(correct, answered, abstained)
+            score = score.counted(record, result)
+        if at_end is not None:
+            at_end()
+    return score
 
 
 def answer_all(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cpm_bee import delta, pretrained
-from cpm_bee.engine.device import choose_device, choose_dtype, use_device
+from cpm_bee.engine.device import choose_device, choose_dtype, own_gpu, use_device
 from cpm_bee.generate.options import LoadedModelOptions
 from cpm_bee.pretrained import PretrainedModel
 
@@ -49,7 +49,7 @@ def load_base(options: LoadedModelOptions) -> LoadedModel:
         InputError: a flag cannot be used on this machine, or checkpoint, config and vocabulary do
             not match.
     """
-    device = use_device(choose_device(options.device))
+    device = use_device(own_gpu(choose_device(options.device)))
     dtype = choose_dtype(options.dtype, device)
     files = (options.load, options.model_config, options.vocab)
     base = pretrained.load_pretrained(

@@ -161,6 +161,19 @@ class GenerationOptions(AnswerOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExampleOptions:
+    """The flag for in-context samples."""
+
+    examples: str | None = FILES.option(
+        None,
+        "few-shot: answered records, one JSON object per line, that the model sees with every "
+        "record, as its in-context samples",
+        "少样本：带答案的记录文件，每行一个 JSON 对象；模型回答每条记录时都会看到这些上下文示例",
+        metavar="FILE",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoadedModelOptions:
     """The flags for the model that answers, and where it runs."""
 
@@ -237,7 +250,7 @@ class LoadedModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextGenerationOptions(GenerationOptions, LoadedModelOptions, CommandOptions):
+class TextGenerationOptions(GenerationOptions, ExampleOptions, LoadedModelOptions, CommandOptions):
     """The flags of text_generation.py."""
 
     script = "text_generation.py"
@@ -349,4 +362,6 @@ class TextGenerationOptions(GenerationOptions, LoadedModelOptions, CommandOption
         """The files that this command reads, as far as they are known before it opens them."""
         if self.input is not None:
             yield self.input
+        if self.examples is not None:
+            yield self.examples
         yield from self.model_files()

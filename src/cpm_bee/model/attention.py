@@ -33,7 +33,7 @@ from cpm_bee.data.batch import Batch
 from cpm_bee.errors import InputError
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.frozen.buffers import buffer_pool
-from cpm_bee.segments import NUM_DEPTHS
+from cpm_bee.segments import HIDDEN, NUM_DEPTHS
 
 # Each record of a group has at least this share of the longest one's length.
 _GROUP_SHARE = 0.8
@@ -67,7 +67,7 @@ class PositionBias(nn.Module):
         This is possible only if the table has fewer segment buckets than there are relations.
         """
         if self.num_segment_buckets < NUM_DEPTHS * NUM_DEPTHS and relation.numel():
-            largest = int(relation.max())
+            largest = int(torch.where(relation == HIDDEN, 0, relation).max())
             if largest > self.num_segment_buckets:
                 raise InputError(
                     f"a record needs segment bucket {largest} of the position bias, this model "
@@ -77,12 +77,14 @@ class PositionBias(nn.Module):
     def rows(self, position: torch.Tensor, relation: torch.Tensor) -> torch.Tensor:
         """Rows from positions k - q and segment relations of the same shape.
 
+        Where a relation is `segments.HIDDEN`, the row is that of what is not visible.
+
         Raises:
             InputError: see `check_relations`.
         """
         self.check_relations(relation)
-        same = relation == 0
-        return torch.where(same, self.position_rows(position), self.num_buckets - 1 + relation)
+        other = torch.where(relation == HIDDEN, self.masked_row, self.num_buckets - 1 + relation)
+        return torch.where(relation == 0, self.position_rows(position), other)
 
     @property
     def masked_row(self) -> int:
