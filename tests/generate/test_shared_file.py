@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import ROOT
 
+from cpm_bee.data.record_source import located
 from cpm_bee.distributed.rank import RankInfo
 from cpm_bee.errors import InputError
 from cpm_bee.generate import shared_file
-from cpm_bee.generate.jsonl import InputRecord
 
 TINY = ROOT / "src" / "ckpts" / "cpm-bee-tiny"
 
@@ -28,7 +28,7 @@ TINY = ROOT / "src" / "ckpts" / "cpm-bee-tiny"
 @given(st.lists(st.integers(0, 50), max_size=30), st.integers(1, 6))
 def test_the_shares_are_all_records_in_order(sizes: list[int], parts: int) -> None:
     records = [{"input": "字" * size, "<ans>": ""} for size in sizes or [1]]
-    places = shared_file.cuts(records, parts)
+    places = shared_file.cuts([located("f:1", record) for record in records], parts)
     assert places[0] == 0 and places[-1] == len(records) and len(places) == parts + 1
     assert places == sorted(places)
     texts = [len(json.dumps(r, ensure_ascii=False)) for r in records]
@@ -69,7 +69,7 @@ def test_what_another_number_of_processes_left(
 def test_each_process_finds_what_is_wrong_in_any_share(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs = [InputRecord(f"f:{i}", {"input": str(i), "<ans>": ""}) for i in range(4)]
+    inputs = [located(f"f:{i}", {"input": str(i), "<ans>": ""}) for i in range(4)]
     output = str(tmp_path / "out.jsonl")
     partial = tmp_path / "out.jsonl.rank-1-of-2.partial"
     partial.write_text('{"input": "2", "<ans>": "a"}\n')
