@@ -44,6 +44,7 @@ def too_large(most: int) -> ApiError:
         f"the body of the request has more than {most:,} bytes",
         type="invalid_request_error",
         code="request_too_large",
+        headers={"Connection": "close"},  # what else the client sends is not read
     )
 
 

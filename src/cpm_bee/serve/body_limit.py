@@ -66,4 +66,5 @@ def _too_slow(seconds: float) -> ApiError:
         f"the body of the request did not come within {seconds:g} s",
         type="invalid_request_error",
         code="request_timeout",
+        headers={"Connection": "close"},
     )

@@ -90,7 +90,7 @@ class Body:
         value = self._left.pop(name, None)
         if value is None or any(value == own and type(value) is type(own) for own in neutral):
             return
-        allowed = " or ".join(json.dumps(own) for own in neutral if own not in ([], {}))
+        allowed = " or ".join(json.dumps(own) for own in neutral if own not in ([], {}, ""))
         hint = why or (f"only {allowed} is" if allowed else "leave it out")
         self.problem(name, f"is not supported ({hint})")
 
