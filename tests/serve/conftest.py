@@ -10,7 +10,7 @@ from folders import make_base
 from serve_support import Served, serving
 
 LIMITS = ("--max-answer-tokens", 2000, "--max-prompt-tokens", 200, "--max-body", 20_000)
-LIMITS += ("--max-beams", 8, "--max-records", 6)
+LIMITS += ("--max-length", 30, "--max-beams", 8, "--max-records", 6)
 
 
 @pytest.fixture(scope="session")
