@@ -7,6 +7,7 @@ import re
 import httpx
 import pytest
 from browser import browser, watched_page
+from playwright.sync_api import expect
 from serve_support import TINY_BASE, Served, serving
 
 LONG = "ab天"  # the small model answers it with as many tokens as it may write
@@ -21,7 +22,7 @@ def chromium():
 def open_page(chromium, url: str, **settings):
     page, faults = watched_page(chromium, **settings)
     page.goto(url)
-    page.wait_for_function("document.getElementById('model').textContent !== ''")
+    page.wait_for_selector("#model:not(:empty)")
     return page, faults
 
 
@@ -44,7 +45,7 @@ def test_a_record_gets_its_answer_as_a_stream(server: Served, chromium) -> None:
     fill(page, {"input": LONG, "question": "a<b"})
     page.click("#settings summary")
     page.fill("#beams", "1")
-    page.fill("#most", "60")
+    page.fill("#most", "20")
     page.evaluate(
         """() => {
             window.seen = new Set();
@@ -54,13 +55,13 @@ def test_a_record_gets_its_answer_as_a_stream(server: Served, chromium) -> None:
         }"""
     )
     page.click("#write")
-    page.wait_for_function("/60 tokens/.test(document.getElementById('status').textContent)")
+    expect(page.locator("#status")).to_contain_text("20 tokens", timeout=20_000)
     record = {"input": LONG, "question": "a<b", "<ans>": ""}
-    body = {"record": record, "escape": True, "beam_size": 1, "max_tokens": 60}
+    body = {"record": record, "escape": True, "beam_size": 1, "max_tokens": 20}
     expected = server.post("/v1/generate", **body).json()["records"][0]
     assert page.locator(".written").inner_text() == expected["<ans>"]
     assert expected["<cut>"] and page.locator(".badge").inner_text() == "cut off at the limit"
-    assert len(page.evaluate("[...window.seen]")) > 5  # it grew
+    assert len(page.evaluate("[...window.seen]")) > 3  # it grew
     page.click("#result summary")
     assert "/v1/generate" in page.locator("#request").inner_text()
     assert faults == []
@@ -78,7 +79,7 @@ def test_stop_cancels_the_request(server: Served, chromium) -> None:
     page.wait_for_selector(".written.going")
     assert page.is_disabled("#write")
     page.click("#stop")
-    page.wait_for_function("document.getElementById('status').textContent === 'Stopped.'")
+    expect(page.locator("#status")).to_have_text("Stopped.")
     server.wait_for("cpm_bee_request_success_total", aborted + 1, finished_reason="abort")
     assert page.is_enabled("#write") and not page.is_visible("#stop")
     assert faults == []
@@ -129,7 +130,7 @@ def test_mistakes_are_said_in_the_page(server: Served, chromium) -> None:
     assert faults == []  # nothing was sent
     page.locator("#fields .name").nth(1).fill("<foo_1>")
     page.click("#write")
-    page.wait_for_function("document.getElementById('error').textContent.includes('<foo>')")
+    expect(page.locator("#error")).to_contain_text("<foo>")
     assert all("status of 400" in fault for fault in faults)
 
 
