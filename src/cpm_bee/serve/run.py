@@ -74,6 +74,9 @@ class _Server(uvicorn.Server):
             server_header=False,
             lifespan="off",
             ws="none",
+            # Longer than clients keep idle connections (httpx, and so openai: 5 s, uvicorn's own
+            # default too), or a request could meet a connection that is just being closed.
+            timeout_keep_alive=75,
             # What has not ended by then has been given an error, and only has to be sent.
             timeout_graceful_shutdown=int(options.grace) + 6,
         )
