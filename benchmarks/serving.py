@@ -1,4 +1,4 @@
-"""Measure serve.py under load on loopback: requests/s, latency, memory before and after.
+"""Measure serve.py under load on loopback: requests/s, latency, CPU time, memory.
 
     python benchmarks/serving.py --data BEE.jsonl --load ckpts/pytorch_model.bin
 
@@ -92,6 +92,12 @@ def memory_of(process: subprocess.Popen[str]) -> float:
     return int(kilobytes) / 1024
 
 
+def cpu_seconds_of(process: subprocess.Popen[str]) -> float:
+    """The CPU time that a process has used, all its threads together."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -137,11 +143,14 @@ def measure(
 ) -> None:
     """Warm up for a tenth of the time, then measure."""
     asyncio.run(Load(url, records, fields).run(arguments.clients, arguments.seconds / 10))
-    before = memory_of(server)
+    memory, cpu = [memory_of(server)], cpu_seconds_of(server)
     load = Load(url, records, fields)
     began = time.monotonic()
-    asyncio.run(load.run(arguments.clients, arguments.seconds))
+    for _ in range(4):
+        asyncio.run(load.run(arguments.clients, arguments.seconds / 4))
+        memory.append(memory_of(server))
     seconds = time.monotonic() - began
+    cpu = cpu_seconds_of(server) - cpu
     quantiles = statistics.quantiles(load.latencies, n=100)
     p50, p90, p99 = (f"{1000 * quantiles[n - 1]:.0f}" for n in (50, 90, 99))
     count = len(load.latencies)
@@ -152,8 +161,10 @@ def measure(
     print(
         f"latency in ms: median {p50}, 90 % {p90}, 99 % {p99}, max {1000 * max(load.latencies):.0f}"
     )
+    print(f"CPU time of the server: {1000 * cpu / count:.1f} ms an answer")
     print(", ".join(f"{n:,} {what}" for what, n in sorted(load.counts.items())) or "none refused")
-    print(f"resident memory of the server: {before:.0f} MiB, then {memory_of(server):.0f} MiB")
+    shown = ", ".join(f"{size:.0f}" for size in memory)
+    print(f"resident memory of the server in MiB, before and after each quarter: {shown}")
 
 
 if __name__ == "__main__":

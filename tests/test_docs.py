@@ -46,7 +46,7 @@ GENERATED = [
 # Words with a slash or an ending that are no paths.
 NOT_PATHS = {
     "alpha/r", "tokens/s", "token/max", "records/s", "Tokens/s", "Records/s", "MB/s", "br/",
-    "GB/s", "GFLOP/s", "requests/s", "record-steps/s", "Record-steps/s",
+    "GB/s", "GFLOP/s", "requests/s", "application/json", "record-steps/s", "Record-steps/s",
     ".bin", ".pt", ".json", ".safetensors", "….index.json", "-log.jsonl", "*.jsonl", "*.py",
     "openbmb/cpm-bee-10b", "openbmb/cpm-bee-5b", "openbmb/cpm-bee-2b", "openbmb/cpm-bee-1b",
 }  # fmt: skip
@@ -232,6 +232,7 @@ def candidates(document: Path) -> set[str]:
     text = re.sub(r"\]\([^)]*\)", "]", text_of(document))  # links have their own test
     text = "\n".join(line for line in text.splitlines() if not line.startswith("|  "))
     text = re.sub(r"\b\d+/\d+\b", "", text)
+    text = re.sub(r"https?://[^\s`'\")]+", "", text)
     words = re.findall(r"(?<![\w/.<{$-])[.\w*…-]+(?:/[.\w*…-]+)*/?", text, re.A)
     endings = re.compile(r"\.(py|sh|md|jsonl?|txt|toml|bin|pt)$")
     found = {w for w in words if ("/" in w or endings.search(w)) and re.search("[a-z]", w)}
