@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--load", type=Path, required=True, help="checkpoint")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--warm-up", type=float, default=10, help="seconds before them")
     parser.add_argument("--beam-size", type=int, default=3)
     parser.add_argument("--max-length", type=int, default=20)
     arguments = parser.parse_args()
@@ -141,8 +142,8 @@ def measure(
     fields: dict[str, Any],
     arguments: argparse.Namespace,
 ) -> None:
-    """Warm up for a tenth of the time, then measure."""
-    asyncio.run(Load(url, records, fields).run(arguments.clients, arguments.seconds / 10))
+    """Warm up, then measure."""
+    asyncio.run(Load(url, records, fields).run(arguments.clients, arguments.warm_up))
     memory, cpu = [memory_of(server)], cpu_seconds_of(server)
     load = Load(url, records, fields)
     began = time.monotonic()

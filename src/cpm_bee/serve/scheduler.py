@@ -14,63 +14,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from cpm_bee.encoding import Encoder
 from cpm_bee.errors import CpmBeeError
 from cpm_bee.generate.beam_search import BeamSearch
 from cpm_bee.generate.choices import choose
-from cpm_bee.generate.decoder import Decoder
 from cpm_bee.generate.generator import Output
-from cpm_bee.generate.job import Job
-from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.model.network import CPMBee
 from cpm_bee.serve.api_errors import ApiError, failed, queue_full, shutting_down
+from cpm_bee.serve.lane import Lane, Shape
 from cpm_bee.serve.metrics import Metrics
 from cpm_bee.serve.options import ServeOptions
-from cpm_bee.serve.work import Choosing, Item, Request
+from cpm_bee.serve.work import Item, Request
 from cpm_bee.tokenizer import Tokenizer
 
 _LOGGER = logging.getLogger(__name__)
 _LANES = 4  # different shapes at once; the memory for keys and values is divided among them
 _CHOICE_TOKENS = 8192  # tokens of prompts that are chosen for in one batch
-
-
-class _Shape(NamedTuple):
-    """What searches that run together have in common."""
-
-    num_beams: int
-    is_sampling: bool
-    max_length: int
-
-    def options(self) -> GenerationOptions:
-        if self.is_sampling:
-            return GenerationOptions(
-                temperature=1.0, num_return=self.num_beams, max_length=self.max_length
-            )
-        return GenerationOptions(beam_size=self.num_beams, max_length=self.max_length)
-
-
-class _Lane:
-    """A search and the records in it."""
-
-    def __init__(self, model: CPMBee, tokenizer: Tokenizer, max_tokens: int) -> None:
-        self._new_decoder = lambda: Decoder(model, tokenizer)
-        self._decoder = self._new_decoder()
-        self._max_tokens = max_tokens
-        self.shape: _Shape | None = None
-        self.jobs: dict[Job, tuple[Request, Item]] = {}
-
-    def begin(self, shape: _Shape) -> None:
-        """Take records of this shape from now on; the lane must be empty."""
-        self.shape = shape
-        self.search = BeamSearch(self._decoder, shape.options(), self._max_tokens)
-
-    def reset(self) -> None:
-        """Start anew after a failure, which may have left anything in memory."""
-        self.shape = None
-        self.jobs.clear()
-        self._decoder = self._new_decoder()
 
 
 class Scheduler:
@@ -91,7 +51,7 @@ class Scheduler:
         self._model, self._tokenizer, self._options = model.eval(), tokenizer, options
         self._metrics = metrics
         self.max_tokens = max_tokens // _LANES  # of a record, at the most
-        self._lanes = [_Lane(model, tokenizer, self.max_tokens) for _ in range(_LANES)]
+        self._lanes = [Lane(model, tokenizer, self.max_tokens) for _ in range(_LANES)]
         self._encoder = Encoder(tokenizer)  # not that of the thread that reads requests
         self._changed = threading.Condition()
         # Under the condition: what other threads ask for.
@@ -101,7 +61,7 @@ class Scheduler:
         self._stopping: ApiError | None = None
         # The thread's own.
         self._queue: deque[tuple[Request, Item]] = deque()
-        self._choices: list[Request] = []
+        self._choices: deque[tuple[Request, Item]] = deque()
         self._recent = deque([0.0], maxlen=32)  # seconds that records took in their slots
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
 
@@ -163,7 +123,7 @@ class Scheduler:
             for request in cancelled:
                 self._drop(request)
             if stopping is not None:
-                everyone = {r for r, _ in self._queue} | set(self._choices)
+                everyone = {r for r, _ in [*self._queue, *self._choices]}
                 everyone |= {r for lane in self._lanes for r, _ in lane.jobs.values()}
                 self._fail(everyone, stopping)
                 return
@@ -180,10 +140,8 @@ class Scheduler:
         return bool(is_busy or self._arrived or self._cancelled)
 
     def _take(self, request: Request) -> None:
-        if request.choosing is not None:
-            self._choices.append(request)
-        else:
-            self._queue.extend((request, item) for item in request.items)
+        queue = self._queue if request.choosing is None else self._choices
+        queue.extend((request, item) for item in request.items)
 
     def _started(self, request: Request, item: Item) -> None:
         """Note that a record does not wait any more."""
@@ -198,7 +156,7 @@ class Scheduler:
             return
         request.is_cancelled = True
         self._queue = deque(pair for pair in self._queue if pair[0] is not request)
-        self._choices = [other for other in self._choices if other is not request]
+        self._choices = deque(pair for pair in self._choices if pair[0] is not request)
         for lane in self._lanes:
             for job in [job for job, (own, _) in lane.jobs.items() if own is request]:
                 del lane.jobs[job]
@@ -222,11 +180,11 @@ class Scheduler:
 
     # ------------------------------------------------------------------ generation
 
-    def _shape_of(self, request: Request) -> _Shape:
+    def _shape_of(self, request: Request) -> Shape:
         options = request.options
         is_long = options.max_length > self._options.max_length
         length = self._options.max_answer_tokens if is_long else self._options.max_length
-        return _Shape(options.num_beams, options.is_sampling, length)
+        return Shape(options.num_beams, options.is_sampling, length)
 
     def num_tokens(self, request: Request, item: Item) -> int:
         """How many keys and values a record needs, compare `max_tokens`."""
@@ -253,7 +211,7 @@ class Scheduler:
             job = lane.search.add(item.prompt, request.options, item.number, request.most)
             lane.jobs[job] = request, item
 
-    def _step(self, lane: _Lane) -> None:
+    def _step(self, lane: Lane) -> None:
         """Write a token for each record that has a slot in a lane."""
         began = time.monotonic()
         try:
@@ -292,28 +250,28 @@ class Scheduler:
     # ------------------------------------------------------------------ options
 
     def _choose_options(self) -> None:
-        """Choose among the options of all requests that wait for it."""
-        while self._choices:
-            first = self._choices[0].choosing
-            assert first is not None
-            # Orders of options are drawn by the number of a record in its call.
-            alike = [r for r in self._choices if r.choosing == first] if first.orders == 1 else []
-            requests = alike or self._choices[:1]
-            self._choices = [other for other in self._choices if other not in requests]
-            self._choose(requests, first)
-
-    def _choose(self, requests: list[Request], choosing: Choosing) -> None:
+        """Choose for a batch of the records that wait for it; the next turn takes the next ones."""
+        if not self._choices:
+            return
+        choosing = self._choices[0][0].choosing
+        assert choosing is not None
+        batch: list[tuple[Request, Item]] = []
+        num_tokens = 0
+        while self._choices and self._choices[0][0].choosing == choosing:
+            num_tokens += len(self._choices[0][1].prompt.encoded) * choosing.orders
+            # The orders of options depend on the place of a record in its call: one alone has
+            # always the same.
+            if batch and (num_tokens > _CHOICE_TOKENS or choosing.orders > 1):
+                break
+            batch.append(self._choices.popleft())
         began = time.monotonic()
-        items = [item for request in requests for item in request.items]
-        for request in requests:
-            for item in request.items:
-                self._started(request, item)
-            self._metrics.started(request, began)
+        for request, item in batch:
+            self._started(request, item)
         try:
             choices = choose(
                 self._model,
                 self._encoder,
-                [item.record for item in items],
+                [item.record for _, item in batch],
                 max_tokens=_CHOICE_TOKENS,
                 orders=choosing.orders,
                 seed=choosing.seed,
@@ -321,11 +279,13 @@ class Scheduler:
         except Exception as error:
             if not isinstance(error, CpmBeeError):
                 _LOGGER.exception("choosing among options failed")
-            self._fail(requests, failed(f"choosing among options failed: {error}"))
+            failure = failed(f"choosing among options failed: {error}")
+            self._fail({request for request, _ in batch}, failure)
             return
-        for item, choice in zip(items, choices, strict=True):
+        for (request, item), choice in zip(batch, choices, strict=True):
+            self._metrics.started(request, began)
             item.choice = choice
-        for request in requests:
+        for request in {request for request, _ in batch}:
             self._finish(request)
 
     def _update_gauges(self) -> None:
