@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
 from folders import load
+from support import ROOT
 
 from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError, RunError
@@ -143,3 +146,13 @@ def test_stopping_fails_what_is_left(model, scheduler) -> None:
 def test_flags_that_do_not_fit(flags: dict, words: str) -> None:
     with pytest.raises(InputError, match=words):
         ServeOptions(**flags)
+
+
+def test_a_missing_package_is_said_in_one_line() -> None:
+    script = ROOT / "src" / "serve.py"
+    code = "import runpy, sys; sys.modules['uvicorn'] = None; sys.argv = ['serve.py']\n"
+    code += f"sys.path.insert(0, {str(script.parent)!r})\n"
+    code += f"runpy.run_path({str(script)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
+    assert done.returncode == 2
+    assert done.stderr == "error: serve.py needs the package uvicorn: pip install -e .[serve]\n"
