@@ -26,6 +26,7 @@ from cpm_bee.evaluate.options import EvaluateOptions
 from cpm_bee.files import atomic_file
 from cpm_bee.generate.options import TextGenerationOptions
 from cpm_bee.options import DEBUG, GENERAL, CommandOptions, Flag
+from cpm_bee.serve.options import ServeOptions
 from cpm_bee.train.options import Options
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +38,7 @@ SCRIPTS: dict[str, type[CommandOptions]] = {
         Options,
         TextGenerationOptions,
         EvaluateOptions,
+        ServeOptions,
         PreprocessOptions,
         MergeOptions,
         ConvertOptions,

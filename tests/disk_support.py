@@ -27,6 +27,7 @@ SCRIPTS = {
     "finetune_cpm_bee": ROOT / "src" / "finetune_cpm_bee.py",
     "text_generation": ROOT / "src" / "text_generation.py",
     "evaluate": ROOT / "src" / "evaluate.py",
+    "serve": ROOT / "src" / "serve.py",
     "merge_delta": ROOT / "src" / "merge_delta.py",
     "convert_checkpoint": ROOT / "src" / "convert_checkpoint.py",
 }

@@ -46,7 +46,7 @@ GENERATED = [
 # Words with a slash or an ending that are no paths.
 NOT_PATHS = {
     "alpha/r", "tokens/s", "token/max", "records/s", "Tokens/s", "Records/s", "MB/s", "br/",
-    "GB/s", "GFLOP/s", "record-steps/s", "Record-steps/s",
+    "GB/s", "GFLOP/s", "requests/s", "application/json", "record-steps/s", "Record-steps/s",
     ".bin", ".pt", ".json", ".safetensors", "….index.json", "-log.jsonl", "*.jsonl", "*.py",
     "openbmb/cpm-bee-10b", "openbmb/cpm-bee-5b", "openbmb/cpm-bee-2b", "openbmb/cpm-bee-1b",
 }  # fmt: skip
@@ -70,7 +70,7 @@ TAKES_FLAGS = {
     "preprocess_dataset.py": "src/preprocess_dataset.py",
     "text_generation.py": "src/text_generation.py", "merge_delta.py": "src/merge_delta.py",
     "convert_checkpoint.py": "src/convert_checkpoint.py", "doctor.py": "src/doctor.py",
-    "evaluate.py": "src/evaluate.py",
+    "evaluate.py": "src/evaluate.py", "serve.py": "src/serve.py",
 }  # fmt: skip
 
 
@@ -233,6 +233,7 @@ def candidates(document: Path) -> set[str]:
     text = re.sub(r"\]\([^)]*\)", "]", text_of(document))  # links have their own test
     text = "\n".join(line for line in text.splitlines() if not line.startswith("|  "))
     text = re.sub(r"\b\d+/\d+\b", "", text)
+    text = re.sub(r"https?://[^\s`'\")]+", "", text)
     words = re.findall(r"(?<![\w/.<{$-])[.\w*…-]+(?:/[.\w*…-]+)*/?", text, re.A)
     endings = re.compile(r"\.(py|sh|md|jsonl?|txt|toml|bin|pt)$")
     found = {w for w in words if ("/" in w or endings.search(w)) and re.search("[a-z]", w)}

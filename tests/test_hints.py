@@ -14,12 +14,13 @@ from cpm_bee.errors import InputError
 from cpm_bee.evaluate.options import EvaluateOptions
 from cpm_bee.generate.options import TextGenerationOptions
 from cpm_bee.options import CommandOptions, Group
+from cpm_bee.serve.options import ServeOptions
 from cpm_bee.train.options import Options
 
 SCRIPTS: list[type[CommandOptions]] = [Options, TextGenerationOptions, PreprocessOptions]
-SCRIPTS += [EvaluateOptions, MergeOptions, ConvertOptions, DoctorOptions]
+SCRIPTS += [EvaluateOptions, MergeOptions, ConvertOptions, DoctorOptions, ServeOptions]
 TABLES = [hints.FINETUNE, hints.GENERATE, hints.PREPROCESS, hints.EVALUATE, hints.MERGE]
-TABLES += [hints.CONVERT, hints.DOCTOR]
+TABLES += [hints.CONVERT, hints.DOCTOR, hints.SERVE]
 HINTS = [(o, theirs, ours) for o in SCRIPTS for theirs, ours in o.hints.items()]
 
 

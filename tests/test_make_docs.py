@@ -22,11 +22,12 @@ from cpm_bee.errors import RunError
 from cpm_bee.evaluate.options import EvaluateOptions
 from cpm_bee.generate.options import TextGenerationOptions
 from cpm_bee.options import CommandOptions
+from cpm_bee.serve.options import ServeOptions
 from cpm_bee.train.options import Options
 
 SCRIPT = "scripts/make_docs.py"
 SCRIPTS: list[type[CommandOptions]] = [Options, TextGenerationOptions, PreprocessOptions]
-SCRIPTS += [EvaluateOptions, MergeOptions, ConvertOptions, DoctorOptions]
+SCRIPTS += [EvaluateOptions, MergeOptions, ConvertOptions, DoctorOptions, ServeOptions]
 ENGLISH, CHINESE = "docs/training.md", "docs/zh/training.md"
 
 both_pages = pytest.mark.parametrize("page", [ENGLISH, CHINESE])

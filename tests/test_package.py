@@ -35,6 +35,7 @@ def test_no_module_imports_bmtrain_or_matplotlib() -> None:
         "merge_delta.py",
         "convert_checkpoint.py",
         "doctor.py",
+        "serve.py",
     ],
 )
 def test_help_is_quick(script: str) -> None:
@@ -84,7 +85,7 @@ FLOORS = [
     ["distributed"],
     ["engine"],
     ["train", "generate"],
-    ["evaluate", "doctor"],
+    ["evaluate", "doctor", "serve"],
 ]
 
 

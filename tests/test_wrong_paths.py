@@ -19,6 +19,7 @@ from cpm_bee.doctor.options import DoctorOptions
 from cpm_bee.evaluate.options import EvaluateOptions
 from cpm_bee.generate.options import TextGenerationOptions
 from cpm_bee.options import CommandOptions
+from cpm_bee.serve.options import ServeOptions
 from cpm_bee.train.options import Options
 
 FILES = [  # flags that name a file to read
@@ -35,6 +36,9 @@ FILES = [  # flags that name a file to read
     ("evaluate", "--vocab"),
     ("evaluate", "--delta"),
     ("evaluate", "--examples"),
+    ("serve", "--model-config"),
+    ("serve", "--vocab"),
+    ("serve", "--delta"),
     ("merge_delta", "--vocab"),
     ("merge_delta", "--delta"),
     ("convert_checkpoint", "--vocab"),
@@ -46,6 +50,7 @@ EITHER = [  # a file, or a folder of files
     ("text_generation", "--load"),
     ("finetune_cpm_bee", "--load"),
     ("evaluate", "--load"),
+    ("serve", "--load"),
     ("evaluate", "--dataset"),
     ("evaluate", "--train-dataset"),
     ("merge_delta", "--load"),
@@ -134,6 +139,7 @@ def usual(place: Workspace, script: str, output: Path) -> dict[str, object]:
             "--max-length": 2,
             "--device": "cpu",
         },
+        "serve": {"--load": place.model, "--port": 0, "--device": "cpu"},
         "merge_delta": {
             "--load": place.model,
             "--delta": folder / "tuned" / "cpm_bee_finetune-delta-last.pt",
@@ -223,7 +229,7 @@ ELSEWHERE = {
     ("finetune_cpm_bee", "--resume"),
 }
 SCRIPTS: list[type[CommandOptions]] = [Options, TextGenerationOptions, PreprocessOptions]
-SCRIPTS += [EvaluateOptions, MergeOptions, ConvertOptions, DoctorOptions]
+SCRIPTS += [EvaluateOptions, MergeOptions, ConvertOptions, DoctorOptions, ServeOptions]
 
 
 def test_every_flag_that_names_a_path_is_tried() -> None:

@@ -126,6 +126,20 @@ _EVALUATE = _MODEL | {
     "--limit": "max-samples max-eval-samples num-samples",
 }
 
+_SERVE = _MODEL | {
+    "--delta": _GENERATE["--delta"],
+    "--host": "server-name address bind listen-host ip",
+    "--port": "server-port listen-port",
+    "--served-model-name": "alias model-id",
+    "--beam-size": _GENERATE["--beam-size"],
+    "--max-length": _GENERATE["--max-length"],
+    "--max-answer-tokens": "max-total-tokens n-predict",
+    "--max-prompt-tokens": "max-model-len max-input-length max-input-tokens ctx-size n-ctx",
+    "--max-waiting": "max-num-seqs max-concurrent-requests max-queued-requests",
+    "--max-tokens": "max-num-batched-tokens max-batch-total-tokens",
+    "--grace": "timeout-graceful-shutdown shutdown-timeout",
+}
+
 
 def _by_foreign_flag(table: Mapping[str, str]) -> dict[str, str]:
     return {f"--{name}": ours for ours, names in table.items() for name in names.split()}
@@ -134,6 +148,7 @@ def _by_foreign_flag(table: Mapping[str, str]) -> dict[str, str]:
 # Flag of another tool, with hyphens -> what to write here.
 FINETUNE = _by_foreign_flag(_FINETUNE)
 GENERATE = _by_foreign_flag(_GENERATE)
+SERVE = _by_foreign_flag(_SERVE)
 EVALUATE = _by_foreign_flag(_EVALUATE)
 PREPROCESS = _by_foreign_flag(_PREPROCESS)
 DOCTOR = _by_foreign_flag(_DOCTOR)

@@ -125,7 +125,7 @@ class BeamSearch:
             beams = np.empty((0, 0, 0), dtype=np.int32)
         else:
             return []
-        return [job.prompt.text(pairs) for pairs in job.answers_so_far(beams)]
+        return job.texts_so_far(beams)
 
     @torch.inference_mode()
     def step(self) -> list[Job]:

@@ -75,6 +75,9 @@ class Job:
         self.finished = FinishedHypotheses(options.num_beams, options.length_penalty)
         self.rng = np.random.default_rng([options.seed, number])
         self.has_ended = False
+        # The tokens that all hypotheses share, of which none can change any more, and their texts.
+        self._num_shared = 0
+        self._shared_texts: list[str] = []
 
     @property
     def last_step(self) -> int:
@@ -96,8 +99,8 @@ class Job:
         """The (id, sub) pairs of each answer of the best hypothesis, as `answers_of`."""
         return answers_of(self.best[0].tokens)
 
-    def answers_so_far(self, beams: np.ndarray) -> list[list[Pair]]:
-        """The (id, sub) pairs that the best answers will begin with, whatever is written yet.
+    def texts_so_far(self, beams: np.ndarray) -> list[str]:
+        """The text of each answer that has begun, as far as it stays, whatever is written yet.
 
         The best hypothesis will be the best finished one or go on from a running one, so what all
         of these begin with stays. With one beam, that is each token as it is written.
@@ -106,10 +109,17 @@ class Job:
             beams: the tokens of the running hypotheses, [B, n, 5], none if the job has ended.
         """
         possible = [*beams, *(own.tokens for own in self.finished.hypotheses[:1])]
-        length = min(map(len, possible))
-        columns = np.stack([tokens[:length, [ID, SUB, ANSWER]] for tokens in possible])
+        part = slice(self._num_shared, min(map(len, possible)))
+        columns = np.stack([tokens[part, [ID, SUB, ANSWER]] for tokens in possible])
         differs = (columns != columns[0]).any(axis=(0, 2))
-        return answers_of(possible[0][: differs.argmax() if differs.any() else length])
+        count = int(differs.argmax()) if differs.any() else len(differs)
+        for token in possible[0][part][:count].tolist():
+            if token[POSITION] == 0:  # `<s>`
+                self._shared_texts.append("")
+            else:
+                self._shared_texts[-1] += self.prompt.text([(token[ID], token[SUB])])
+        self._num_shared += count
+        return list(self._shared_texts)
 
 
 def answers_of(tokens: np.ndarray) -> list[list[Pair]]:
