@@ -85,6 +85,22 @@ _PREPROCESS = {
     "--overwrite": "force overwrite-output-dir overwrite-cache",
 }
 
+_CONVERSION = {
+    "--columns": "column mapping column-mapping columns-mapping",
+    "--turns last": "mask-history",
+    "--eval-share": "val-size split-dataset-ratio test-size validation-split eval-ratio",
+    "--encoding": "charset",
+    "--form": "formatting input-format dataset-format",
+}
+
+_CONVERT_DATA = _CONVERSION | {
+    "--input": _PREPROCESS["--input"],
+    "--output": "output-dir output-path output-file out-dir save",
+    "--seed": _PREPROCESS["--seed"],
+    "--overwrite": _PREPROCESS["--overwrite"],
+}
+_PREPROCESS |= _CONVERSION
+
 _DOCTOR = {
     "--load": _MODEL["--load"],
     "--model-config": _MODEL["--model-config"],
@@ -132,6 +148,7 @@ FINETUNE = _by_foreign_flag(_FINETUNE)
 GENERATE = _by_foreign_flag(_GENERATE)
 EVALUATE = _by_foreign_flag(_EVALUATE)
 PREPROCESS = _by_foreign_flag(_PREPROCESS)
+CONVERT_DATA = _by_foreign_flag(_CONVERT_DATA)
 DOCTOR = _by_foreign_flag(_DOCTOR)
 MERGE = _by_foreign_flag(_MERGE)
 CONVERT = _by_foreign_flag(_CONVERT)
