@@ -67,6 +67,16 @@ def _is_foreign(file: Path) -> bool:
     return form not in (None, recognition.RECORDS) or rows[:1] != [row.value]
 
 
+def _unknown(inputs: Path) -> str:
+    """What to say of data whose first record is no record, and of no other form; "" if it is."""
+    with contextlib.suppress(InputError, OSError, StopIteration, ValueError):
+        row = next(read_rows(min(inputs.glob("*.jsonl")) if inputs.is_dir() else inputs))
+        columns = Columns()
+        if row.reason is None and row.value and recognition.recognise(row.value, columns) is None:
+            return str(recognition.unknown_form(row.where, row.value, columns))
+    return ""
+
+
 @contextlib.contextmanager
 def record_files(
     inputs: Path, output_path: Path, options: ConversionOptions, *, seed: int, escape: bool
@@ -81,7 +91,12 @@ def record_files(
         InputError: as `convert_data`.
     """
     if not needs_conversion(inputs, options):
-        yield RecordFiles(inputs, {})
+        try:
+            yield RecordFiles(inputs, {})
+        except InputError as error:
+            if hint := _unknown(inputs):
+                raise InputError(f"{error}\n{hint}") from None
+            raise
         return
     files = data_files(inputs)
     with temporary_folder(output_path / f"{files[0].stem}.records") as folder:

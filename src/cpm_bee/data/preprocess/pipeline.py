@@ -62,8 +62,7 @@ def preprocess(
         inputs: a folder with *.jsonl files, or one file of records.
         output_path: the folder of the datasets, made if missing.
         output_name: the name of the data file in each dataset.
-        seed: the random seed of the shuffle.
-        overwrite: replace existing datasets.
+        seed, overwrite: the random seed of the shuffle; replace existing datasets.
         block_size: bytes per block (docs/format.md §9).
         tokenizer: makes the token index of each dataset; None makes none.
         tokens_needed: if true, a record that the tokenizer cannot encode is an error; otherwise
@@ -78,32 +77,27 @@ def preprocess(
         InputError: records are invalid (all problems of all files are listed), or a dataset exists
             and `overwrite` is false. Nothing is left behind.
     """
-    check_destinations(output_path, output_name, [f.stem for f in input_files(inputs)], overwrite)
+    files = input_files(inputs)
+    check_destinations(output_path, output_name, [file.stem for file in files], overwrite)
     kept = "no dataset was written, and existing ones are unchanged"
     with keeping(kept), contextlib.ExitStack() as datasets:
         scatters = [
             _Scatter(
-                file,
-                datasets.enter_context(
-                    atomic_folder(output_path / file.stem, replace=overwrite),
+                file=file,
+                folder=datasets.enter_context(
+                    atomic_folder(output_path / file.stem, replace=overwrite)
                 ),
-                chunk_bytes or _piece(file, 64),
-                bucket_bytes or _piece(file, 16),
-                (shown or {}).get(file.name, str(file)),
+                shown=(shown or {}).get(file.name, str(file)),
+                chunk_bytes=chunk_bytes or _piece(file, 64),
+                bucket_bytes=bucket_bytes or _piece(file, 16),
+                seed=seed,
+                limit=payload_limit(block_size),
+                tokens_needed=tokens_needed,
+                escape=escape,
             )
-            for file in input_files(inputs)
+            for file in files
         ]
-        _scatter_all(
-            scatters,
-            inputs=inputs,
-            output_path=output_path,
-            tokenizer=tokenizer,
-            workers=workers,
-            seed=seed,
-            limit=payload_limit(block_size),
-            tokens_needed=tokens_needed,
-            escape=escape,
-        )
+        _scatter_all(scatters, inputs, output_path, tokenizer, workers)
         if tokenizer is not None and any(s.unencodable.count for s in scatters):
             _warn_of_vocabulary(tokenizer, scatters)
             tokenizer = None
@@ -116,15 +110,10 @@ def preprocess(
 
 def _scatter_all(
     scatters: list[_Scatter],
-    *,
     inputs: Path,
     output_path: Path,
     tokenizer: Tokenizer | None,
     workers: int,
-    seed: int,
-    limit: int,
-    tokens_needed: bool,
-    escape: bool,
 ) -> None:
     """Run the first pass over all files, and warn of their answers.
 
@@ -136,7 +125,7 @@ def _scatter_all(
     num_chunks = sum(len(s.chunks) for s in scatters)
     with Workers(_encoder(tokenizer), min(workers, num_chunks)) as processes:
         for s in scatters:
-            s.run(processes, seed, limit, problems, tokens_needed, escape, check_room)
+            s.run(processes, problems, check_room)
     problems.raise_if_any(f"{inputs}: {problems.count} problems, nothing was written", _RECORD_HELP)
     for s in scatters:
         s.warn_of_answers()
@@ -190,15 +179,20 @@ class _Scatter:
         file: the input.
         folder: the folder of the dataset.
         shown: what the file is called in messages.
+        limit: the largest size of a payload in bytes.
         buckets: the buckets that contain its records.
         unanswered, unwritable, unencodable: see `ScatterResult`.
     """
 
     file: Path
     folder: Path
+    shown: str
     chunk_bytes: int
     bucket_bytes: int
-    shown: str
+    seed: int
+    limit: int
+    tokens_needed: bool
+    escape: bool
     buckets: Buckets = field(init=False)
     num_records: int = 0
     chunks_read: int = 0
@@ -218,16 +212,7 @@ class _Scatter:
         paths = self.buckets.paths if self.chunks_read else ()
         return [path.stat().st_size for path in paths if path.exists()]
 
-    def run(
-        self,
-        processes: Workers,
-        seed: int,
-        limit: int,
-        problems: Problems,
-        tokens_needed: bool,
-        escape: bool,
-        check_room: Callable[[], None],
-    ) -> None:
+    def run(self, processes: Workers, problems: Problems, check_room: Callable[[], None]) -> None:
         try:
             check_is_lines(self.file)
         except InputError as error:
@@ -244,12 +229,12 @@ class _Scatter:
                     self.file,
                     begin,
                     end,
-                    seed=f"{seed}/chunk {number}",
+                    seed=f"{self.seed}/chunk {number}",
                     num_buckets=num_buckets,
-                    limit=limit,
+                    limit=self.limit,
                     target=None if problems.count else target,
-                    tokens_needed=tokens_needed,
-                    escape=escape,
+                    tokens_needed=self.tokens_needed,
+                    escape=self.escape,
                 )
 
         before = problems.count
