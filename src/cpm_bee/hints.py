@@ -101,6 +101,18 @@ _CONVERT_DATA = _CONVERSION | {
 }
 _PREPROCESS |= _CONVERSION
 
+_INSPECT = {
+    "--input": _PREPROCESS["--input"],
+    "--eval": "eval-dataset validation-file eval-file",
+    "--vocab": _MODEL["--vocab"],
+    "--max-length": _FINETUNE["--max-length"],
+    "--batch-size": _FINETUNE["--batch-size"],
+    "--seed": _FINETUNE["--seed"],
+    "--show": "samples print-samples num-samples",
+    "--html": "report output output-file",
+    "--picture": "plot image",
+}
+
 _DOCTOR = {
     "--load": _MODEL["--load"],
     "--model-config": _MODEL["--model-config"],
@@ -149,6 +161,7 @@ GENERATE = _by_foreign_flag(_GENERATE)
 EVALUATE = _by_foreign_flag(_EVALUATE)
 PREPROCESS = _by_foreign_flag(_PREPROCESS)
 CONVERT_DATA = _by_foreign_flag(_CONVERT_DATA)
+INSPECT = _by_foreign_flag(_INSPECT)
 DOCTOR = _by_foreign_flag(_DOCTOR)
 MERGE = _by_foreign_flag(_MERGE)
 CONVERT = _by_foreign_flag(_CONVERT)

@@ -14,7 +14,7 @@ import numpy as np
 
 from cpm_bee.records import ANSWER, Record, Tree
 
-_SAMPLE = 1000
+TEMPLATE_SAMPLE = 1000
 _COMMON = 0.5  # a text that more of the records have is part of a template
 
 
@@ -31,7 +31,7 @@ class Template:
     def __init__(self, records: Iterable[Record]) -> None:
         counts: Counter[tuple[str, str]] = Counter()
         count = 0
-        for record, _ in zip(records, range(_SAMPLE), strict=False):
+        for record, _ in zip(records, range(TEMPLATE_SAMPLE), strict=False):
             counts.update(set(_texts(record)))
             count += 1
         self._common = {text for text, n in counts.items() if count > 1 and n > _COMMON * count}

@@ -96,14 +96,14 @@ def convert_data(
         if share is None:
             for source, target in zip(sources, targets, strict=True):
                 out = stack.enter_context(atomic_file(target))
-                for record, _ in source.converted(problems):
+                for record, _, _ in source.converted(problems):
                     out.write(_line(record))
                 written[target] = source.result.records
         else:
             spool = stack.enter_context(_spool(output))
             numbers: list[int] = []
             for i, source in enumerate(sources):
-                for record, row in source.converted(problems):
+                for record, row, _ in source.converted(problems):
                     spool.write(_line(record).encode())
                     numbers.append(row * len(sources) + i)
         _refuse(inputs, sources, problems, options.skip_bad)
@@ -116,6 +116,22 @@ def convert_data(
     for result in results:
         _warn(result)
     return results, written
+
+
+def read_records(
+    inputs: Path, options: ConversionOptions, *, escape: bool = False
+) -> Iterator[tuple[str, Record]]:
+    """Yields the records of data files with the place of the row that each is made of.
+
+    Raises:
+        InputError: rows are bad; all are listed, after the records of the others.
+    """
+    problems = Problems()
+    transform = load_transform(options.transform) if options.transform else None
+    for source in _sources(data_files(inputs), options, transform, escape, problems):
+        for record, _, where in source.converted(problems):
+            yield where, record
+    problems.raise_if_any(f"{inputs}: {problems.count} bad lines:")
 
 
 def _line(record: Record) -> str:
@@ -186,8 +202,8 @@ class _Source:
         )
         return _transformed(rows, self.transform)
 
-    def converted(self, problems: Problems) -> Iterator[tuple[Record, int]]:
-        """Yields the records and the numbers of their rows; bad rows are problems, or skipped."""
+    def converted(self, problems: Problems) -> Iterator[tuple[Record, int, str]]:
+        """Yields (record, number of its row, place of that); bad rows are problems."""
         bar = progress_bar(self.rows(), description=self.file.name, unit="rows", delay=2)
         for number, row in bar:
             try:
@@ -204,7 +220,7 @@ class _Source:
                 if not has_answer(record[ANSWER]):
                     self.result.unanswered += 1
                     self.result.first_unanswered = self.result.first_unanswered or row.where
-                yield record, number
+                yield record, number, row.where
         self.result.unused = self.converter.unused
 
 
