@@ -81,7 +81,12 @@ class Converter:
         used = recognition.USED.get(self.form, ())
         # The keys of the first row; what is not in it may have any name of its role in others.
         self._keys = self._columns.find(first, used)
-        missing = [role for role in self._columns.given if role in used and role not in self._keys]
+        needed = {*(options.columns or {}), *recognition.NEEDED.get(self.form, ())}
+        missing = [
+            role
+            for role in self._columns.given
+            if role in used and role in needed and role not in self._keys
+        ]
         if missing:
             named = ", ".join(f"{role} ({self._columns.given[role]!r})" for role in missing)
             raise recognition.unknown_form(

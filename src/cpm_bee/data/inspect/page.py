@@ -17,15 +17,19 @@ _STYLE = """
   --hues: 20%; } }
 * { box-sizing: border-box; }
 body { background: var(--back); color: var(--text); margin: 0 auto; padding: 1.5rem;
-  max-width: 72rem; font: 15px/1.5 system-ui, "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", sans-serif; }
+  max-width: 72rem; font: 15px/1.5 system-ui, "Noto Sans CJK SC", "PingFang SC",
+  "Microsoft YaHei", sans-serif; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } h3 { font-size: 1rem; }
 h1, h2 { overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .25rem .75rem .25rem 0;
   border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 th { font-weight: 500; color: var(--soft); width: 17rem; }
-.bar { fill: var(--bar); } .over { fill: var(--over); }
-svg { display: block; width: 100%; height: auto; } svg text { fill: var(--text); font-size: 12px; }
+.chart { display: grid; grid-template-columns: minmax(5rem, auto) 1fr max-content; gap: 2px .6rem;
+  font-size: .85rem; align-items: center; max-width: 48rem; }
+.name { text-align: right; overflow-wrap: anywhere; }
+.bar, .over { height: 1.1rem; border-radius: 2px; background: var(--bar); }
+.over { background: var(--over); }
 .record { border: 1px solid var(--line); border-radius: 6px; padding: .75rem; margin: 1rem 0; }
 .segment { overflow-wrap: anywhere; } .number { color: var(--soft); font-size: .8rem; }
 .token { border-radius: 3px; padding: 0 .15rem; margin: 1px; display: inline-block;
@@ -72,8 +76,8 @@ def html_page(
         parts.append("<h2>Records as the model sees them</h2>")
         parts.append(
             "<p>Each line is a segment, indented by its depth; neighbouring colours tell segments "
-            "apart. Lines marked <em>target</em> are predicted, and then the end of the answer; all "
-            "others are context. Red tokens are not in the vocabulary.</p>"
+            "apart. Lines marked <em>target</em> are predicted, and then the end of the answer; "
+            "all others are context. Red tokens are not in the vocabulary.</p>"
         )
         parts += [_record(where, segments) for where, segments in shown]
     return "\n".join([*parts, "</body></html>", ""])
@@ -85,23 +89,17 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 
 def _chart(rows: Sequence[tuple[str, int, bool]], title: str) -> str:
-    """Horizontal bars as SVG; the last of each row says whether it is too long."""
+    """Horizontal bars; the last of each row says whether it is too long."""
     most, total = max((n for _, n, _ in rows), default=1) or 1, sum(n for _, n, _ in rows) or 1
-    height = 22 * len(rows) + 4
-    parts = [
-        f'<svg viewBox="0 0 760 {height}" role="img" aria-label="{escape(title)}">',
-    ]
-    for i, (name, count, is_over) in enumerate(rows):
-        y = 22 * i + 2
-        width = 440 * count / most
-        short = name if len(name) <= 20 else f"{name[:19]}…"
+    parts = [f'<div class="chart" role="img" aria-label="{escape(title)}">']
+    for name, count, is_over in rows:
+        kind = "over" if is_over else "bar"
         parts.append(
-            f'<text x="150" y="{y + 14}" text-anchor="end">{escape(short)}</text>'
-            f'<rect class="{"over" if is_over else "bar"}" x="158" y="{y}" width="{width:.1f}" '
-            f'height="18" rx="2"/><text x="{166 + width:.1f}" y="{y + 14}">'
-            f"{count:,} ({count / total:.1%})</text>"
+            f'<div class="name">{escape(name[:80])}</div>'
+            f'<div><div class="{kind}" style="width: {100 * count / most:.1f}%"></div></div>'
+            f"<div>{count:,} ({count / total:.1%})</div>"
         )
-    return "".join([*parts, "</svg>"])
+    return "".join([*parts, "</div>"])
 
 
 def _record(where: str, segments: Sequence[Segment]) -> str:

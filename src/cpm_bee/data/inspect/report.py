@@ -19,13 +19,14 @@ _COLORS = (36, 33, 35, 32, 34)
 
 def histogram(lengths: np.ndarray, max_length: int) -> list[tuple[int, int, int]]:
     """Bins of equal width as (first length, last length, records); one ends at `max_length`."""
-    longest = int(lengths.max()) if len(lengths) else 1
-    width = max(1, -(-min(longest, max_length) // _BINS))
+    shortest, longest = (int(lengths.min()), int(lengths.max())) if len(lengths) else (1, 1)
+    last = min(longest, max_length)
+    width = max(1, -(-(last - shortest + 1) // _BINS))
     # What is longer than a row is one bin.
-    edges = [*range(1, min(longest, max_length) + 1, width)]
+    edges = [*range(shortest, last + 1, width)]
     bins = []
     for begin in edges:
-        end = min(begin + width - 1, max_length)
+        end = min(begin + width - 1, last)
         bins.append((begin, end, int(((lengths >= begin) & (lengths <= end)).sum())))
     if longest > max_length:
         bins.append((max_length + 1, longest, int((lengths > max_length).sum())))
@@ -41,7 +42,7 @@ def lines_of(figures: Figures) -> list[tuple[str, str]]:
     found = [
         ("records", f"{figures.records:,}"),
         ("tokens", f"{int(lengths.sum()):,}, of them {int(figures.num_targets.sum()):,} targets"),
-        ("length", f"median {middle:,}, 95 % up to {high:,}, longest {longest:,}"),
+        ("length", f"median {middle:,}, 95% up to {high:,}, longest {longest:,}"),
         (f"longer than {figures.max_length:,}", _places(figures.too_long, figures)),
         (
             "rows of an epoch",
