@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -142,8 +143,11 @@ def _line(record: Record) -> str:
 def _spool(folder: Path) -> Iterator[IO[bytes]]:
     """A file without a name where the results will be, to be written and then read."""
     existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    with tempfile.TemporaryFile(dir=existing) as file:
-        yield open_to_write(file.fileno(), "r+b", shown=folder)
+    with (
+        tempfile.TemporaryFile(dir=existing) as file,
+        open_to_write(os.dup(file.fileno()), "r+b", shown=folder) as spool,
+    ):
+        yield spool
 
 
 def _split(
