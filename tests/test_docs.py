@@ -69,6 +69,7 @@ TAKES_FLAGS = {
     "slurm_finetune.sh": FINETUNE, "data_reformat.py": REFORMAT,
     "preprocess_dataset.py": "src/preprocess_dataset.py",
     "text_generation.py": "src/text_generation.py", "merge_delta.py": "src/merge_delta.py",
+    "convert_data.py": "src/convert_data.py", "inspect_data.py": "src/inspect_data.py",
     "convert_checkpoint.py": "src/convert_checkpoint.py", "doctor.py": "src/doctor.py",
     "evaluate.py": "src/evaluate.py",
 }  # fmt: skip
