@@ -123,6 +123,9 @@ class Converter:
 
     def _key(self, row: Mapping[str, Any], role: str) -> str | None:
         key = self._keys.get(role)
+        # The forms of choices may be mixed; elsewhere another name is more likely a mistake.
+        if key not in row and self.form == recognition.CHOICES and role not in self._columns.given:
+            return self._columns.find(row, recognition.USED[self.form]).get(role)
         if key is None:
             key = self._columns.find(row, recognition.USED[self.form]).get(role)
             if key in self._keys.values():
@@ -137,7 +140,8 @@ class Converter:
         """
         key = self._key(row, role)
         if needed and (key is None or key not in row):
-            raise BadRow(f"has no {key or role!r}; its keys: {', '.join(map(repr, row))}")
+            name = self._keys.get(role, role)
+            raise BadRow(f"has no {name!r}; its keys: {', '.join(map(repr, row))}")
         return None if key is None else row.get(key)
 
     def _text(self, row: Mapping[str, Any], role: str, *, needed: bool = False) -> str:

@@ -23,7 +23,7 @@ from cpm_bee.progress import progress_bar
 from cpm_bee.records import Record
 from cpm_bee.tokenizer import Tokenizer
 
-_PICTURES = (".png", ".svg", ".pdf")
+_PICTURES = ("png", "svg", "pdf")
 
 
 def inspect_data(options: InspectOptions, tokenizer: Tokenizer) -> str:
@@ -92,9 +92,14 @@ def _check_outputs(options: InspectOptions) -> None:
         if reason := unwritable_folder(path.parent):
             raise InputError(f"{flag} {path}: {reason}")
     if options.picture is not None:
-        if Path(options.picture).suffix.lower() not in _PICTURES:
-            raise InputError(f"--picture {options.picture}: expected {', '.join(_PICTURES)}")
+        if _format_of(Path(options.picture)) not in _PICTURES:
+            raise InputError(f"--picture {options.picture}: expected .{', .'.join(_PICTURES)}")
         _figure_class()
+
+
+def _format_of(path: Path) -> str:
+    """The format of a picture; a name without an ending has the first."""
+    return path.suffix[1:].lower() or _PICTURES[0]
 
 
 def _figure_class():  # type: ignore[no-untyped-def]
@@ -118,4 +123,4 @@ def _write_picture(path: Path, sets: Sequence[Figures]) -> None:
         axis.set(title=Path(figures.name).name, xlabel="tokens", ylabel="records")
         axis.tick_params("x", rotation=45)
     with atomic_file(path, "wb") as file:
-        figure.savefig(file, format=path.suffix[1:].lower(), dpi=120)
+        figure.savefig(file, format=_format_of(path), dpi=120)
