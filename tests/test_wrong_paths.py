@@ -228,7 +228,15 @@ def test_a_link_to_what_is_to_be_made(
 
 # ------------------------------------------------------------------ all flags are tried
 
-PATHS = ("FILE", "FOLDER", "PATH", "CHECKPOINT", "FILE[=WEIGHT]", "auto|never|PATH")
+PATHS = (
+    "FILE",
+    "FOLDER",
+    "PATH",
+    "CHECKPOINT",
+    "FILE[=WEIGHT]",
+    "FOLDER[=WEIGHT,...]",
+    "auto|never|PATH",
+)
 # What the doctor is given to look at is a line of its table, not wrong usage. Its outputs are in
 # tests/doctor; what `--resume` may be, in tests/train/test_states.py.
 ELSEWHERE = {
