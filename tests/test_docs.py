@@ -40,7 +40,8 @@ GENERATED = [
     "*vocab.txt", "bee.txt", "config.json", "*pytorch_model.bin", "ckpts/nothing.bin",
     "src/results*", "results/*", "cpm_bee_finetune-*", "answers.jsonl*", "train.jsonl",
     "eval.jsonl", "*my_records*", "../shared/golden", ".venv/bin/*",
-    "*my_data*", "mine.py", "data.html", "../bin_data/my_task", "data.json", "data.jsonl",
+    "*my_data*", "mine.py", "data.html", "../bin_data/my_task", "../bin_data/mine",
+    "../bin_data/general", "data.json", "data.jsonl",
     "dataset_info.json", "doctor.json", "results_DATE.json", "samples_NAME_DATE.jsonl",
     "first.pt", "second.pt", "adapter_config.json", "model.safetensors.index.json",
 ]  # fmt: skip

@@ -24,7 +24,7 @@ _MODEL = {
 
 _FINETUNE = _MODEL | {
     "--dataset": "train-file train-data train-data-path train-dataset data data-dir data-path "
-    "dataset-dir dataset-name dataset-path",
+    "dataset-dir dataset-name dataset-path interleave-probs",
     "--eval-dataset": "validation-file validation-data eval-file eval-data eval-data-path "
     "val-data valid-data dev-file",
     "--max-length": "cutoff-len max-seq-length max-seq-len max-len seq-length seq-len block-size "
