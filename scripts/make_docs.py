@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from cpm_bee.checkpoint.options import ConvertOptions, MergeOptions
 from cpm_bee.cli import ArgumentParser, run_command, shown_default
+from cpm_bee.data.forms.options import ConvertDataOptions
+from cpm_bee.data.inspect.options import InspectOptions
 from cpm_bee.data.preprocess.options import PreprocessOptions
 from cpm_bee.doctor.options import DoctorOptions
 from cpm_bee.errors import RunError
@@ -39,7 +41,9 @@ SCRIPTS: dict[str, type[CommandOptions]] = {
         TextGenerationOptions,
         EvaluateOptions,
         ServeOptions,
+        ConvertDataOptions,
         PreprocessOptions,
+        InspectOptions,
         MergeOptions,
         ConvertOptions,
         DoctorOptions,

@@ -23,21 +23,32 @@ def load_vocabulary(given: str | None) -> Tokenizer | None:
 
 def main() -> None:
     options = PreprocessOptions.parse()
+    from cpm_bee.data.forms.recognised import dataset_names, needs_conversion, record_files
     from cpm_bee.data.preprocess.pipeline import preprocess
+    from cpm_bee.data.preprocess.places import check_destinations
     from cpm_bee.data.preprocess.workers import available_cores
 
-    datasets = preprocess(
-        Path(options.input),
-        Path(options.output_path),
-        options.output_name,
-        seed=options.seed,
-        overwrite=options.overwrite,
-        block_size=options.block_size,
-        tokenizer=load_vocabulary(options.vocab),
-        tokens_needed=options.vocab is not None,
-        workers=options.workers or available_cores(),
-        escape=options.escape,
-    )
+    inputs, output_path = Path(options.input), Path(options.output_path)
+    tokenizer = load_vocabulary(options.vocab)
+    if needs_conversion(inputs, options):  # it may take long: what is wrong is said before
+        names = dataset_names(inputs, options)
+        check_destinations(output_path, options.output_name, names, options.overwrite)
+    with record_files(
+        inputs, output_path, options, seed=options.seed, escape=options.escape
+    ) as files:
+        datasets = preprocess(
+            files.path,
+            output_path,
+            options.output_name,
+            seed=options.seed,
+            overwrite=options.overwrite,
+            block_size=options.block_size,
+            tokenizer=tokenizer,
+            tokens_needed=options.vocab is not None,
+            workers=options.workers or available_cores(),
+            escape=options.escape and not files.shown,
+            shown=files.shown,
+        )
     for dataset in datasets:
         nbytes = sum(info.nbytes for info in dataset.files)
         print(f"{dataset.folder}: {len(dataset):,} records, {nbytes:,} bytes")

@@ -22,6 +22,8 @@ from support import ROOT
 from cpm_bee.cli import run_command
 
 SCRIPTS = {
+    "convert_data": ROOT / "src" / "convert_data.py",
+    "inspect_data": ROOT / "src" / "inspect_data.py",
     "data_reformat": ROOT / "tutorials" / "basic_task_finetune" / "data_reformat.py",
     "preprocess_dataset": ROOT / "src" / "preprocess_dataset.py",
     "finetune_cpm_bee": ROOT / "src" / "finetune_cpm_bee.py",

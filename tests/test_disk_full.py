@@ -101,6 +101,27 @@ STAGES = {
         "data_reformat",
         lambda data, folder: ["--input", data.folder / "raw", "--output", folder / "bee"],
     ),
+    "data conversion": Stage(
+        "convert_data",
+        lambda data, folder: [
+            *("--input", data.folder / "raw", "--output", folder / "records"),
+            *("--overwrite", "--eval-share", 0.2),
+        ],
+    ),
+    "conversion and preprocessing": Stage(
+        "preprocess_dataset",
+        lambda data, folder: [
+            *("--input", data.folder / "raw", "--output_path", folder / "raw_bin"),
+            *("--output_name", "data", "--vocab", data.vocabulary, "--overwrite"),
+        ],
+    ),
+    "inspection": Stage(
+        "inspect_data",
+        lambda data, folder: [
+            *("--input", data.folder / "bee", "--vocab", data.vocabulary),
+            *("--html", folder / "page.html", "--picture", folder / "lengths.png"),
+        ],
+    ),
     "preprocess": Stage(
         "preprocess_dataset",
         lambda data, folder: [

@@ -40,14 +40,17 @@ GENERATED = [
     "*vocab.txt", "bee.txt", "config.json", "*pytorch_model.bin", "ckpts/nothing.bin",
     "src/results*", "results/*", "cpm_bee_finetune-*", "answers.jsonl*", "train.jsonl",
     "eval.jsonl", "*my_records*", "../shared/golden", ".venv/bin/*",
-    "doctor.json", "results_DATE.json", "samples_NAME_DATE.jsonl",
+    "*my_data*", "mine.py", "data.html", "../bin_data/my_task", "../bin_data/mine",
+    "../bin_data/general", "data.json", "data.jsonl",
+    "dataset_info.json", "doctor.json", "results_DATE.json", "samples_NAME_DATE.jsonl",
     "first.pt", "second.pt", "adapter_config.json", "model.safetensors.index.json",
 ]  # fmt: skip
 # Words with a slash or an ending that are no paths.
 NOT_PATHS = {
     "alpha/r", "tokens/s", "token/max", "records/s", "Tokens/s", "Records/s", "MB/s", "br/",
-    "GB/s", "GFLOP/s", "requests/s", "application/json", "record-steps/s", "Record-steps/s",
-    ".bin", ".pt", ".json", ".safetensors", "….index.json", "-log.jsonl", "*.jsonl", "*.py",
+    "GB/s", "GFLOP/s", "requests/s", "Requests/s", "application/json", "record-steps/s",
+    "Record-steps/s", ".bin", ".pt", ".json", ".jsonl",
+    ".safetensors", "….index.json", "-log.jsonl", "*.jsonl", "*.py",
     "openbmb/cpm-bee-10b", "openbmb/cpm-bee-5b", "openbmb/cpm-bee-2b", "openbmb/cpm-bee-1b",
 }  # fmt: skip
 # Flags of torchrun, nvidia-smi, sbatch and pip; a name that another tool has for a flag of ours.
@@ -69,6 +72,7 @@ TAKES_FLAGS = {
     "slurm_finetune.sh": FINETUNE, "data_reformat.py": REFORMAT,
     "preprocess_dataset.py": "src/preprocess_dataset.py",
     "text_generation.py": "src/text_generation.py", "merge_delta.py": "src/merge_delta.py",
+    "convert_data.py": "src/convert_data.py", "inspect_data.py": "src/inspect_data.py",
     "convert_checkpoint.py": "src/convert_checkpoint.py", "doctor.py": "src/doctor.py",
     "evaluate.py": "src/evaluate.py", "serve.py": "src/serve.py",
 }  # fmt: skip

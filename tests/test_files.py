@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cpm_bee import files
 from cpm_bee.errors import InputError
 from cpm_bee.files import atomic_file, atomic_folder, exclusive, remove_lock_files
 from cpm_bee.temporary_files import temporary_name
@@ -166,3 +167,19 @@ def test_the_lock_files_of_a_process_that_ends_at_once_are_removed(tmp_path: Pat
         remove_lock_files()
         assert not path.exists()
     remove_lock_files()
+
+
+def test_a_temporary_folder_is_empty_locked_and_removed(tmp_path: Path) -> None:
+    left = tmp_path / "new" / ".x.partial"
+    left.mkdir(parents=True)
+    (left / "of-a-killed-run").write_text("")
+    with files.temporary_folder(tmp_path / "new" / "x") as folder:
+        assert folder == left and list(folder.iterdir()) == []
+        (folder / "file").write_text("")
+        with pytest.raises(files.BusyError), files.temporary_folder(tmp_path / "new" / "x"):
+            pass
+        assert (folder / "file").exists()
+    assert not left.exists()
+    with pytest.raises(KeyError), files.temporary_folder(tmp_path / "other" / "x"):
+        raise KeyError
+    assert not (tmp_path / "other").exists()

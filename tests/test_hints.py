@@ -8,6 +8,8 @@ from support import run_script
 from cpm_bee import hints
 from cpm_bee.checkpoint.options import ConvertOptions, MergeOptions
 from cpm_bee.cli import ArgumentParser, positive
+from cpm_bee.data.forms.options import ConvertDataOptions
+from cpm_bee.data.inspect.options import InspectOptions
 from cpm_bee.data.preprocess.options import PreprocessOptions
 from cpm_bee.doctor.options import DoctorOptions
 from cpm_bee.errors import InputError
@@ -19,8 +21,9 @@ from cpm_bee.train.options import Options
 
 SCRIPTS: list[type[CommandOptions]] = [Options, TextGenerationOptions, PreprocessOptions]
 SCRIPTS += [EvaluateOptions, MergeOptions, ConvertOptions, DoctorOptions, ServeOptions]
+SCRIPTS += [ConvertDataOptions, InspectOptions]
 TABLES = [hints.FINETUNE, hints.GENERATE, hints.PREPROCESS, hints.EVALUATE, hints.MERGE]
-TABLES += [hints.CONVERT, hints.DOCTOR, hints.SERVE]
+TABLES += [hints.CONVERT, hints.DOCTOR, hints.SERVE, hints.CONVERT_DATA, hints.INSPECT]
 HINTS = [(o, theirs, ours) for o in SCRIPTS for theirs, ours in o.hints.items()]
 
 

@@ -16,6 +16,8 @@ from support import ROOT, run_script
 
 from cpm_bee import delta
 from cpm_bee.checkpoint.options import ConvertOptions, MergeOptions
+from cpm_bee.data.forms.options import ConvertDataOptions
+from cpm_bee.data.inspect.options import InspectOptions
 from cpm_bee.data.preprocess.options import PreprocessOptions
 from cpm_bee.doctor.options import DoctorOptions
 from cpm_bee.errors import RunError
@@ -28,6 +30,7 @@ from cpm_bee.train.options import Options
 SCRIPT = "scripts/make_docs.py"
 SCRIPTS: list[type[CommandOptions]] = [Options, TextGenerationOptions, PreprocessOptions]
 SCRIPTS += [EvaluateOptions, MergeOptions, ConvertOptions, DoctorOptions, ServeOptions]
+SCRIPTS += [ConvertDataOptions, InspectOptions]
 ENGLISH, CHINESE = "docs/training.md", "docs/zh/training.md"
 
 both_pages = pytest.mark.parametrize("page", [ENGLISH, CHINESE])

@@ -32,6 +32,8 @@ def test_no_module_imports_bmtrain_or_matplotlib() -> None:
         "text_generation.py",
         "evaluate.py",
         "preprocess_dataset.py",
+        "convert_data.py",
+        "inspect_data.py",
         "merge_delta.py",
         "convert_checkpoint.py",
         "doctor.py",

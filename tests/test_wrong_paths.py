@@ -14,6 +14,8 @@ from support import ROOT
 from train_support import Workspace
 
 from cpm_bee.checkpoint.options import ConvertOptions, MergeOptions
+from cpm_bee.data.forms.options import ConvertDataOptions
+from cpm_bee.data.inspect.options import InspectOptions
 from cpm_bee.data.preprocess.options import PreprocessOptions
 from cpm_bee.doctor.options import DoctorOptions
 from cpm_bee.evaluate.options import EvaluateOptions
@@ -42,11 +44,15 @@ FILES = [  # flags that name a file to read
     ("merge_delta", "--vocab"),
     ("merge_delta", "--delta"),
     ("convert_checkpoint", "--vocab"),
+    ("inspect_data", "--vocab"),
 ]
 FOLDERS = [("finetune_cpm_bee", "--dataset"), ("finetune_cpm_bee", "--eval-dataset")]
 EITHER = [  # a file, or a folder of files
     ("data_reformat", "--input"),
     ("preprocess_dataset", "--input"),
+    ("convert_data", "--input"),
+    ("inspect_data", "--input"),
+    ("inspect_data", "--eval"),
     ("text_generation", "--load"),
     ("finetune_cpm_bee", "--load"),
     ("evaluate", "--load"),
@@ -60,6 +66,7 @@ EITHER = [  # a file, or a folder of files
 OUTPUT_FOLDERS = [
     ("data_reformat", "--output"),
     ("preprocess_dataset", "--output_path"),
+    ("convert_data", "--output"),
     ("finetune_cpm_bee", "--save"),
     ("finetune_cpm_bee", "--tensorboard"),
     ("evaluate", "--output"),
@@ -67,6 +74,7 @@ OUTPUT_FOLDERS = [
     ("convert_checkpoint", "--output"),
 ]
 OUTPUTS = [*OUTPUT_FOLDERS, ("text_generation", "--output")]
+OUTPUTS += [("inspect_data", "--html"), ("inspect_data", "--picture")]
 NAMES = {
     **{"missing": "no such", "below a file": "no such", "link": "is a link to nowhere, which"},
     **{"loop": "too many levels of symbolic links", "long": "file name too long"},
@@ -116,6 +124,13 @@ def usual(place: Workspace, script: str, output: Path) -> dict[str, object]:
             "--output_name": "data",
             "--vocab": "none",
             "--workers": 1,
+        },
+        "convert_data": {"--input": folder / "bee", "--output": output / "records"},
+        "inspect_data": {
+            "--input": folder / "bee" / "train.jsonl",
+            "--vocab": place.vocabulary,
+            "--html": output / "page.html",
+            "--picture": output / "lengths.png",
         },
         "finetune_cpm_bee": {
             **train_support.DEFAULTS,
@@ -221,7 +236,15 @@ def test_a_link_to_what_is_to_be_made(
 
 # ------------------------------------------------------------------ all flags are tried
 
-PATHS = ("FILE", "FOLDER", "PATH", "CHECKPOINT", "FILE[=WEIGHT]", "auto|never|PATH")
+PATHS = (
+    "FILE",
+    "FOLDER",
+    "PATH",
+    "CHECKPOINT",
+    "FILE[=WEIGHT]",
+    "FOLDER[=WEIGHT,...]",
+    "auto|never|PATH",
+)
 # What the doctor is given to look at is a line of its table, not wrong usage. Its outputs are in
 # tests/doctor; what `--resume` may be, in tests/train/test_states.py.
 ELSEWHERE = {
@@ -230,6 +253,7 @@ ELSEWHERE = {
 }
 SCRIPTS: list[type[CommandOptions]] = [Options, TextGenerationOptions, PreprocessOptions]
 SCRIPTS += [EvaluateOptions, MergeOptions, ConvertOptions, DoctorOptions, ServeOptions]
+SCRIPTS += [ConvertDataOptions, InspectOptions]
 
 
 def test_every_flag_that_names_a_path_is_tried() -> None:

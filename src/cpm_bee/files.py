@@ -147,6 +147,24 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def temporary_folder(path: str | Path) -> Iterator[Path]:
+    """Make an empty folder beside `path` for the block; one that a killed run has left is replaced.
+
+    Raises:
+        BusyError: another process has it.
+    """
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f".{path.name}.partial")
+    with _parent_folders(path):
+        lock = _claim(temporary, path)
+        try:
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.close(lock)
+
+
 def _name_final(error: BaseException, temporary: Path, path: Path) -> None:
     """Have an `OSError` name the file that could not be written, not its temporary name."""
     if isinstance(error, OSError) and isinstance(error.filename, (str, Path)):

@@ -24,7 +24,7 @@ _MODEL = {
 
 _FINETUNE = _MODEL | {
     "--dataset": "train-file train-data train-data-path train-dataset data data-dir data-path "
-    "dataset-dir dataset-name dataset-path",
+    "dataset-dir dataset-name dataset-path interleave-probs",
     "--eval-dataset": "validation-file validation-data eval-file eval-data eval-data-path "
     "val-data valid-data dev-file",
     "--max-length": "cutoff-len max-seq-length max-seq-len max-len seq-length seq-len block-size "
@@ -86,6 +86,34 @@ _PREPROCESS = {
     "--workers": "num-workers num-proc preprocessing-num-workers nproc processes",
     "--seed": "random-seed",
     "--overwrite": "force overwrite-output-dir overwrite-cache",
+}
+
+_CONVERSION = {
+    "--columns": "column mapping column-mapping columns-mapping",
+    "--turns last": "mask-history",
+    "--eval-share": "val-size split-dataset-ratio test-size validation-split eval-ratio",
+    "--encoding": "charset",
+    "--form": "formatting input-format dataset-format",
+}
+
+_CONVERT_DATA = _CONVERSION | {
+    "--input": _PREPROCESS["--input"],
+    "--output": "output-dir output-path output-file out-dir save",
+    "--seed": _PREPROCESS["--seed"],
+    "--overwrite": _PREPROCESS["--overwrite"],
+}
+_PREPROCESS |= _CONVERSION
+
+_INSPECT = {
+    "--input": _PREPROCESS["--input"],
+    "--eval": "eval-dataset validation-file eval-file",
+    "--vocab": _MODEL["--vocab"],
+    "--max-length": _FINETUNE["--max-length"],
+    "--batch-size": _FINETUNE["--batch-size"],
+    "--seed": _FINETUNE["--seed"],
+    "--show": "samples print-samples num-samples",
+    "--html": "report output output-file",
+    "--picture": "plot image",
 }
 
 _DOCTOR = {
@@ -151,6 +179,8 @@ GENERATE = _by_foreign_flag(_GENERATE)
 SERVE = _by_foreign_flag(_SERVE)
 EVALUATE = _by_foreign_flag(_EVALUATE)
 PREPROCESS = _by_foreign_flag(_PREPROCESS)
+CONVERT_DATA = _by_foreign_flag(_CONVERT_DATA)
+INSPECT = _by_foreign_flag(_INSPECT)
 DOCTOR = _by_foreign_flag(_DOCTOR)
 MERGE = _by_foreign_flag(_MERGE)
 CONVERT = _by_foreign_flag(_CONVERT)

@@ -24,7 +24,7 @@ class DuplicateKeyError(ValueError):
     """A JSON object contains a key twice; all but the last value would be lost."""
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_items(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         counts = Counter(key for key, _ in pairs)
@@ -35,7 +35,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def parse_line(line: str) -> tuple[Any, str | None]:
     """Parse one line of JSON; returns (value, None), or (None, reason) if it cannot be used."""
     try:
-        return json.loads(line, object_pairs_hook=_unique), None
+        return json.loads(line, object_pairs_hook=unique_items), None
     except DuplicateKeyError as error:
         key = json.dumps(str(error), ensure_ascii=False)
         return None, f"the key {key} appears twice; only one of its values could be kept"
@@ -88,17 +88,22 @@ def decode_line(raw: bytes, path: str | Path | None, *, is_first: bool) -> tuple
     return ("" if line.isspace() else line), None
 
 
+def probable_encoding(raw: bytes) -> str | None:
+    """The probable encoding of a text that is not UTF-8; None if there is no telling."""
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in raw:
+        return "UTF-16"
+    try:
+        raw.decode("gb18030")
+    except UnicodeDecodeError:
+        return None
+    return "GB18030"  # includes GBK and GB2312
+
+
 def _other_encoding(raw: bytes, path: str | Path | None) -> str:
     """A hint: the probable encoding of a line that is not UTF-8, and the command to convert it."""
-    encoding = ""
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in raw:
-        encoding = "UTF-16"
-    else:
-        try:
-            raw.decode("gb18030")
-            encoding = "GB18030"  # includes GBK and GB2312
-        except UnicodeDecodeError:
-            return ""
+    encoding = probable_encoding(raw)
+    if encoding is None:
+        return ""
     name = {"GB18030": "GBK"}.get(encoding, encoding)
     if path is None:
         return f"; it looks like {name}"

@@ -11,6 +11,8 @@ from golden.conftest import best_fit
 from pieces import split_pieces
 from support import ROOT
 
+from cpm_bee.data.forms.converter import Converter
+from cpm_bee.data.forms.options import ConversionOptions
 from cpm_bee.encoding import Encoder
 from cpm_bee.records import validate
 from cpm_bee.segments import outline
@@ -28,6 +30,13 @@ def converted_record(page: Json) -> list[str]:
     made = [module.reformat(page("raw-tutorial")), module.reformat(page("raw-release"))]
     assert made[0] == made[1]
     return [json.dumps(made[0], ensure_ascii=False)]
+
+
+@example
+def dialogue_records(page: Json) -> list[str]:
+    row = page("dialogue")
+    made = Converter("format.md:1", row, ConversionOptions()).convert(row)
+    return [json.dumps(record, ensure_ascii=False) for record in made]
 
 
 @example

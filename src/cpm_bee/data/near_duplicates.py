@@ -72,6 +72,68 @@ class NearDuplicates:
             yield band, minima[band * _ROWS : (band + 1) * _ROWS].tobytes()
 
 
+class DuplicateGroups:
+    """Groups of records that are joined by near-duplicates, directly or through others.
+
+    All records are compared with each other, so what is kept of one is small: its grams (4 bytes
+    each) and a key for each band.
+    """
+
+    def __init__(self) -> None:
+        self._index = NearDuplicates()
+        self._grams: list[np.ndarray] = []
+        self._keys: list[np.ndarray] = []
+        self._parents: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._parents)
+
+    def add(self, record: Record, *, together_with: int | None = None) -> int:
+        """Add a record; returns its number, from 0.
+
+        Args:
+            together_with: the number of a record that is in its group in any case.
+        """
+        grams = _grams(record)
+        number = len(self)
+        self._grams.append(np.fromiter(grams, dtype=np.uint32, count=len(grams)))
+        keys = [zlib.crc32(bucket) for _, bucket in self._index._buckets_of(grams)]
+        self._keys.append(np.array(keys, dtype=np.uint32))
+        self._parents.append(number if together_with is None else self._root(together_with))
+        return number
+
+    def groups(self) -> list[list[int]]:
+        """The numbers of the records of each group, in the order of their first records."""
+        keys = np.array(self._keys).reshape(len(self), _BANDS)
+        for band in keys.T:
+            order = np.argsort(band, kind="stable")
+            ends = np.flatnonzero(np.diff(band[order])) + 1
+            for run in np.split(order, ends):
+                if len(run) > 1:
+                    self._join_similar(run.tolist())
+        groups: dict[int, list[int]] = defaultdict(list)
+        for number in range(len(self)):
+            groups[self._root(number)].append(number)
+        return list(groups.values())
+
+    def _join_similar(self, numbers: list[int]) -> None:
+        """Join the groups of near-duplicates among some records."""
+        for i, number in enumerate(numbers):
+            grams: frozenset[int] | None = None
+            for other in numbers[:i]:
+                a, b = self._root(number), self._root(other)
+                if a == b:
+                    continue
+                grams = grams or frozenset(self._grams[number].tolist())
+                if _jaccard(grams, frozenset(self._grams[other].tolist())) >= THRESHOLD:
+                    self._parents[max(a, b)] = min(a, b)
+
+    def _root(self, number: int) -> int:
+        while (parent := self._parents[number]) != number:
+            self._parents[number] = number = self._parents[parent]
+        return number
+
+
 def between(records: Iterable[Record], others: Iterable[Record]) -> list[Duplicate]:
     """The records that have a near-duplicate among others, each with the most similar one."""
     index = NearDuplicates()

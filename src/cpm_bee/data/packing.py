@@ -154,14 +154,15 @@ class Plan:
         groups, rest = divmod(self.num_records, self._rows)
         # The member of each group that belongs to this stream: streams are assigned cyclically,
         # starting at a random member of each group. The last group may have fewer members.
-        turns = _generator(self._seed, epoch).integers(self._rows, size=groups + 1)
+        turns = generator(self._seed, epoch).integers(self._rows, size=groups + 1)
         members = (turns + stream) % self._rows
         count = groups + int(members[-1] < rest)
-        order = _generator(self._seed, epoch, stream).permutation(count)
+        order = generator(self._seed, epoch, stream).permutation(count)
         return self._order[order * self._rows + members[order]]
 
 
-def _generator(seed: int, epoch: int, *stream: int) -> np.random.Generator:
+def generator(seed: int, epoch: int, *stream: int) -> np.random.Generator:
+    """The random numbers of a purpose, which follow from its numbers alone."""
     # NumPy refuses negative numbers: two's complement maps each seed to another number. It ignores
     # trailing zeros, so the length of `stream` tells sequences apart.
     entropy = [seed & (2**64 - 1), epoch, len(stream), *stream]

@@ -18,6 +18,7 @@ from cpm_bee import quantize
 from cpm_bee.checkpoint.config_from_weights import derive_config
 from cpm_bee.checkpoint.reader import Checkpoint
 from cpm_bee.data.bin_dataset import BinaryDataset
+from cpm_bee.data.mixture import Mixture, open_datasets
 from cpm_bee.delta import DeltaConfig
 from cpm_bee.distributed.rank import RankInfo
 from cpm_bee.engine.device import choose_device, choose_dtype
@@ -62,7 +63,7 @@ class Inputs:
     engine: str
     delta_config: DeltaConfig | None
     pretrained: PretrainedModel
-    datasets: dict[str, BinaryDataset]
+    datasets: dict[str, BinaryDataset | Mixture]
     surveys: dict[str, DataSurvey]
     files: RunFiles
     saved_state: SavedState | None
@@ -95,11 +96,12 @@ def check(options: Options) -> Inputs:
             initial_delta = InitialDelta(options)
     delta_config = None if initial_delta is None else initial_delta.config
 
-    datasets: dict[str, BinaryDataset] = {}
+    datasets: dict[str, BinaryDataset | Mixture] = {}
     for flag, folder in data_folders(options).items():
         if flag not in missing:
             with problems.collecting():
-                datasets[flag] = BinaryDataset(folder)
+                is_training = flag == "--dataset"
+                datasets[flag] = open_datasets(folder) if is_training else BinaryDataset(folder)
     # Full fine-tuning updates fp32 weights; a frozen base is held in the compute type.
     held = dtype if options.use_delta else torch.float32
     pretrained = _open_pretrained(options, held, missing, problems)
@@ -234,7 +236,7 @@ def _run_files(
     options: Options,
     pretrained: PretrainedModel,
     delta_config: DeltaConfig | None,
-    evaluation: BinaryDataset | None,
+    evaluation: BinaryDataset | Mixture | None,
 ) -> RunFiles:
     provenance = RunProvenance(
         pretrained.model.config,

@@ -11,6 +11,7 @@ from itertools import islice
 import numpy as np
 
 from cpm_bee.data.batch import Batch, Pair, make_batch
+from cpm_bee.data.mixture import MixedIndex, MixedPlan
 from cpm_bee.data.packing import PackedRow, Plan, micro_batches
 from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.encoding import AnswerState
@@ -32,6 +33,9 @@ class PlannedStep:
     tokens: int
     targets: int
     extension: list[Pair]  # the (id, sub > 0) pairs of all records, sorted
+    # Of a mixture: the dataset of each share, and the targets of each dataset over all ranks.
+    share_parts: Sequence[int] = ()
+    part_targets: Sequence[int] = ()
 
 
 class DataLoader:
@@ -50,7 +54,7 @@ class DataLoader:
 
     def __init__(
         self,
-        index: TokenIndex,
+        index: TokenIndex | MixedIndex,
         tokenizer: Tokenizer,
         engine: Engine,
         *,
@@ -73,11 +77,23 @@ class DataLoader:
         self._seed = shuffle_seed
         self._as_generated = as_generated
         lengths = usable_lengths(index, max_length)
-        self._plan = Plan(lengths, rows=rows, max_length=max_length, shuffle_seed=shuffle_seed)
+        self._plan: Plan | MixedPlan
         shape = StepShape(rows, max_length, drop_last, shuffle_seed)
         self.settings = shape.settings(index.dataset.fingerprint)
         self.tokens_per_step = shape.tokens
         self.size = DataSize.of(index.dataset.folder, index.lengths, index.answers, shape)
+        if isinstance(index, MixedIndex):
+            plan = MixedPlan(
+                index, lengths, rows=rows, max_length=max_length, seed=shuffle_seed or 0
+            )
+            self._plan, self.size = plan, self.size.mixed(plan.drawn(0), lengths, shape)
+        else:
+            self._plan = Plan(lengths, rows=rows, max_length=max_length, shuffle_seed=shuffle_seed)
+
+    @property
+    def part_names(self) -> list[str]:
+        """The datasets of a mixture; empty if this is none."""
+        return self._index.names if isinstance(self._index, MixedIndex) else []
 
     @property
     def num_records(self) -> int:
@@ -119,27 +135,45 @@ class DataLoader:
         index = self._index
         shares = self._shares(rows)
         numbers = [number for share in shares for number in share]
+        parts: list[int] = []
+        if isinstance(index, MixedIndex):
+            parts = [int(index.part_of(share)[0]) for share in shares]
+        targets_of = [int(index.num_targets[s].sum(dtype=np.int64)) for s in shares]
         sums = self._engine.reduce(
             [
                 sum(1 for row in rows if row),
                 len(numbers),
                 int(index.lengths[numbers].sum(dtype=np.int64)),
-                int(index.num_targets[numbers].sum(dtype=np.int64)),
+                sum(targets_of),
+                *(
+                    sum(n for n, part in zip(targets_of, parts, strict=True) if part == wanted)
+                    for wanted in range(len(self.part_names))
+                ),
             ]
         )
         num_batches, *subs = self._engine.reduce_max([len(shares), *index.largest_subs(numbers)])
-        num_rows, records, tokens, targets = map(int, sums)
+        num_rows, records, tokens, targets, *part_targets = map(int, sums)
         extension = index.extension_pairs(subs)
         return PlannedStep(
-            epoch, shares, num_batches, num_rows, records, tokens, targets, extension
+            epoch,
+            shares,
+            num_batches,
+            num_rows,
+            records,
+            tokens,
+            targets,
+            extension,
+            parts,
+            part_targets,
         )
 
     def _shares(self, rows: list[PackedRow]) -> list[list[int]]:
         shares: list[list[int]] = []
         for i in range(self._accumulate):
             numbers = [n for row in rows[i :: self._accumulate] for n in row]
-            lengths = self._index.lengths[numbers].tolist()
-            shares += micro_batches(numbers, lengths, self._max_tokens)
+            for own in self._index.split(numbers) if self.part_names else [numbers]:  # type: ignore[union-attr]
+                lengths = self._index.lengths[own].tolist()
+                shares += micro_batches(own, lengths, self._max_tokens)
         return shares
 
     def _make(self, step: PlannedStep) -> list[Batch | None]:

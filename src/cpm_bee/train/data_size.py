@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpm_bee.data.bin_dataset import BinaryDataset
+from cpm_bee.data.mixture import MixedIndex, Mixture
 from cpm_bee.data.packing import PLAN_VERSION
 from cpm_bee.data.record_pickle import decode
 from cpm_bee.data.token_index.arrays import Arrays, TokenChunk
@@ -64,7 +65,7 @@ class DataSize:
 
     @classmethod
     def of(
-        cls, folder: Path, lengths: np.ndarray, answers: np.ndarray, shape: StepShape
+        cls, folder: Path | str, lengths: np.ndarray, answers: np.ndarray, shape: StepShape
     ) -> DataSize:
         """Computes the size from the lengths and answer states of all records.
 
@@ -102,8 +103,20 @@ class DataSize:
             num_unwritable=int(np.count_nonzero(used & ((answers & AnswerState.WRITABLE) == 0))),
         )
 
+    def mixed(self, drawn: np.ndarray, lengths: np.ndarray, shape: StepShape) -> DataSize:
+        """Returns the size of an epoch of a mixture, given the records that one draws.
 
-def usable_lengths(index: TokenIndex, max_length: int) -> np.ndarray:
+        Raises:
+            InputError: the weights leave no record, or `drop_last` leaves no step.
+        """
+        if len(drawn) < (shape.rows if shape.drop_last else 1):
+            raise InputError("--dataset: the weights leave too few records for a step")
+        tokens = int(lengths[drawn].sum(dtype=np.int64))
+        steps = max(1, -(-tokens // shape.tokens))
+        return replace(self, num_records=len(drawn), min_steps=steps)
+
+
+def usable_lengths(index: TokenIndex | MixedIndex, max_length: int) -> np.ndarray:
     """Returns the lengths of records; those without an answer get one too long to be used."""
     has_answer = (index.answers & AnswerState.KNOWN) > 0
     return (
@@ -120,12 +133,14 @@ class DataSurvey(NamedTuple):
     is_exact: bool  # all records were read; otherwise the size is an estimate
 
 
-def survey(dataset: BinaryDataset, tokenizer: Tokenizer, shape: StepShape) -> DataSurvey:
+def survey(dataset: BinaryDataset | Mixture, tokenizer: Tokenizer, shape: StepShape) -> DataSurvey:
     """Survey a data set from its index or, if it has none, from its first `SAMPLE` records.
 
     Raises:
         InputError: as `DataSize.of`; or records are damaged or cannot be encoded (all are listed).
     """
+    if isinstance(dataset, Mixture):
+        return _survey_of_mixture(dataset, tokenizer, replace(shape, drop_last=False))
     index = TokenIndex.open_existing(dataset, tokenizer)
     if index is not None:
         size = DataSize.of(dataset.folder, index.lengths, index.answers, shape)
@@ -143,6 +158,24 @@ def survey(dataset: BinaryDataset, tokenizer: Tokenizer, shape: StepShape) -> Da
     tokens = int(fitting.sum(dtype=np.int64)) * scale
     steps = max(1, round(tokens / shape.tokens))
     size = DataSize(records, answered - records, steps, len(dataset) - answered)
+    return DataSurvey(size, lengths, num_targets, is_exact=False)
+
+
+def _survey_of_mixture(mixture: Mixture, tokenizer: Tokenizer, shape: StepShape) -> DataSurvey:
+    """Survey the datasets of a mixture; its steps are those of each, as often as its weight."""
+    found = [survey(dataset, tokenizer, shape) for dataset in mixture.datasets]
+    weights = [part.weight for part in mixture.parts]
+    pairs = list(zip(found, weights, strict=True))
+    size = DataSize(
+        num_records=round(sum(s.size.num_records * w for s, w in pairs)),
+        num_too_long=sum(s.size.num_too_long for s in found),
+        min_steps=max(1, round(sum(s.size.min_steps * w for s, w in pairs))),
+        num_unanswered=sum(s.size.num_unanswered for s in found),
+        num_unwritable=sum(s.size.num_unwritable for s in found),
+    )
+    lengths, num_targets = (
+        np.concatenate([getattr(s, name) for s in found]) for name in ("lengths", "num_targets")
+    )
     return DataSurvey(size, lengths, num_targets, is_exact=False)
 
 

@@ -6,7 +6,8 @@ import importlib.util
 from pathlib import Path
 
 from cpm_bee import quantize
-from cpm_bee.errors import Problems
+from cpm_bee.data.mixture import parts_of
+from cpm_bee.errors import InputError, Problems
 from cpm_bee.paths import (
     not_a_file,
     not_a_file_or_folder,
@@ -57,8 +58,17 @@ def check_paths(options: Options, problems: Problems) -> set[str]:
             problems.add(f"{flag} {path}", "; ".join(filter(None, [reason, remedy])))
             missing.add(flag)
 
-    for flag, folder in data_folders(options).items():
-        require(flag, folder, not_a_folder(folder), "preprocess_dataset.py makes it")
+    for flag, given in data_folders(options).items():
+        folders = [given]
+        if flag == "--dataset":
+            try:
+                folders = [part.folder for part in parts_of(given)]
+            except InputError as error:
+                problems.include(error)
+                missing.add(flag)
+                continue
+        for folder in folders:
+            require(flag, folder, not_a_folder(folder), "preprocess_dataset.py makes it")
     if options.load is not None:
         require(
             "--load",

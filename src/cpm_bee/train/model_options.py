@@ -44,9 +44,11 @@ class ModelOptions:
 
     dataset: str = DATA.option(
         REQUIRED,
-        "training set, a folder that `preprocess_dataset.py` made",
-        "训练集，即 `preprocess_dataset.py` 生成的文件夹",
-        metavar="FOLDER",
+        "training set, a folder that `preprocess_dataset.py` made; or several with weights, as "
+        "`A=2,B=0.5`: how often each of its records comes in an epoch",
+        "训练集，即 `preprocess_dataset.py` 生成的文件夹；或带权重的多个，如 `A=2,B=0.5`："
+        "其中每条记录在一轮中出现的次数",
+        metavar="FOLDER[=WEIGHT,...]",
     )
     eval_dataset: str | None = DATA.option(
         None,

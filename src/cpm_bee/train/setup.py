@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from cpm_bee.data.bin_dataset import BinaryDataset
+from cpm_bee.data.mixture import MixedIndex, Mixture
 from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.distributed.rank import RankInfo
 from cpm_bee.engine import Engine, OptimizerSettings
@@ -114,7 +115,7 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
         _refuse_different_deltas(engine, options)
         sizes = model_line(model)
         distribution = engine.load_model(inputs.pretrained, options.parallel, options.offload)
-        indexes = [open_index(engine, data, tokenizer) for data in inputs.datasets.values()]
+        indexes = [open_data(engine, data, tokenizer) for data in inputs.datasets.values()]
         training, evaluation = _loaders(options, engine, indexes, tokenizer)
         checkpointing = _choose_checkpointing(options, inputs, engine, indexes[0])
         model.encoder.set_checkpointing(checkpointing.checkpointing)
@@ -166,6 +167,15 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
                 state=state,
                 summary=summary,
             )
+
+
+def open_data(
+    engine: Engine, data: BinaryDataset | Mixture, tokenizer: Tokenizer
+) -> TokenIndex | MixedIndex:
+    """Open the token index of a dataset, or those of a mixture; collective (see `open_index`)."""
+    if isinstance(data, Mixture):
+        return MixedIndex(data, [open_index(engine, d, tokenizer) for d in data.datasets])
+    return open_index(engine, data, tokenizer)
 
 
 def open_index(engine: Engine, dataset: BinaryDataset, tokenizer: Tokenizer) -> TokenIndex:
@@ -244,12 +254,16 @@ def _refuse_different_deltas(engine: Engine, options: Options) -> None:
 
 
 def _loaders(
-    options: Options, engine: Engine, indexes: list[TokenIndex], tokenizer: Tokenizer
+    options: Options, engine: Engine, indexes: list[TokenIndex | MixedIndex], tokenizer: Tokenizer
 ) -> tuple[DataLoader, DataLoader | None]:
     shapes = step_shapes(options, engine.world_size)
 
     def loader(
-        index: TokenIndex, flag: str, accumulate: int = 1, *, as_generated: bool = False
+        index: TokenIndex | MixedIndex,
+        flag: str,
+        accumulate: int = 1,
+        *,
+        as_generated: bool = False,
     ) -> DataLoader:
         return DataLoader(
             index,
@@ -271,7 +285,7 @@ def _loaders(
 
 
 def _choose_checkpointing(
-    options: Options, inputs: Inputs, engine: Engine, index: TokenIndex
+    options: Options, inputs: Inputs, engine: Engine, index: TokenIndex | MixedIndex
 ) -> CheckpointingChoice:
     """Whether activations are recomputed, and why; collective, the same on all ranks."""
     own = choose_for_run(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -174,6 +175,7 @@ class Trainer:
         options, engine, state = self._options, self._engine, self.state
         # Dropout masks differ between ranks and between steps, and are the same after a resume.
         torch.manual_seed((options.seed + state.step) * engine.world_size + engine.rank)
+        part_losses = [0.0] * len(step.part_targets)  # of each dataset of a mixture
         own_loss = 0.0  # this rank's share of the mean over all targets of the step on all ranks
         for number, batch in enumerate(batches):
             if batch is None:
@@ -182,12 +184,16 @@ class Trainer:
             with engine.autocast():
                 share = self._model.loss(batch) * weight / step.targets
             engine.backward(share)
-            own_loss += share.item()
+            own = share.item()
+            own_loss += own
+            if part_losses and weight:
+                part_losses[step.share_parts[number]] += own
             del share  # and what its graph holds, before the next forward pass
         # The same reduction tells all ranks of a signal to any of them, so that all end after the
         # same step, and whether to save: their clocks differ.
         flags = (self._signals > 0, self._is_late())
-        loss, signals, is_late = engine.reduce([own_loss, *map(float, flags)])
+        sums = [own_loss, *map(float, flags), *part_losses]
+        loss, signals, is_late, *part_losses = engine.reduce(sums)
         _require_finite(loss, f"loss of step {state.step + 1}")
         lr = learning_rate(
             options.lr_decay_style,
@@ -201,7 +207,7 @@ class Trainer:
         state.step += 1
         state.step_in_epoch += 1
         state.records_in_epoch += step.records
-        self._log(step, loss, lr, loss_scale, result, time.perf_counter() - started)
+        self._log(step, loss, part_losses, lr, loss_scale, result, time.perf_counter() - started)
 
         if state.step % options.inspect_iters == 0:
             self._reporter.inspection(state.step, engine.statistics())
@@ -228,12 +234,13 @@ class Trainer:
         self,
         step: PlannedStep,
         loss: float,
+        part_losses: list[float],
         lr: float,
         loss_scale: float,
         result: StepResult,
         seconds: float,
     ) -> None:
-        values = {
+        values: dict[str, Any] = {
             "step": self.state.step,
             "epoch": self.state.epoch,
             "loss": loss,
@@ -243,6 +250,11 @@ class Trainer:
             "tokens": step.tokens,
             "tokens_per_second": step.tokens / seconds,
         }
+        if names := self._training.part_names:
+            values["dataset_losses"] = {
+                name: total * step.targets / targets if targets else None
+                for name, total, targets in zip(names, part_losses, step.part_targets, strict=True)
+            }
         self._reporter.train_step(
             values,
             seconds=seconds,

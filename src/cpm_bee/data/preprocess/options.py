@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from cpm_bee import hints
 from cpm_bee.cli import positive, whole_number
 from cpm_bee.data.bin_dataset import BLOCK_SIZE
+from cpm_bee.data.forms.options import FORM, SPLIT, ConversionOptions
 from cpm_bee.options import REQUIRED, CommandOptions, Group
 
 FILES = Group("files", "文件")
@@ -16,7 +17,7 @@ NO_VOCABULARY = "none"  # --vocab
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreprocessOptions(CommandOptions):
+class PreprocessOptions(ConversionOptions, CommandOptions):
     """The flags of preprocess_dataset.py."""
 
     script = "preprocess_dataset.py"
@@ -29,13 +30,15 @@ class PreprocessOptions(CommandOptions):
         "由记录生成二进制数据集：`INPUT/NAME.jsonl` 对应 `OUTPUT_PATH/NAME/`。先检查全部记录，"
         "确认无误才写入，并打乱顺序；同时生成 token 索引，训练可以立即开始。"
     )
-    groups = (FILES, PROCESSING)
+    groups = (FILES, PROCESSING, FORM, SPLIT)
     hints = hints.PREPROCESS
 
     input: str = FILES.option(
         REQUIRED,
-        "folder with `*.jsonl` files of records, or one such file",
-        "含有 `*.jsonl` 记录文件的文件夹，或单个文件",
+        "folder with `*.jsonl` files of records, or one such file; or data in another form, which "
+        "is recognised as `convert_data.py` does",
+        "含有 `*.jsonl` 记录文件的文件夹，或单个文件；也可以是其他形式的数据，"
+        "识别方式同 `convert_data.py`",
         metavar="PATH",
     )
     output_path: str = FILES.option(
@@ -75,8 +78,8 @@ class PreprocessOptions(CommandOptions):
     )
     seed: int = PROCESSING.option(
         1234,
-        "random seed of the shuffle; the same input and seed give the same bytes",
-        "打乱顺序的随机种子；输入和种子相同，输出就逐字节相同",
+        "random seed of the shuffle and the split; the same input and seed give the same bytes",
+        "打乱顺序和划分的随机种子；输入和种子相同，输出就逐字节相同",
         type=whole_number,
     )
     block_size: int = PROCESSING.option(

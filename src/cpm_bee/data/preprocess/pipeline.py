@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from cpm_bee.data.bin_checksums import CHECKSUMS
 from cpm_bee.data.bin_dataset import BinaryDataset, payload_limit
-from cpm_bee.data.bin_meta import META
 from cpm_bee.data.preprocess.gather import gather
+from cpm_bee.data.preprocess.places import check_destinations, input_files
 from cpm_bee.data.preprocess.scatter import Buckets, Chunk, Remarks, ScatterResult, scatter
 from cpm_bee.data.preprocess.workers import Workers
 from cpm_bee.disk import shortage
@@ -25,7 +24,6 @@ from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError, Problems, RunError, keeping
 from cpm_bee.files import atomic_folder
 from cpm_bee.json_lines import check_is_lines
-from cpm_bee.paths import not_a_file, not_a_file_or_folder, unwritable_folder
 from cpm_bee.progress import progress_bar
 from cpm_bee.tokenizer import Tokenizer
 
@@ -35,6 +33,7 @@ logger = logging.getLogger(__name__)
 # pieces to keep all processes busy, large files into large pieces to limit the number of files.
 LEAST_PIECE, LARGEST_PIECE = 1 << 18, 1 << 22
 MAX_BUCKETS = 4096
+_RECORD_HELP = 'a record is one line: {"input": "...", "<ans>": "..."}, a literal < written <<'
 _SURE = 0.8  # of an estimate of bytes: so many are needed in any case
 
 
@@ -52,6 +51,7 @@ def preprocess(
     escape: bool = False,
     chunk_bytes: int | None = None,
     bucket_bytes: int | None = None,
+    shown: Mapping[str, str] | None = None,
 ) -> list[BinaryDataset]:
     """Make a dataset `output_path/STEM` from each file `STEM.jsonl`; all of them or none.
 
@@ -62,8 +62,7 @@ def preprocess(
         inputs: a folder with *.jsonl files, or one file of records.
         output_path: the folder of the datasets, made if missing.
         output_name: the name of the data file in each dataset.
-        seed: the random seed of the shuffle.
-        overwrite: replace existing datasets.
+        seed, overwrite: the random seed of the shuffle; replace existing datasets.
         block_size: bytes per block (docs/format.md §9).
         tokenizer: makes the token index of each dataset; None makes none.
         tokens_needed: if true, a record that the tokenizer cannot encode is an error; otherwise
@@ -72,51 +71,64 @@ def preprocess(
         escape: treat all texts as plain, so that a literal `<` needs no escaping.
         chunk_bytes: bytes of input per task; None chooses by the file's size.
         bucket_bytes: approximate bytes of input per bucket; None chooses by the file's size.
+        shown: what the files are called in messages, by their names; None: their paths.
 
     Raises:
         InputError: records are invalid (all problems of all files are listed), or a dataset exists
             and `overwrite` is false. Nothing is left behind.
     """
-    taken = ("", META, CHECKSUMS)
-    if Path(output_name).name != output_name or output_name in taken or output_name[0] == ".":
-        raise InputError(
-            f"--output_name {output_name!r}: expected a file name other than {META} and "
-            f"{CHECKSUMS} that does not begin with a dot"
-        )
-    files = _input_files(inputs)
-    folders = [output_path / file.stem for file in files]
-    _check_destinations(output_path, folders, overwrite)
-    problems = Problems()
+    files = input_files(inputs)
+    check_destinations(output_path, output_name, [file.stem for file in files], overwrite)
     kept = "no dataset was written, and existing ones are unchanged"
     with keeping(kept), contextlib.ExitStack() as datasets:
         scatters = [
             _Scatter(
-                file,
-                datasets.enter_context(atomic_folder(folder, replace=overwrite)),
-                chunk_bytes or _piece(file, 64),
-                bucket_bytes or _piece(file, 16),
+                file=file,
+                folder=datasets.enter_context(
+                    atomic_folder(output_path / file.stem, replace=overwrite)
+                ),
+                shown=(shown or {}).get(file.name, str(file)),
+                chunk_bytes=chunk_bytes or _piece(file, 64),
+                bucket_bytes=bucket_bytes or _piece(file, 16),
+                seed=seed,
+                limit=payload_limit(block_size),
+                tokens_needed=tokens_needed,
+                escape=escape,
             )
-            for file, folder in zip(files, folders, strict=True)
+            for file in files
         ]
-        check_room = partial(_require_room, output_path, scatters)
-        limit = payload_limit(block_size)
-        num_chunks = sum(len(s.chunks) for s in scatters)
-        with Workers(_encoder(tokenizer), min(workers, num_chunks)) as processes:
-            for s in scatters:
-                s.run(processes, seed, limit, problems, tokens_needed, escape, check_room)
-        problems.raise_if_any(
-            f"{inputs}: {problems.count} problems, nothing was written", _record_help()
-        )
-        for s in scatters:
-            s.warn_of_answers()
-        if any(s.unencodable.count for s in scatters) and tokenizer is not None:
+        _scatter_all(scatters, inputs, output_path, tokenizer, workers)
+        if tokenizer is not None and any(s.unencodable.count for s in scatters):
             _warn_of_vocabulary(tokenizer, scatters)
             tokenizer = None
         for s in scatters:
             # The dataset has all that the buckets have, which are removed when it is complete.
             _raise_shortage(output_path / s.file.stem, 0.9 * sum(s.written), "the dataset")
             gather(s.buckets, s.folder, output_name, seed, block_size, tokenizer, workers)
-    return [BinaryDataset(folder) for folder in folders]
+    return [BinaryDataset(output_path / s.file.stem) for s in scatters]
+
+
+def _scatter_all(
+    scatters: list[_Scatter],
+    inputs: Path,
+    output_path: Path,
+    tokenizer: Tokenizer | None,
+    workers: int,
+) -> None:
+    """Run the first pass over all files, and warn of their answers.
+
+    Raises:
+        InputError: records are invalid; all problems of all files are listed.
+    """
+    problems = Problems()
+    check_room = partial(_require_room, output_path, scatters)
+    num_chunks = sum(len(s.chunks) for s in scatters)
+    with Workers(_encoder(tokenizer), min(workers, num_chunks)) as processes:
+        for s in scatters:
+            s.run(processes, problems, check_room)
+    problems.raise_if_any(f"{inputs}: {problems.count} problems, nothing was written", _RECORD_HELP)
+    for s in scatters:
+        s.warn_of_answers()
 
 
 def _require_room(output_path: Path, scatters: list[_Scatter]) -> None:
@@ -166,14 +178,21 @@ class _Scatter:
     Attributes:
         file: the input.
         folder: the folder of the dataset.
+        shown: what the file is called in messages.
+        limit: the largest size of a payload in bytes.
         buckets: the buckets that contain its records.
         unanswered, unwritable, unencodable: see `ScatterResult`.
     """
 
     file: Path
     folder: Path
+    shown: str
     chunk_bytes: int
     bucket_bytes: int
+    seed: int
+    limit: int
+    tokens_needed: bool
+    escape: bool
     buckets: Buckets = field(init=False)
     num_records: int = 0
     chunks_read: int = 0
@@ -193,16 +212,7 @@ class _Scatter:
         paths = self.buckets.paths if self.chunks_read else ()
         return [path.stat().st_size for path in paths if path.exists()]
 
-    def run(
-        self,
-        processes: Workers,
-        seed: int,
-        limit: int,
-        problems: Problems,
-        tokens_needed: bool,
-        escape: bool,
-        check_room: Callable[[], None],
-    ) -> None:
+    def run(self, processes: Workers, problems: Problems, check_room: Callable[[], None]) -> None:
         try:
             check_is_lines(self.file)
         except InputError as error:
@@ -219,12 +229,12 @@ class _Scatter:
                     self.file,
                     begin,
                     end,
-                    seed=f"{seed}/chunk {number}",
+                    seed=f"{self.seed}/chunk {number}",
                     num_buckets=num_buckets,
-                    limit=limit,
+                    limit=self.limit,
                     target=None if problems.count else target,
-                    tokens_needed=tokens_needed,
-                    escape=escape,
+                    tokens_needed=self.tokens_needed,
+                    escape=self.escape,
                 )
 
         before = problems.count
@@ -242,11 +252,11 @@ class _Scatter:
                 if not result.is_text:
                     break
         if self.num_records == 0 and problems.count == before:
-            problems.add(str(self.file), "holds no records")
+            problems.add(self.shown, "holds no records")
 
     def _note(self, result: ScatterResult, first_line: int, problems: Problems) -> None:
         for line, reason in result.problems:
-            problems.add(f"{self.file}:{first_line + line}", reason)
+            problems.add(f"{self.shown}:{first_line + line}", reason)
         problems.count += result.num_problems - len(result.problems)
         self.unanswered.extend(result.unanswered, first_line)
         self.unwritable.extend(result.unwritable, first_line)
@@ -255,56 +265,22 @@ class _Scatter:
 
     def listed(self, remarks: Remarks) -> str:
         """The text of some remarks, one line each."""
-        lines = [f"\n  {self.file}:{line}: {text}" for line, text in remarks.shown]
+        lines = [f"\n  {self.shown}:{line}: {text}" for line, text in remarks.shown]
         more = remarks.count - len(lines)
-        return "".join(lines) + (f"\n  ... and {more} more in {self.file}" if more else "")
+        return "".join(lines) + (f"\n  ... and {more} more in {self.shown}" if more else "")
 
     def warn_of_answers(self) -> None:
         """Warn of records without an answer, and of answers that cannot be generated."""
         if self.unanswered.count:
             line, _ = self.unanswered.shown[0]
             logger.warning(
-                f"{self.file}: {self.unanswered.count} of {self.num_records} records have no "
+                f"{self.shown}: {self.unanswered.count} of {self.num_records} records have no "
                 f'answer ("<ans>" is empty), the first one on line {line}; training and evaluation '
                 "leave them out"
             )
         if self.unwritable.count:
             logger.warning(
-                f"{self.file}: {self.unwritable.count} of {self.num_records} records have an "
+                f"{self.shown}: {self.unwritable.count} of {self.num_records} records have an "
                 "answer that can never be generated, because some of its characters are not in the "
                 f"vocabulary; exact match counts it as wrong:{self.listed(self.unwritable)}"
             )
-
-
-def _input_files(inputs: Path) -> list[Path]:
-    if not_a_file(inputs) is None:
-        return [inputs]
-    reformat = "python data_reformat.py (in tutorials/basic_task_finetune) makes them from raw_data"
-    if reason := not_a_file_or_folder(inputs, "file or folder"):
-        raise InputError(f"{inputs}: {reason}; expected *.jsonl files of records\n{reformat}")
-    # Hidden files are those that editors and other systems leave behind.
-    files = [p for p in inputs.glob("*.jsonl") if p.is_file() and not p.name.startswith(".")]
-    if not files:
-        raise InputError(f"{inputs}: looked for *.jsonl files of records, found none\n{reformat}")
-    return sorted(files)
-
-
-def _check_destinations(output_path: Path, folders: list[Path], overwrite: bool) -> None:
-    if output_path.is_file():
-        raise InputError(f"{output_path}: --output_path is a folder, this is a file")
-    if reason := unwritable_folder(output_path):
-        raise InputError(f"--output_path {output_path}: {reason}")
-    existing = [folder for folder in folders if folder.exists()]
-    if existing and not overwrite:
-        raise InputError(
-            f"ValueError: Dataset name exists: {', '.join(map(str, existing))}\n"
-            "replace it with --overwrite, or give another --output_path or another name to the "
-            "input file"
-        )
-    for folder in existing:
-        if not folder.is_dir() or (any(folder.iterdir()) and not (folder / META).is_file()):
-            raise InputError(f"{folder}: not a dataset, so --overwrite does not replace it")
-
-
-def _record_help() -> str:
-    return 'a record is one line: {"input": "...", "<ans>": "..."}, a literal < written <<'

@@ -1,0 +1,1 @@
+"""What data is like, before it is trained on: inspect_data.py."""
