@@ -223,8 +223,7 @@ def _begin(engine: Engine, files: RunFiles, resumes: bool, state: TrainingState)
     if figures[0]:
         state.saved_step = -1
         if figures[1]:
-            state.best_loss, state.evaluated_step = math.inf, -1
-            state.evaluations_without_gain = 0
+            state.forget_best()
 
 
 def _is_same_on_all_ranks(engine: Engine, number: int) -> bool:
