@@ -24,7 +24,7 @@ from typing import Any
 _PLACEHOLDERS = {
     "c1": "#0a0b01", "c2": "#0a0b02", "text": "#0a0b03", "grid": "#0a0b04",
 }  # fmt: skip
-_SETTINGS = {
+_SETTINGS: Any = {
     "svg.fonttype": "none",
     "font.size": 9,
     "axes.spines.top": False,

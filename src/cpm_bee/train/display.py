@@ -56,7 +56,10 @@ class Display:
     def _show_bar(self, values: dict[str, Any], done: float, left: str) -> None:
         if self._bar is None:
             self._bar = progress_bar(
-                total=1, description="", unit="", bar_format="{desc}{percentage:3.0f}%|{bar}|{postfix}"
+                total=1,
+                description="",
+                unit="",
+                bar_format="{desc}{percentage:3.0f}%|{bar}|{postfix}",
             )
         epoch = f"epoch {values['epoch'] + 1}/{self._epochs}"
         self._bar.set_description(f"{epoch}, step {values['step']}", refresh=False)

@@ -47,9 +47,7 @@ def sums_of(scores: Scores, batch: Batch, is_writable: torch.Tensor) -> list[flo
 
 
 @torch.no_grad()
-def evaluate(
-    model: CPMBee, engine: Engine, loader: DataLoader, num_samples: int = 0
-) -> Evaluation:
+def evaluate(model: CPMBee, engine: Engine, loader: DataLoader, num_samples: int = 0) -> Evaluation:
     """Evaluate in eval mode; collective, with the same exact figures on every rank.
 
     Exact match is the share of records whose answer generation with beam size 1 would write: at

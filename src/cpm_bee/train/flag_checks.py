@@ -40,8 +40,8 @@ def check_flags(options: Options, num_processes: int, problems: Problems) -> Non
         problems.add("--delta-dropout", "must be less than 1")
     if abs(options.seed) >= MAX_SEED:
         problems.add(f"--seed {options.seed}", "must be less than 2**48")
-    for flag, reason in missing_loggers(options):
-        problems.add(flag, reason)
+    for flag, extra in missing_loggers(options):
+        problems.add(flag, extra)
     if options.metric_for_best != LOSS and options.eval_dataset is None:
         problems.add(f"--metric-for-best {options.metric_for_best}", "needs --eval-dataset")
     for flag, folder in (("--save", options.save), ("--tensorboard", options.tensorboard)):

@@ -68,8 +68,9 @@ class Reporter:
             ]
         with atomic_file(path) as file:
             file.writelines(line for line, _ in kept)
-        for _, event in kept if report is not None else ():
-            report.add(event)
+        if report is not None:
+            for _, event in kept:
+                report.add(event)
         self._file = NamedFile(path, "a")
 
     def line(self, text: str) -> None:
@@ -105,9 +106,7 @@ class Reporter:
         self._step = values["step"]
         self._log("train", values)
         self._scalars({f"train/{name}": values[name] for name in _SCALARS}, values["step"])
-        self._display.step(
-            values, seconds=seconds, row_fill=row_fill, skipped=skipped, done=done
-        )
+        self._display.step(values, seconds=seconds, row_fill=row_fill, skipped=skipped, done=done)
         if self._report is not None:
             self._report.write_new_curves()
 

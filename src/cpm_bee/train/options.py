@@ -210,10 +210,11 @@ class Options(ModelOptions, CommandOptions):
     report: str = REPORT.option(
         CURVES,
         "a page about the run, `SAVE_NAME-report.html`: with curves (which need the extra: "
-        '`python -m pip install -e ".[report]"`; without it there are tables), with tables only, or '
-        "no page",
+        '`python -m pip install -e ".[report]"`; without it there are tables), with tables only, '
+        "or no page",
         "关于本次训练的网页 `SAVE_NAME-report.html`：带曲线（`curves`，需安装附加依赖："
-        '`python -m pip install -e ".[report]"`，否则只有表格）、只有表格（`tables`）或不生成（`none`）',
+        '`python -m pip install -e ".[report]"`，否则只有表格）、只有表格（`tables`）'
+        "或不生成（`none`）",
         choices=(CURVES, TABLES, NO_REPORT),
     )
     log_interval: int = REPORT.option(

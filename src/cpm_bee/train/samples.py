@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cpm_bee.data.batch import Batch
+from cpm_bee.data.batch import Batch, Pair
 from cpm_bee.encoding import Encoder
 from cpm_bee.generate.prompt import Prompt, fill_answers
 from cpm_bee.model.loss import Scores
@@ -31,7 +31,7 @@ class Sample:
 
     Attributes:
         number: of the record in its data set.
-        is_whole: whether `written` is all that would be written.
+        written: up to its first wrong token; "…" stands for what would follow.
         is_correct: as exact match counts it.
     """
 
@@ -39,7 +39,6 @@ class Sample:
     context: str
     expected: str
     written: str
-    is_whole: bool
     is_correct: bool
 
     def to_json(self) -> dict[str, Any]:
@@ -69,30 +68,55 @@ def samples_of(
         own = [at for at, record in enumerate(records) if record == i]
         record = loader.record(number)
         prompt = Prompt.of(record, encoder)
-        parts: dict[int, list[tuple[int, int]]] = {segment: [] for segment in prompt.answers}
-        is_right = is_whole = True
-        for at in own:
-            token = best[at] - len(loader.tokenizer)
-            pair = (best[at], 0) if token < 0 else tuple(extension[token])
-            if pair != (loader.tokenizer.eos, 0):
-                parts[segments[at]].append(pair)
-            if not correct[at]:
-                is_right = False
-                is_whole = pair == (loader.tokenizer.eos, 0) and segments[at] == segments[own[-1]]
-                break
-        texts = [prompt.text(parts[segment]) for segment in prompt.answers]
-        written = fill_answers(record, texts)[ANSWER]
+        texts, is_right = _written(
+            prompt,
+            [
+                (
+                    segments[at],
+                    (best[at], 0)
+                    if best[at] < len(loader.tokenizer)
+                    else tuple(extension[best[at] - len(loader.tokenizer)]),
+                    correct[at],
+                )
+                for at in own
+            ],
+            (loader.tokenizer.eos, 0),
+        )
         samples.append(
             Sample(
                 number=number,
                 context=_text({k: v for k, v in record.items() if k != ANSWER}),
                 expected=_text(record[ANSWER]),
-                written=_text(written),
-                is_whole=is_whole,
+                written=_text(fill_answers(record, texts)[ANSWER]),
                 is_correct=is_right and bool(writable[i]),
             )
         )
     return samples
+
+
+def _written(
+    prompt: Prompt, predictions: Sequence[tuple[int, Pair, bool]], eos: Pair
+) -> tuple[list[str], bool]:
+    """Returns the texts of the answers of a record, and whether all tokens are right.
+
+    Args:
+        predictions: at each target its segment, the most probable token, and whether it is right.
+    """
+    tokens: dict[int, list[Pair]] = {segment: [] for segment in prompt.answers}
+    last = None  # the answer with the first wrong token
+    goes_on = False  # beyond that token
+    for segment, pair, is_right in predictions:
+        if pair != eos:
+            tokens[segment].append(pair)
+        if not is_right:
+            last, goes_on = segment, pair != eos
+            break
+    texts = [prompt.text(tokens[segment]) for segment in prompt.answers]
+    if last is not None:
+        at = prompt.answers.index(last)
+        texts[at] += "…" if goes_on else ""
+        texts[at + 1 :] = ["…"] * len(texts[at + 1 :])
+    return texts, last is None
 
 
 def _text(value: Record | str) -> str:
