@@ -76,6 +76,7 @@ th, td { padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); vertical
 tbody tr:last-child td { border-bottom: 0; }
 .figures td:not(:first-child), .figures th:not(:first-child) { text-align: right;
   font-variant-numeric: tabular-nums; white-space: nowrap; }
+.figures td:first-child { min-width: 8.5em; }
 td code, li code { overflow-wrap: anywhere; }
 .best { color: var(--good); font-weight: 600; }
 code, pre { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }

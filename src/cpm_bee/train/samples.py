@@ -8,8 +8,7 @@ sample ends there.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from cpm_bee.data.batch import Batch, Pair
 from cpm_bee.encoding import Encoder
 from cpm_bee.generate.prompt import Prompt, fill_answers
 from cpm_bee.model.loss import Scores
-from cpm_bee.records import ANSWER, Record
+from cpm_bee.records import ANSWER, Record, Tree, options_of
 from cpm_bee.train.data_loader import DataLoader
 
 _MAX_TEXT = 400  # characters
@@ -85,9 +84,9 @@ def samples_of(
         samples.append(
             Sample(
                 number=number,
-                context=_text({k: v for k, v in record.items() if k != ANSWER}),
-                expected=_text(record[ANSWER]),
-                written=_text(fill_answers(record, texts)[ANSWER]),
+                context=_cut("\n".join(_lines({k: v for k, v in record.items() if k != ANSWER}))),
+                expected=_answer(record),
+                written=_answer(fill_answers(record, texts)),
                 is_correct=is_right and bool(writable[i]),
             )
         )
@@ -119,6 +118,24 @@ def _written(
     return texts, last is None
 
 
-def _text(value: Record | str) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _lines(node: Mapping[str, Tree]) -> Iterator[str]:
+    """The leaves of a record, `key: text`, those of dictionaries below their key."""
+    for key, value in node.items():
+        if isinstance(value, str):
+            yield f"{key}: {value}"
+        else:
+            yield f"{key}:"
+            yield from (f"  {line}" for line in _lines(value))
+
+
+def _answer(record: Record) -> str:
+    """The answer of a record as text; of a choice, the text of its option too."""
+    answer = record[ANSWER]
+    if not isinstance(answer, str):
+        return _cut("\n".join(_lines(answer)))
+    option = options_of(record).get(answer.removesuffix("…"))
+    return _cut(answer if option is None else f"{answer.removesuffix('…')} → {option}")
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= _MAX_TEXT else text[:_MAX_TEXT] + "…"
