@@ -83,7 +83,7 @@ FLOORS = [
     ["checkpoint", "model", "delta", "quantize", "pretrained"],
     ["distributed"],
     ["engine"],
-    ["train", "generate"],
+    ["train", "generate", "report"],
     ["evaluate", "doctor"],
 ]
 

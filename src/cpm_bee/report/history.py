@@ -9,6 +9,7 @@ from typing import Any
 from cpm_bee.train.training_state import order
 
 _COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second")
+_EVALUATION = ("step", "loss", "token_accuracy", "exact_match", "records")
 POINTS = 400  # of a curve; more cannot be told apart
 
 
@@ -30,14 +31,18 @@ class History:
         self.epoch = 0
 
     def add(self, event: dict[str, Any]) -> None:
-        """Add an event of the log; kinds that are unknown are left out."""
+        """Add an event of the log; kinds that are unknown are left out.
+
+        The log of an earlier version, or one that somebody has changed, may lack fields.
+        """
         kind = event["event"]
         if kind == "train":
-            self.epoch = event["epoch"]
+            self.epoch = event.get("epoch", 0)
             for name, column in self.columns.items():
-                column.append(math.nan if event[name] is None else event[name])
+                column.append(event[name] if _is_number(event.get(name)) else math.nan)
         elif kind == "eval":
-            self.evaluations.append(event)
+            if all(_is_number(event.get(name)) for name in _EVALUATION):
+                self.evaluations.append(event)
         elif kind == "samples":
             self.samples.append(event)
         elif kind == "start":
@@ -77,6 +82,10 @@ class History:
             name: [_mean(self.columns[name][start : start + size]) for start in starts]
             for name in names
         }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
 
 
 def _mean(values: array[float]) -> float:

@@ -178,11 +178,11 @@ def _sample(answers: Sequence[tuple[int, dict[str, Any]]]) -> str:
     parts = [f'<p class="record">{escape(latest["context"])}</p>']
     if is_right:
         label = both("right", "正确")
-        parts.append(f'<p><span class="mark">✓ {label}</span> {escape(latest["written"])}</p>')
+        parts.append(f'<p><span class="mark">✓ {label}</span>{_written(latest)}</p>')
     else:
         label, wanted = both("wrong", "错误"), both("expected:", "应为：")
-        parts.append(f'<p><span class="mark">✗ {label}</span> {_written(latest)}</p>')
-        parts.append(f'<p class="soft">{wanted} {escape(latest["expected"])}</p>')
+        parts.append(f'<p><span class="mark">✗ {label}</span>{_written(latest)}</p>')
+        parts.append(f'<p class="soft">{wanted}{_apart(latest["expected"])}</p>')
     rows = []
     for _, group in groupby(answers, key=lambda a: (a[1]["written"], a[1]["is_correct"])):
         found = list(group)
@@ -205,8 +205,13 @@ def _sample(answers: Sequence[tuple[int, dict[str, Any]]]) -> str:
 
 
 def _written(sample: dict[str, Any]) -> str:
-    empty = f'<span class="soft">{both("(empty)", "（空）")}</span>'
-    return escape(sample["written"]) or empty
+    empty = f' <span class="soft">{both("(empty)", "（空）")}</span>'
+    return _apart(sample["written"]) if sample["written"] else empty
+
+
+def _apart(text: str) -> str:
+    """A text after another one; on lines of its own if it has several."""
+    return ("\n" if "\n" in text else " ") + escape(text)
 
 
 def commands(facts: Facts) -> str:

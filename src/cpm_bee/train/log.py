@@ -185,7 +185,7 @@ def _is_json(value: Any) -> bool:
 def best_loss_of(path: Path, metric: str) -> float:
     """Returns the loss of the best evaluation in a log; infinite if there is none."""
     found = [event for _, event in _lines(path) if event["event"] == "eval"]
-    keys = [(*order(e["loss"], e["exact_match"], metric), e["loss"]) for e in found]
+    keys = [(*order(e["loss"], e.get("exact_match", 0.0), metric), e["loss"]) for e in found]
     return max(keys)[-1] if keys else math.inf
 
 
