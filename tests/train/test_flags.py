@@ -97,7 +97,7 @@ def flags() -> list[argparse.Action]:
     return [action for action in parser()._actions if action.dest != "help"]
 
 
-SLOW = ("compile", "checkpointing")
+SLOW = ("compile", "checkpointing", "report")
 
 
 @pytest.mark.parametrize(
@@ -460,7 +460,7 @@ def _inspect_iters(lab: Lab) -> None:
 @case
 def _save(lab: Lab) -> None:
     run = lab.run(save=lab.folder / "a" / "b")
-    assert run.save == lab.folder / "a" / "b" and len(run.files) == 7
+    assert run.save == lab.folder / "a" / "b" and len(run.files) == 8
     path = lab.folder / "file"
     path.write_text("x")
     with pytest.raises(InputError, match="is a file"):
@@ -741,6 +741,8 @@ def test_hyphens_and_underscores_are_the_same(action: argparse.Action) -> None:
     )
     if flag == "--delta-targets":
         value = ["w_0"]
+    if flag == "--report-to":
+        value = ["tensorboard"]
     spellings = (flag, "--" + flag[2:].replace("-", "_"))
     first, second = (parser().parse_args([*required, s, *value]) for s in spellings)
     assert first == second

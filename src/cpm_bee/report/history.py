@@ -36,7 +36,7 @@ class History:
         The log of an earlier version, or one that somebody has changed, may lack fields.
         """
         kind = event["event"]
-        if kind == "train":
+        if kind == "train" and _is_number(event.get("step")):
             self.epoch = event.get("epoch", 0)
             for name, column in self.columns.items():
                 column.append(event[name] if _is_number(event.get(name)) else math.nan)

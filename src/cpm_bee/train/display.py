@@ -54,7 +54,8 @@ class Display:
             )
 
     def _show_bar(self, values: dict[str, Any], done: float, left: str) -> None:
-        if self._bar is None:
+        is_new = self._bar is None
+        if is_new:
             self._bar = progress_bar(
                 total=1,
                 description="",
@@ -65,6 +66,8 @@ class Display:
         self._bar.set_description(f"{epoch}, step {values['step']}", refresh=False)
         self._bar.set_postfix_str(f"{left} left, loss {values['loss']:.4f}", refresh=False)
         self._bar.update(done - self._bar.n)
+        if is_new:
+            self._bar.refresh()  # `update` shows little that comes within 0.1 s
 
     def line(self, text: str) -> None:
         print_above_bar(text)

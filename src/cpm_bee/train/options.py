@@ -209,9 +209,9 @@ class Options(ModelOptions, CommandOptions):
     )
     report: str = REPORT.option(
         CURVES,
-        "a page about the run, `SAVE_NAME-report.html`: with curves (which need the extra: "
-        '`python -m pip install -e ".[report]"`; without it there are tables), with tables only, '
-        "or no page",
+        "a page about the run, `SAVE_NAME-report.html`: `curves` (which need the extra: "
+        '`python -m pip install -e ".[report]"`; without it there are tables), only `tables`, or '
+        "`none`",
         "关于本次训练的网页 `SAVE_NAME-report.html`：带曲线（`curves`，需安装附加依赖："
         '`python -m pip install -e ".[report]"`，否则只有表格）、只有表格（`tables`）'
         "或不生成（`none`）",
