@@ -162,3 +162,19 @@ def test_a_log_of_another_version_can_be_shown(workspace: Workspace, tmp_path: P
     log.write_text("\n".join([*map(json.dumps, odd), *lines]) + "\n", encoding="utf-8")
     train(workspace, tmp_path, use_delta=True, max_steps=3, resume=True)
     assert 'class="state finished"' in page_of(tmp_path)
+
+
+def test_a_fault_of_the_page_ends_no_training(
+    workspace: Workspace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def make_page(*_: Any, **__: Any) -> str:
+        raise KeyError("a field")
+
+    monkeypatch.setattr(writer, "make_page", make_page)
+    run = train(workspace, tmp_path, use_delta=True, max_steps=2)
+    assert run.column("step") == [1, 2]
+    assert any("no report can be made of this log: KeyError" in m for m in caplog.messages)
+    assert not (tmp_path / f"{NAME}-report.html").exists()

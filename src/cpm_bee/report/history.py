@@ -63,11 +63,11 @@ class History:
     def seconds(self) -> float:
         """The time that all steps took, without evaluations."""
         tokens, speed = self.columns["tokens"], self.columns["tokens_per_second"]
-        return sum(t / s for t, s in zip(tokens, speed, strict=True) if s > 0)
+        return sum(t / s for t, s in zip(tokens, speed, strict=True) if t > 0 and s > 0)
 
     @property
     def tokens(self) -> int:
-        return int(sum(self.columns["tokens"]))
+        return int(sum(count for count in self.columns["tokens"] if count > 0))
 
     def best(self, metric: str) -> dict[str, Any] | None:
         """The best evaluation so far; the first of equal ones."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from cpm_bee.report.drawing import Curves, Drawing, can_draw
 from cpm_bee.report.facts import Facts
 from cpm_bee.report.history import History
 from cpm_bee.report.page import make_page
+
+logger = logging.getLogger(__name__)
 
 
 class ReportWriter:
@@ -78,9 +81,18 @@ class ReportWriter:
         self._write_page()
 
     def _write_page(self) -> None:
+        try:
+            text = self._make_page()
+        except Exception as error:  # no fault of the page may end a training of days
+            logger.warning(f"no report can be made of this log: {type(error).__name__}: {error}")
+            return
+        with atomic_file(self._place(self._page)) as file:
+            file.write(text)
+
+    def _make_page(self) -> str:
         drawing = self._drawing
         lacks = self._wants_curves and drawing is None
-        text = make_page(
+        return make_page(
             self._history,
             self._facts,
             self._curves,
@@ -88,5 +100,3 @@ class ReportWriter:
             failure="" if drawing is None else drawing.failure,
             written=time.strftime("%Y-%m-%d %H:%M:%S"),
         )
-        with atomic_file(self._place(self._page)) as file:
-            file.write(text)
