@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -162,6 +163,25 @@ def test_a_log_of_another_version_can_be_shown(workspace: Workspace, tmp_path: P
     log.write_text("\n".join([*map(json.dumps, odd), *lines]) + "\n", encoding="utf-8")
     train(workspace, tmp_path, use_delta=True, max_steps=3, resume=True)
     assert 'class="state finished"' in page_of(tmp_path)
+
+
+def test_a_run_without_room_for_its_report_has_not_finished(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished one may take the place of an earlier run that is kept."""
+    original = writer.ReportWriter.write_end
+
+    def write_end(self: writer.ReportWriter) -> None:
+        end = self._history.end
+        if end is not None and end["finished"]:
+            raise OSError(errno.ENOSPC, "No space left on device", "report.html")
+        original(self)
+
+    monkeypatch.setattr(writer.ReportWriter, "write_end", write_end)
+    with pytest.raises(RunError, match=r"report\.html.*No space left"):
+        train(workspace, tmp_path, use_delta=True, max_steps=2)
+    [end] = Run(tmp_path).of("end")
+    assert end["finished"] is False and 'class="state failed"' in page_of(tmp_path)
 
 
 def test_a_fault_of_the_page_ends_no_training(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,9 @@ class ReportWriter:
         self._write_page()  # first: a kill may come while the curves are drawn
         if self._drawing is None:
             return
-        curves = self._drawing.draw_now(charts_of(self._history), self._history.step)
+        curves = None
+        with suppress(KeyboardInterrupt):  # nobody wants to wait; the training is over
+            curves = self._drawing.draw_now(charts_of(self._history), self._history.step)
         if curves is not None:
             self._write_curves(curves)
         elif self._drawing.failure:

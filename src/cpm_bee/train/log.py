@@ -145,14 +145,24 @@ class Reporter:
         self.line("\n".join(rows))
 
     def end(self, reason: str, step: int, *, finished: bool = False) -> None:
-        self._has_ended = True
+        values = {"reason": reason, "step": step, "finished": finished}
+        self._has_ended = not finished
         self._display.close()
-        self._log("end", {"reason": reason, "step": step, "finished": finished})
+        if finished:
+            # First: a run whose log says that it has finished may replace an earlier one.
+            self._end_others(values)
+        self._log("end", values)
+        self._has_ended = True
+        self.line(f"training ended after {step} steps: {reason}")
+        if not finished:
+            self._end_others(values)
+
+    def _end_others(self, values: dict[str, Any]) -> None:
+        if self._report is not None:
+            self._report.add({"event": "end", **values})
+            self._report.write_end()
         for logger in self._loggers:
             logger.flush()
-        self.line(f"training ended after {step} steps: {reason}")
-        if self._report is not None:
-            self._report.write_end()
 
     def __enter__(self) -> Reporter:
         return self
