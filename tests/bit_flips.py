@@ -27,7 +27,7 @@ from cpm_bee.errors import InputError
 from cpm_bee.pretrained import load_pretrained
 from cpm_bee.records import Record
 from cpm_bee.train.checkpoints import RunFiles, RunProvenance
-from cpm_bee.train.trainer import TrainingState
+from cpm_bee.train.training_state import TrainingState
 
 CPU = torch.device("cpu")
 

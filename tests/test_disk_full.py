@@ -93,6 +93,7 @@ class Stage:
 
 def training_flags(data: Workspace, folder: Path, **more: object) -> list[object]:
     flags = {"use_delta": True, "eval_dataset": data.eval, "eval_interval": 2, "max_steps": 4}
+    flags["keep_runs"] = 9  # or finished runs are removed as they should be
     return list(data.flags(folder / "results", **{**flags, **more}))
 
 

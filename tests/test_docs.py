@@ -13,6 +13,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import train_support
 from support import ROOT, run_script
 
 from cpm_bee import records
@@ -62,6 +63,7 @@ FOREIGN_FLAGS = {
 FOREIGN_VARIABLES = {
     "CUDA_VISIBLE_DEVICES", "TORCH_LOGS", "ATEN_CPU_CAPABILITY", "OMP_WAIT_POLICY",
     "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "HYPOTHESIS_PROFILE",
+    "WANDB_MODE", "SWANLAB_MODE",
 }  # fmt: skip
 
 FINETUNE_SH = (ROOT / "scripts" / "finetune_cpm_bee.sh").read_text(encoding="utf-8")
@@ -382,6 +384,7 @@ def test_log_examples_have_the_fields_of_a_log() -> None:
     real["end"]["finished"] = True  # that log was written before there was this field
     (example,) = [b for _, b in code_blocks(PAGES / "files.md") if '"event"' in b]
     shown = {e["event"]: e for e in map(json.loads, example.splitlines())}
+    assert list(shown.pop("samples")) == train_support.SAMPLES_FIELDS  # newer than that log
     assert {e: list(fields) for e, fields in shown.items()} == {e: list(f) for e, f in real.items()}
     assert set(shown["start"]["options"]) <= set(real["start"]["options"])
 

@@ -86,7 +86,7 @@ FLOORS = [
     ["checkpoint", "model", "delta", "quantize", "pretrained"],
     ["distributed"],
     ["engine"],
-    ["train", "generate"],
+    ["train", "generate", "report"],
     ["evaluate", "doctor", "serve"],
 ]
 

@@ -44,6 +44,8 @@ DEFAULTS = {
     "--warmup-iters": 0,
     "--eval-interval": 1000,
     "--seed": 7,
+    "--log-interval": 1,
+    "--report": "tables",  # curves take seconds; tests/report has them
     "--device": "cpu",
 }
 
@@ -51,6 +53,7 @@ TRAIN_FIELDS = [
     *("event", "step", "epoch", "loss", "lr", "grad_norm", "loss_scale", "tokens"),
     "tokens_per_second",
 ]
+SAMPLES_FIELDS = ["event", "step", "host_memory", "gpu_memory", "samples"]
 EVAL_FIELDS = ["event", "step", "loss", "token_accuracy", "exact_match", "records"]
 END_FIELDS = ["event", "reason", "step", "finished"]
 

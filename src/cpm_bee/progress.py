@@ -23,6 +23,7 @@ def progress_bar(
     unit: str,
     quiet: bool = False,
     delay: float = 0,
+    bar_format: str | None = None,
 ) -> Any:
     """Returns a tqdm bar over an iterable, or advanced by `update`; bytes ("B") are scaled.
 
@@ -39,6 +40,7 @@ def progress_bar(
         disable=True if quiet else None,
         leave=False,
         delay=delay,
+        bar_format=bar_format,
     )
 
 

@@ -36,7 +36,7 @@ from cpm_bee.quantize.cache import cache_path, quantized_entries
 from cpm_bee.quantize.formats import FORMATS
 from cpm_bee.tokenizer import Tokenizer
 from cpm_bee.train.checkpoints import RunFiles, RunProvenance
-from cpm_bee.train.trainer import TrainingState
+from cpm_bee.train.training_state import TrainingState
 from fuzz import mutate, seeds
 from fuzz.seeds import Seeds
 

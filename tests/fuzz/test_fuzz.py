@@ -18,7 +18,7 @@ from properties import examples
 
 from cpm_bee.errors import InputError
 from cpm_bee.train.saved_state import _PROGRESS
-from cpm_bee.train.trainer import TrainingState
+from cpm_bee.train.training_state import TrainingState
 from fuzz import run
 from fuzz.targets import EXPECTED, Target, make_targets
 

@@ -21,14 +21,16 @@ import train_support
 from torch.nn.attention import flex_attention as torch_flex
 from train_support import Run, Workspace, distance
 
+from cpm_bee.checkpoint.reader import load_tensors
 from cpm_bee.cli import not_negative, positive, run_command, whole_number
 from cpm_bee.data.batch import Batch
 from cpm_bee.errors import InputError
 from cpm_bee.model import compiled, flex_attention, flex_probe
 from cpm_bee.model.attention import PaddedAttention
 from cpm_bee.model.network import BlockStack, CPMBee
-from cpm_bee.train import activation_checkpointing
+from cpm_bee.train import activation_checkpointing, trainer
 from cpm_bee.train.checkpoints import RunFiles
+from cpm_bee.train.evaluation import Evaluation
 from cpm_bee.train.options import Options
 from cpm_bee.train.schedules import STYLES, learning_rate
 from cpm_bee.train.setup import finetune
@@ -95,7 +97,7 @@ def flags() -> list[argparse.Action]:
     return [action for action in parser()._actions if action.dest != "help"]
 
 
-SLOW = ("compile", "checkpointing")
+SLOW = ("compile", "checkpointing", "report")
 
 
 @pytest.mark.parametrize(
@@ -458,7 +460,7 @@ def _inspect_iters(lab: Lab) -> None:
 @case
 def _save(lab: Lab) -> None:
     run = lab.run(save=lab.folder / "a" / "b")
-    assert run.save == lab.folder / "a" / "b" and len(run.files) == 7
+    assert run.save == lab.folder / "a" / "b" and len(run.files) == 8
     path = lab.folder / "file"
     path.write_text("x")
     with pytest.raises(InputError, match="is a file"):
@@ -534,6 +536,57 @@ def _resume(lab: Lab) -> None:
     run = lab.run(save=save, max_steps=5, resume=save / "cpm_bee_finetune-state-4.pt")
     assert "resumed after step 4" in lab.printed and "cpm_bee_finetune-previous" in run.files
     assert lab.run(save=save, max_steps=1, resume="never").column("step") == [1]
+
+
+@case
+def _metric_for_best(lab: Lab) -> None:
+    values = {"eval_dataset": lab.workspace.eval, "metric_for_best": "exact_match"}
+    lab.patch.setattr(trainer, "evaluate", evaluations((2.0, 0.5), (1.0, 0.5), (0.5, 0.25)))
+    run = lab.run(**values, eval_interval=1)
+    state = load_tensors(run.save / "cpm_bee_finetune-state.pt", "a training state")
+    assert (state["progress"]["best_loss"], state["progress"]["best_exact_match"]) == (1.0, 0.5)
+    lab.patch.setattr(trainer, "evaluate", evaluations((2.0, 0.5), (1.0, 0.5), (0.5, 0.25)))
+    run = lab.run(eval_dataset=lab.workspace.eval, eval_interval=1)
+    state = load_tensors(run.save / "cpm_bee_finetune-state.pt", "a training state")
+    assert state["progress"]["best_loss"] == 0.5
+    refused = lab.refusal(metric_for_best="exact_match")
+    assert "--metric-for-best exact_match: needs --eval-dataset" in refused
+
+
+def evaluations(*figures: tuple[float, float]) -> Callable[..., Evaluation]:
+    """Stands for `evaluate`; returns these losses and shares of exact matches, one by one."""
+    rest = iter(figures)
+
+    def evaluate(*_: Any) -> Evaluation:
+        loss, exact_match = next(rest)
+        return Evaluation(loss, 0.5, exact_match, 20)
+
+    return evaluate
+
+
+@case
+def _report(lab: Lab) -> None:
+    tables = lab.run(report="tables")
+    assert "cpm_bee_finetune-report.html" in tables.files
+    assert "cpm_bee_finetune-loss.png" not in tables.files
+    assert not [name for name in lab.run(report="none").files if "report" in name]
+    assert "cpm_bee_finetune-loss.png" in lab.run(report="curves").files
+
+
+@case
+def _log_interval(lab: Lab) -> None:
+    run = lab.run(max_steps=7, log_interval=3)
+    shown = [int(step) for step in re.findall(r"Iter: +(\d+)", lab.printed)]
+    assert shown == [1, 3, 6]
+    assert run.column("step") == list(range(1, 8))
+
+
+@case
+def _report_to(lab: Lab) -> None:
+    run = lab.run(report_to="tensorboard", eval_dataset=lab.workspace.eval)
+    [folder] = (run.save / "cpm_bee_finetune-tensorboard").iterdir()
+    assert scalars(folder)["task/train/loss"] == pytest.approx(run.losses, rel=1e-6)
+    assert "pip install -e .[wandb]" in lab.refusal(report_to="wandb")
 
 
 @case
@@ -688,6 +741,8 @@ def test_hyphens_and_underscores_are_the_same(action: argparse.Action) -> None:
     )
     if flag == "--delta-targets":
         value = ["w_0"]
+    if flag == "--report-to":
+        value = ["tensorboard"]
     spellings = (flag, "--" + flag[2:].replace("-", "_"))
     first, second = (parser().parse_args([*required, s, *value]) for s in spellings)
     assert first == second

@@ -15,7 +15,15 @@ from typing import Any
 import pytest
 import torch
 import train_support
-from train_support import END_FIELDS, EVAL_FIELDS, TRAIN_FIELDS, Run, Workspace, train
+from train_support import (
+    END_FIELDS,
+    EVAL_FIELDS,
+    SAMPLES_FIELDS,
+    TRAIN_FIELDS,
+    Run,
+    Workspace,
+    train,
+)
 
 from cpm_bee.checkpoint.reader import load_tensors, save_tensors
 from cpm_bee.errors import InputError, RunError
@@ -45,17 +53,19 @@ def after_steps(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[],
 def test_the_log_has_the_promised_events_and_fields(workspace: Workspace, tmp_path: Path) -> None:
     run = train(workspace, tmp_path, use_delta=True, eval_dataset=workspace.eval, eval_interval=3)
     steps = ["train"] * 3
+    evaluation = ["eval", "samples"]
     assert kinds(run) == [
         "start",
-        "eval",
+        *evaluation,
         *steps,
-        "eval",
+        *evaluation,
         *steps,
-        "eval",
+        *evaluation,
         *steps[:2],
-        "eval",
+        *evaluation,
         "end",
     ]
+    assert all(list(e) == SAMPLES_FIELDS for e in run.of("samples"))
     assert all(list(e) == TRAIN_FIELDS for e in run.of("train"))
     assert all(list(e) == EVAL_FIELDS for e in run.of("eval"))
     assert all(list(e) == END_FIELDS for e in run.of("end"))
@@ -88,7 +98,7 @@ def test_a_run_of_one_step_leaves_best_and_last(
     infix = "-delta" if use_delta else ""
     weights = [f"{NAME}{infix}-{w}.{s}" for w in ("best", "last") for s in ("json", "pt")]
     states = [f"{NAME}-state-0.pt", f"{NAME}-state.pt"]
-    assert run.files == sorted([*weights, f"{NAME}-log.jsonl", *states])
+    assert run.files == sorted([*weights, f"{NAME}-log.jsonl", f"{NAME}-report.html", *states])
     assert run.weights("best").keys() == run.weights("last").keys()
 
 
@@ -216,7 +226,7 @@ def test_the_files_of_an_earlier_run_are_moved(
     assert f"{tmp_path / 'run-previous'}" in capsys.readouterr().out
     previous = Run(tmp_path / "run-previous", "run")
     assert previous.losses == first.losses != full.losses
-    assert len(previous.files) == 7 and not any("run-delta" in name for name in full.files)
+    assert len(previous.files) == 8 and not any("run-delta" in name for name in full.files)
     assert Run(tmp_path, "run-b").losses == other.losses
     train(workspace, tmp_path, save_name="run", seed=4, **flags)
     previous = Run(tmp_path / "run-previous", "run")

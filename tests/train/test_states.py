@@ -22,7 +22,7 @@ from cpm_bee.errors import InputError
 from cpm_bee.train import trainer
 from cpm_bee.train.checkpoints import RunFiles, RunProvenance
 from cpm_bee.train.log import Reporter
-from cpm_bee.train.trainer import TrainingState
+from cpm_bee.train.training_state import TrainingState
 
 NAME = "cpm_bee_finetune"
 ENGINE = {"tensors": {}, "optimizer": {}, "loss_scale": 1.0, "good_steps": 0}

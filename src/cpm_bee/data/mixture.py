@@ -26,6 +26,7 @@ from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.packing import PackedRow, Plan, generator
 from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.errors import InputError
+from cpm_bee.records import Record
 
 
 class Part(NamedTuple):
@@ -173,6 +174,10 @@ class MixedIndex:
             return index.stream(local, as_generated=as_generated)
         start = numbers[0] - local[0]
         return index.stream(local, lambda n: rng_of(start + n), as_generated=as_generated)
+
+    def source(self, number: int) -> Record:
+        index, local = self._local([number])
+        return index.source(local[0])
 
     def unwritable_answer(self, number: int) -> str:
         index, local = self._local([number])

@@ -13,7 +13,7 @@ overwrites them with exp(logit - max). The logits of the extension entries are a
 it is then a division of n rows only.
 
 The result equals that of autograd and `cross_entropy` up to rounding. Hazards: `losses` overwrites
-the logits, so `correct` must be called before it and `gradient` after it; a trainable embedding
+the logits, so `best` must be called before it and `gradient` after it; a trainable embedding
 needs autograd (`CPMBee.loss` chooses); the gradient is kept in fp32, because fp16 would underflow
 before the multiplication by the loss scale.
 """
@@ -34,10 +34,11 @@ _MULTIPLE = 16
 
 
 class Scores(NamedTuple):
-    """The losses of N targets, and whether each target is predicted."""
+    """The losses of N targets, and what is predicted in their places."""
 
     losses: torch.Tensor  # (N,) fp32, cross entropy
-    correct: torch.Tensor  # (N,) bool, the target is the argmax; the first of equal logits counts
+    correct: torch.Tensor  # (N,) bool, the target is the argmax
+    best: torch.Tensor  # (N,) int64, the argmax, numbered as targets; the first of equal logits
 
 
 class Candidates(NamedTuple):
@@ -68,8 +69,8 @@ class _Piece:
         self._extension = (table @ padded.mT).float()  # (E, n)
         self._head, self._targets = head, targets
 
-    def correct(self, candidates: Candidates | None) -> torch.Tensor:
-        """Whether each target is the argmax of its logits, bool [n]; call before `losses`.
+    def best(self, candidates: Candidates | None) -> torch.Tensor:
+        """The argmax of the logits of each target, int64 [n]; call before `losses`.
 
         With `candidates`, only the logits that generation would choose from count.
         """
@@ -87,7 +88,7 @@ class _Piece:
             best = torch.where(higher, other, best)
         if candidates is not None:
             vocabulary[candidates.unk] = unk
-        return best == self._targets
+        return best
 
     def losses(self, own: torch.Tensor | None = None) -> torch.Tensor:
         """The loss of each target, fp32 [n]; overwrites each logit with exp(logit - max).
@@ -162,7 +163,7 @@ def score(
     """The scores of states [N, dim_model].
 
     Args:
-        candidates: see `_Piece.correct`.
+        candidates: see `_Piece.best`.
         own_extension: see `_Piece.losses`; bool [N, E].
     """
     scores = []
@@ -172,8 +173,8 @@ def score(
         own = candidates and candidates._replace(
             has_unk=candidates.has_unk[part], extension=candidates.extension[part]
         )
-        correct = piece.correct(own)
+        best = piece.best(own)
         own_part = None if own_extension is None else own_extension[part]
-        scores.append(Scores(piece.losses(own_part), correct))
+        scores.append(Scores(piece.losses(own_part), best == targets[part], best))
         del piece
     return Scores(*(torch.cat(parts) for parts in zip(*scores, strict=True)))

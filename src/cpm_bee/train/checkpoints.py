@@ -24,9 +24,10 @@ from cpm_bee.errors import InputError, Problems, RunError, shown
 from cpm_bee.files import exclusive, refuse_if_held
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.temporary_files import remove_abandoned
-from cpm_bee.train.log import least_loss
+from cpm_bee.train.log import best_loss_of
 from cpm_bee.train.run_folder import RunFolder
 from cpm_bee.train.saved_state import check_state, newest_intact
+from cpm_bee.train.training_state import LOSS
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class RunProvenance(NamedTuple):
     vocabulary_fingerprint: str
     evaluation_fingerprint: str  # of the evaluation set's records; empty without one
     delta: DeltaConfig | None  # None: full fine-tuning
+    metric_for_best: str = LOSS  # what chooses the best weights
 
 
 class RunFiles:
@@ -69,8 +71,10 @@ class RunFiles:
         self.last = self._folder / f"{name}{infix}-last.pt"
         self.state = self._folder / f"{name}-state.pt"
         self.log = self._folder / f"{name}-log.jsonl"
+        self.report = self._folder / f"{name}-report.html"
+        self.curves = self._folder / f"{name}-loss.png"
         weights = [f"{i}-{w}.{s}" for i in ("", "-delta") for w in _KEPT for s in ("pt", "json")]
-        endings = [*weights, "-state.pt", "-log.jsonl"]
+        endings = [*weights, "-state.pt", "-log.jsonl", "-report.html", "-loss.png"]
         self.places = RunFolder(self._folder, name, endings, keep_runs)
         self._limit = save_total_limit
         # The step of `self.state`, once this run has read or written it. Before that it may be
@@ -163,6 +167,7 @@ class RunFiles:
             "engine": engine,
             "progress": progress,
             "base_fingerprint": self._provenance.base_fingerprint,
+            "metric_for_best": self._provenance.metric_for_best,
             **self._sets(),
         }
         path = self.places.to_write(self.state)
@@ -243,6 +248,9 @@ class RunFiles:
                 )
             elif state[name] != value:
                 problems.add(flag, f"{value or 'none'}, it was {shown(state[name] or 'none')}")
+        metric, before = self._provenance.metric_for_best, state.get("metric_for_best", LOSS)
+        if metric != before:
+            problems.add("--metric-for-best", f"{metric}, it was {shown(before)}")
         for name, value in (settings or {}).items():
             before = state["settings"].get(name, _NOT_RECORDED)
             if before != value:
@@ -298,7 +306,9 @@ class RunFiles:
             return False
         shutil.copyfile(log, self.places.to_write(self.log))
         is_evaluated = math.isfinite(best_loss)  # else the best weights are always the last ones
-        if not (is_evaluated and least_loss(log) == best_loss and copies[self.best].is_file()):
+        is_there = copies[self.best].is_file()
+        metric = self._provenance.metric_for_best
+        if not (is_evaluated and is_there and best_loss_of(log, metric) == best_loss):
             return False
         for path, source in copies.items():
             if source.is_file():

@@ -245,6 +245,7 @@ def _run_files(
         pretrained.tokenizer.fingerprint,
         "" if evaluation is None else evaluation.fingerprint,
         delta_config,
+        options.metric_for_best,
     )
     return RunFiles(
         options.save,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -16,6 +16,7 @@ from cpm_bee.data.packing import PackedRow, Plan, micro_batches
 from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.encoding import AnswerState
 from cpm_bee.engine import Engine
+from cpm_bee.records import Record
 from cpm_bee.tokenizer import Tokenizer
 from cpm_bee.train.data_size import DataSize, StepShape, usable_lengths
 from cpm_bee.train.prefetch import Batches, prefetch
@@ -67,7 +68,7 @@ class DataLoader:
         as_generated: bool = False,
     ) -> None:
         self._index = index
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._engine = engine
         self._rows = rows
         self._max_length = max_length
@@ -100,6 +101,14 @@ class DataLoader:
         """The number of records in an epoch: those that have an answer and fit into a row."""
         return self.size.num_records
 
+    def record(self, number: int) -> Record:
+        return self._index.source(number)
+
+    def used_lengths(self) -> np.ndarray:
+        """The lengths in tokens of the records of an epoch, int [num_records]."""
+        lengths = usable_lengths(self._index, self._max_length)
+        return lengths[lengths <= self._max_length]
+
     def is_writable(self, numbers: Sequence[int]) -> np.ndarray:
         """Returns whether generation can write each record's answer, bool [len(numbers)]."""
         return (self._index.answers[numbers] & AnswerState.WRITABLE) > 0
@@ -110,7 +119,9 @@ class DataLoader:
         numbers = np.flatnonzero(states == AnswerState.KNOWN)[:most].tolist()
         return [self._index.unwritable_answer(number) for number in numbers]
 
-    def batches(self, epoch: int, done: int = 0) -> Iterator[tuple[PlannedStep, Batches]]:
+    def batches(
+        self, epoch: int, done: int = 0
+    ) -> Generator[tuple[PlannedStep, Batches], None, None]:
         """Yields the steps of an epoch (from 0) after the first `done`, with this rank's batches.
 
         Collective. Every rank gets the same steps, with the same number of batches. Beyond its own
@@ -185,7 +196,7 @@ class DataLoader:
         batches: list[Batch | None] = [
             make_batch(
                 self._index.stream(share, shuffle, as_generated=self._as_generated),
-                self._tokenizer,
+                self.tokenizer,
                 step.extension,
                 as_generated=self._as_generated,
             )
@@ -199,4 +210,4 @@ class DataLoader:
         """A batch of the shortest record."""
         shortest = [int(self._index.lengths.argmin())]
         extension = self._index.extension_pairs(self._index.largest_subs(shortest))
-        return make_batch(self._index.stream(shortest), self._tokenizer, extension)
+        return make_batch(self._index.stream(shortest), self.tokenizer, extension)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 from cpm_bee import quantize
@@ -14,7 +13,9 @@ from cpm_bee.paths import (
     not_a_folder,
     unwritable_folder,
 )
+from cpm_bee.train.loggers import missing_loggers
 from cpm_bee.train.options import AUTO, FSDP, NEVER, Options
+from cpm_bee.train.training_state import LOSS
 
 MAX_SEED = 2**48
 
@@ -40,8 +41,10 @@ def check_flags(options: Options, num_processes: int, problems: Problems) -> Non
         problems.add("--delta-dropout", "must be less than 1")
     if abs(options.seed) >= MAX_SEED:
         problems.add(f"--seed {options.seed}", "must be less than 2**48")
-    if options.tensorboard is not None and importlib.util.find_spec("tensorboard") is None:
-        problems.add("--tensorboard", "needs an extra: pip install -e .[tensorboard]")
+    for flag, extra in missing_loggers(options):
+        problems.add(flag, extra)
+    if options.metric_for_best != LOSS and options.eval_dataset is None:
+        problems.add(f"--metric-for-best {options.metric_for_best}", "needs --eval-dataset")
     for flag, folder in (("--save", options.save), ("--tensorboard", options.tensorboard)):
         if folder is not None and (reason := unwritable_folder(folder)):
             problems.add(f"{flag} {folder}", reason)

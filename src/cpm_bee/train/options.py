@@ -5,21 +5,36 @@ The flags for model, data and delta are in `ModelOptions`, which `Options` exten
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 
 from cpm_bee import hints
-from cpm_bee.cli import not_negative, positive, real_number, whole_number
+from cpm_bee.cli import comma_list, not_negative, positive, real_number, whole_number
 from cpm_bee.options import GENERAL, CommandOptions, Group
 from cpm_bee.train.model_options import AUTO, DATA, DELTA, MODEL, ModelOptions, above_zero
 from cpm_bee.train.schedules import STYLES
+from cpm_bee.train.training_state import LOSS, METRICS
 
 DDP, FSDP = "ddp", "fsdp"  # --parallel, or AUTO
 ALWAYS, NEVER = "always", "never"  # --resume, or AUTO, or the path of a state
+CURVES, TABLES, NO_REPORT = "curves", "tables", "none"  # --report
+TENSORBOARD = "tensorboard"
+LOGGERS = (TENSORBOARD, "wandb", "swanlab", "trackio")  # --report-to
 
 TRAINING = Group("training", "训练")
 SCHEDULE = Group("learning rate", "学习率")
 EVALUATION = Group("evaluation and saving", "评测与保存")
+REPORT = Group("report and logs", "报告与日志")
 MACHINE = Group("machine", "运行环境")
+
+
+def _loggers(text: str) -> tuple[str, ...]:
+    names = comma_list(text)
+    for name in names:
+        if name not in LOGGERS:
+            known = ", ".join(LOGGERS)
+            raise argparse.ArgumentTypeError(f"{name!r} is no logger; there are {known}")
+    return tuple(dict.fromkeys(names))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +50,7 @@ class Options(ModelOptions, CommandOptions):
         "微调 CPM-Bee 模型，可做增量微调（LoRA）或全参数微调。"
         "可单进程运行，也可用 torchrun 以多进程运行。"
     )
-    groups = (MODEL, DATA, DELTA, TRAINING, SCHEDULE, EVALUATION, MACHINE)
+    groups = (MODEL, DATA, DELTA, TRAINING, SCHEDULE, EVALUATION, REPORT, MACHINE)
     hints = hints.FINETUNE
 
     epoch: int = TRAINING.option(1, "passes over the training set", "训练轮数", type=positive)
@@ -129,9 +144,18 @@ class Options(ModelOptions, CommandOptions):
     )
     early_stop_patience: int = EVALUATION.option(
         5,
-        "stop after this many evaluations in a row without a lower loss",
-        "连续多少次评测损失没有下降就提前停止",
+        "stop after this many evaluations in a row that are not the best so far",
+        "连续多少次评测都没有刷新最好结果就提前停止",
         type=positive,
+    )
+    metric_for_best: str = EVALUATION.option(
+        LOSS,
+        "which evaluation is the best one, for the best weights and for `--early-stop-patience`: "
+        "that with the lowest `loss`, or with the highest `exact_match` and, of equal ones, the "
+        "lowest loss",
+        "哪次评测算最好（用于最优权重和 `--early-stop-patience`）：`loss` 最低者，或 "
+        "`exact_match` 最高者（相同时取损失较低者）",
+        choices=METRICS,
     )
     inspect_iters: int = EVALUATION.option(
         1000,
@@ -183,14 +207,43 @@ class Options(ModelOptions, CommandOptions):
         metavar="auto|never|PATH",
         bare=ALWAYS,
     )
-    task_name: str = EVALUATION.option(
+    report: str = REPORT.option(
+        CURVES,
+        "a page about the run, `SAVE_NAME-report.html`: `curves` (which need the extra: "
+        '`python -m pip install -e ".[report]"`; without it there are tables), only `tables`, or '
+        "`none`",
+        "关于本次训练的网页 `SAVE_NAME-report.html`：带曲线（`curves`，需安装附加依赖："
+        '`python -m pip install -e ".[report]"`，否则只有表格）、只有表格（`tables`）'
+        "或不生成（`none`）",
+        choices=(CURVES, TABLES, NO_REPORT),
+    )
+    log_interval: int = REPORT.option(
+        10,
+        "steps between printed lines, where there is no terminal for a progress bar; the log file "
+        "has every step",
+        "没有终端显示进度条时，打印训练步的间隔（步）；日志文件记录每一步",
+        type=positive,
+    )
+    report_to: tuple[str, ...] = REPORT.option(
+        (),
+        "loggers that also get the figures, separated by commas: `tensorboard`, `wandb`, "
+        "`swanlab`, `trackio`; each needs the extra of its name, such as "
+        '`python -m pip install -e ".[wandb]"`',
+        "同时把数值发给哪些记录工具，用逗号分隔：`tensorboard`、`wandb`、`swanlab`、`trackio`；"
+        '各需安装同名附加依赖，如 `python -m pip install -e ".[wandb]"`',
+        type=_loggers,
+        metavar="NAMES",
+    )
+    task_name: str = REPORT.option(
         "task", "name of the task in the logs", "日志中的任务名", metavar="NAME"
     )
-    tensorboard: str | None = EVALUATION.option(
+    tensorboard: str | None = REPORT.option(
         None,
-        "also write TensorBoard events to this folder (needs the extra: "
+        "write TensorBoard events to this folder; with `--report-to tensorboard` alone they go to "
+        "`SAVE_NAME-tensorboard` in `--save` (needs the extra: "
         '`python -m pip install -e ".[tensorboard]"`)',
-        "同时向该文件夹写入 TensorBoard 事件（需安装附加依赖："
+        "向该文件夹写入 TensorBoard 事件；只写 `--report-to tensorboard` 时写入 `--save` 中的 "
+        "`SAVE_NAME-tensorboard`（需安装附加依赖："
         '`python -m pip install -e ".[tensorboard]"`）',
         metavar="FOLDER",
     )

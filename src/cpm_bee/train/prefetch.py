@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -21,7 +21,7 @@ def prefetch(
     device: torch.device,
     *,
     background: bool | None = None,
-) -> Iterator[tuple[StepT, Batches]]:
+) -> Generator[tuple[StepT, Batches], None, None]:
     """Yields steps, each with its batches on the device.
 
     A background thread makes and copies the batches of the next step. `steps` may communicate with

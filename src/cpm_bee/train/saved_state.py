@@ -17,11 +17,13 @@ from cpm_bee.train.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-# The fields of `trainer.TrainingState` with their minimum values.
+# The fields of `TrainingState` with their minimum values.
 _PROGRESS = {
     "step": 0, "epoch": 0, "step_in_epoch": 0, "records_in_epoch": 0,
     "evaluations_without_gain": 0, "evaluated_step": -1, "saved_step": -1, "best_loss": None,
+    "best_exact_match": None,
 }  # fmt: skip
+_NOT_IN_OLDER = {"best_exact_match"}
 _PARTS = ("settings", "delta", "engine", "progress")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MAX_DEPTH = 8
@@ -38,7 +40,8 @@ def check_state(path: Path, state: dict[Any, Any]) -> None:
             problems.add(part, "is missing or not a dictionary")
     if not isinstance(state.get("base_fingerprint"), str):
         problems.add("base_fingerprint", "is missing or not a text")
-    for part in ("vocabulary_fingerprint", "evaluation_fingerprint"):  # not in older states
+    # Not in older states:
+    for part in ("vocabulary_fingerprint", "evaluation_fingerprint", "metric_for_best"):
         if not isinstance(state.get(part, ""), str):
             problems.add(part, "is not a text")
     if not problems.count:
@@ -125,6 +128,8 @@ def _progress_problems(progress: dict[Any, Any]) -> Iterator[str]:
     for name, least in _PROGRESS.items():
         value = progress.get(name)
         if name not in progress:
+            if name in _NOT_IN_OLDER:
+                continue
             yield f"{name} is missing"
         elif least is None:
             if not isinstance(value, float) or math.isnan(value):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -20,15 +19,19 @@ from cpm_bee.model import flex_probe
 from cpm_bee.model.flex_attention import FLEX, SDPA
 from cpm_bee.model.frozen.buffers import return_freed_memory
 from cpm_bee.model.network import CPMBee
+from cpm_bee.report.writer import ReportWriter
 from cpm_bee.tokenizer import Tokenizer
 from cpm_bee.train.activation_checkpointing import CheckpointingChoice, choose_for_run
 from cpm_bee.train.checkpoints import RunFiles
 from cpm_bee.train.checks import Inputs, check, step_shapes
 from cpm_bee.train.data_loader import DataLoader
+from cpm_bee.train.display import Display
 from cpm_bee.train.dry_run import describe_run
 from cpm_bee.train.initial_delta import begins_with_file, digest_of, init_delta_line
 from cpm_bee.train.log import Reporter
-from cpm_bee.train.options import Options
+from cpm_bee.train.loggers import open_loggers
+from cpm_bee.train.options import CURVES, NO_REPORT, Options
+from cpm_bee.train.run_facts import facts_of
 from cpm_bee.train.summary import (
     checkpointing_line,
     data_lines,
@@ -36,7 +39,8 @@ from cpm_bee.train.summary import (
     model_line,
     schedule_warnings,
 )
-from cpm_bee.train.trainer import Trainer, TrainingState
+from cpm_bee.train.trainer import Trainer
+from cpm_bee.train.training_state import TrainingState
 
 _LESS_MEMORY = (
     "Less memory: --checkpointing full, --max-tokens (the same step in smaller parts), a smaller "
@@ -79,7 +83,8 @@ def finetune(options: Options) -> None:
             trainer.run()
         except torch.OutOfMemoryError as error:
             raise RunError(f"{str(error).splitlines()[0]} {_LESS_MEMORY}") from None
-        run.reporter.line(f"saved: {run.files.best}, {run.files.last}")
+        report = "" if options.report == NO_REPORT else f"; report: {run.files.report}"
+        run.reporter.line(f"saved: {run.files.best}, {run.files.last}{report}")
 
 
 @dataclass(frozen=True)
@@ -139,13 +144,6 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
             del saved, engine_state
         # Only after all ranks have opened the state to resume from, which this may move.
         _begin(engine, files, resumed_step is not None, state)
-        reporter = Reporter(
-            files.places.to_write(files.log) if engine.rank == 0 else None,
-            resumed_step=resumed_step,
-            evaluated_step=state.evaluated_step if state.evaluated_step >= 0 else state.step - 1,
-            task=options.task_name,
-            tensorboard=options.tensorboard,
-        )
         summary = [inputs.fresh_start] if inputs.fresh_start else []
         is_resumed = resumed_step is not None
         summary += [f"resumed after step {resumed_step}"] if is_resumed else []
@@ -156,7 +154,17 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
         ]
         summary += _data_lines(options, training, evaluation)
         summary += [distribution, checkpointing_line(checkpointing), *attention_lines]
-        with closing(reporter):
+        writes = engine.rank == 0
+        report = _report(options, engine, [training, evaluation], files, summary)
+        with Reporter(
+            files.places.to_write(files.log) if writes else None,
+            resumed_step=resumed_step,
+            evaluated_step=state.evaluated_step if state.evaluated_step >= 0 else state.step - 1,
+            task=options.task_name,
+            display=Display(options.log_interval, options.epoch),
+            loggers=open_loggers(options) if writes else [],
+            report=report if writes else None,
+        ) as reporter:
             yield Run(
                 model=model,
                 engine=engine,
@@ -176,6 +184,20 @@ def open_data(
     if isinstance(data, Mixture):
         return MixedIndex(data, [open_index(engine, d, tokenizer) for d in data.datasets])
     return open_index(engine, data, tokenizer)
+
+
+def _report(
+    options: Options,
+    engine: Engine,
+    loaders: list[DataLoader | None],
+    files: RunFiles,
+    summary: list[str],
+) -> ReportWriter | None:
+    if options.report == NO_REPORT:
+        return None
+    facts = facts_of(options, engine, [d for d in loaders if d is not None], files, summary)
+    place, curves = files.places.to_write, options.report == CURVES
+    return ReportWriter(place, files.report, files.curves, facts, with_curves=curves)
 
 
 def open_index(engine: Engine, dataset: BinaryDataset, tokenizer: Tokenizer) -> TokenIndex:
@@ -233,8 +255,7 @@ def _begin(engine: Engine, files: RunFiles, resumes: bool, state: TrainingState)
     if figures[0]:
         state.saved_step = -1
         if figures[1]:
-            state.best_loss, state.evaluated_step = math.inf, -1
-            state.evaluations_without_gain = 0
+            state.forget_best()
 
 
 def _is_same_on_all_ranks(engine: Engine, number: int) -> bool:

@@ -3,48 +3,31 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
 import time
-from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import closing, suppress
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from cpm_bee.distributed import rank
 from cpm_bee.engine import Engine, StepResult
 from cpm_bee.engine.finite import not_finite
 from cpm_bee.errors import InterruptedRun, RunError, describe
 from cpm_bee.model.network import CPMBee
-from cpm_bee.progress import progress_bar, silence_terminal
 from cpm_bee.train.checkpoints import RunFiles
 from cpm_bee.train.data_loader import DataLoader, PlannedStep
-from cpm_bee.train.evaluation import evaluate
+from cpm_bee.train.evaluation import NUM_SAMPLES, evaluate
 from cpm_bee.train.log import Reporter
-from cpm_bee.train.options import Options
+from cpm_bee.train.options import NO_REPORT, Options
 from cpm_bee.train.prefetch import Batches
 from cpm_bee.train.schedules import learning_rate
+from cpm_bee.train.signals import Signals
+from cpm_bee.train.training_state import GAINS, TrainingState
 
 
 def _require_finite(loss: float, name: str) -> None:
     if not math.isfinite(loss):
         raise RunError(f"the {name} is {loss}; a lower --lr or a longer --warmup-iters may help")
-
-
-@dataclass
-class TrainingState:
-    """The progress of a run. Resuming needs only this and the engine's state."""
-
-    step: int = 0  # finished steps of this run
-    epoch: int = 0
-    step_in_epoch: int = 0
-    records_in_epoch: int = 0
-    best_loss: float = math.inf
-    evaluations_without_gain: int = 0
-    evaluated_step: int = -1
-    saved_step: int = -1
 
 
 class Trainer:
@@ -74,7 +57,7 @@ class Trainer:
         self._options = options
         self._files = files
         self._reporter = reporter
-        self._signals = 0
+        self._signals = Signals()
         self._saved_at = time.monotonic()
         self.state = state
 
@@ -105,7 +88,7 @@ class Trainer:
     def _run(self) -> str:
         state = self.state
         self._model.train()
-        with self._watch_signals():
+        with self._signals:
             try:
                 if state.evaluated_step < 0:
                     self._evaluate()
@@ -144,7 +127,8 @@ class Trainer:
         """Run the remaining epochs; returns the reason for the end."""
         state, limit = self.state, self._options.max_steps
         while state.epoch < self._options.epoch:
-            with closing(self._remaining_steps()) as steps:
+            # On an exception too, the thread that makes the next batches ends with its steps.
+            with closing(self._training.batches(state.epoch, state.step_in_epoch)) as steps:
                 started = time.perf_counter()
                 for step, batches in steps:
                     if limit is not None and state.step >= limit:
@@ -155,20 +139,6 @@ class Trainer:
             state.epoch += 1
             state.step_in_epoch = state.records_in_epoch = 0
         return f"all {self._options.epoch} epochs are done"
-
-    def _remaining_steps(self) -> Generator[tuple[PlannedStep, Batches], None, None]:
-        epoch, done = self.state.epoch, self.state.step_in_epoch
-        bar = progress_bar(
-            total=self._training.num_records,
-            initial=self.state.records_in_epoch,
-            description=f"epoch {epoch + 1}/{self._options.epoch}",
-            unit="records",
-            quiet=self._engine.rank > 0,
-        )
-        with bar:
-            for step, batches in self._training.batches(epoch, done):
-                yield step, batches
-                bar.update(step.records)
 
     def _step(self, step: PlannedStep, batches: Batches, started: float) -> str | None:
         """Run an optimizer step and what is due after it; returns a reason to stop, if any."""
@@ -191,7 +161,7 @@ class Trainer:
             del share  # and what its graph holds, before the next forward pass
         # The same reduction tells all ranks of a signal to any of them, so that all end after the
         # same step, and whether to save: their clocks differ.
-        flags = (self._signals > 0, self._is_late())
+        flags = (self._signals.count > 0, self._is_late())
         sums = [own_loss, *map(float, flags), *part_losses]
         loss, signals, is_late, *part_losses = engine.reduce(sums)
         _require_finite(loss, f"loss of step {state.step + 1}")
@@ -221,8 +191,8 @@ class Trainer:
                 "there"
             )
         if state.evaluations_without_gain >= options.early_stop_patience:
-            patience = options.early_stop_patience
-            return f"early stop: {patience} evaluations in a row without a lower loss"
+            patience, gain = options.early_stop_patience, GAINS[options.metric_for_best]
+            return f"early stop: {patience} evaluations in a row without {gain}"
         return None
 
     def _is_late(self) -> bool:
@@ -260,22 +230,28 @@ class Trainer:
             seconds=seconds,
             row_fill=step.tokens / self._training.tokens_per_step,
             skipped=result.skipped,
+            done=self._done(),
         )
 
+    def _done(self) -> float:
+        """The share of the run that is done, if nothing ends it early."""
+        state, options = self.state, self._options
+        of_epoch = state.records_in_epoch / self._training.num_records
+        shares = [(state.epoch + min(of_epoch, 1.0)) / options.epoch]
+        if options.max_steps is not None:
+            shares.append(state.step / options.max_steps)
+        return min(1.0, max(shares))
+
     def _evaluate(self) -> None:
-        state = self.state
+        state, options = self.state, self._options
         if self._evaluation is None:
             state.evaluated_step = state.step
+            self._reporter.no_evaluation()
             return
-        result = evaluate(self._model, self._engine, self._evaluation)
-        state.evaluated_step = state.step
+        samples = 0 if options.report == NO_REPORT else NUM_SAMPLES
+        result = evaluate(self._model, self._engine, self._evaluation, samples)
         _require_finite(result.loss, f"evaluation loss after {state.step} steps")
-        best = result.loss < state.best_loss
-        if best:
-            state.best_loss = result.loss
-            state.evaluations_without_gain = 0
-        else:
-            state.evaluations_without_gain += 1
+        best = state.add_evaluation(result.loss, result.exact_match, options.metric_for_best)
         # Logged first: the log tells which best weights are later than a state, also after a kill.
         self._reporter.evaluation(state.step, result, best)
         if best:
@@ -312,32 +288,3 @@ class Trainer:
         if self._engine.rank == 0:
             path = self._files.best if which == "best" else self._files.last
             self._files.save_weights(path, tensors)
-
-    @contextmanager
-    def _watch_signals(self) -> Iterator[None]:
-        """Finish the running step before Ctrl-C, SIGTERM or a closed terminal takes effect."""
-
-        def note(number: int, frame: object) -> None:
-            rank.is_terminating |= number == signal.SIGTERM
-            if number == signal.SIGHUP:
-                silence_terminal()
-            # torchrun forwards Ctrl-C as SIGTERM, so there only a second Ctrl-C means "at once".
-            again = number == signal.SIGINT or "TORCHELASTIC_RUN_ID" not in os.environ
-            self._signals += again or not self._signals
-            if self._signals > 1:
-                raise KeyboardInterrupt
-
-        signals = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup it stays ignored
-            signals.append(signal.SIGHUP)
-        old = {s: signal.signal(s, note) for s in signals}
-        try:
-            yield
-        except BaseException:
-            # torchrun's SIGTERM must not end this process before it has reported its error.
-            if "TORCHELASTIC_RUN_ID" in os.environ and rank.is_reporting_rank():
-                old.pop(signal.SIGTERM, None)
-            raise
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
