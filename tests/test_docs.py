@@ -40,6 +40,7 @@ GENERATED = [
     "*bee_data/*.jsonl", "bee_data/NAME", "*bin_data/*", "meta.bin", "checksums.json",
     "*vocab.txt", "bee.txt", "config.json", "*pytorch_model.bin", "ckpts/nothing.bin",
     "src/results*", "results/*", "cpm_bee_finetune-*", "answers.jsonl*", "train.jsonl",
+    "valid.jsonl", "examples.jsonl",
     "eval.jsonl", "*my_records*", "../shared/golden", ".venv/bin/*",
     "*my_data*", "mine.py", "data.html", "../bin_data/my_task", "../bin_data/mine",
     "../bin_data/general", "data.json", "data.jsonl",
