@@ -174,7 +174,7 @@ class Evaluated:
         means = scores.losses / scores.targets
         lines = []
         for i in np.argsort(-means, kind="stable")[: self.options.errors].tolist():
-            where, record, _ = self.answered[i]
+            where, record = self.answered[i].where, self.answered[i].record
             written = self.outcome.choices[i] or text_of(self.outcome.answers[i])
             lines += [
                 f"{where}: loss {means[i]:.2f} per token",
