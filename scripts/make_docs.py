@@ -26,7 +26,7 @@ from cpm_bee.doctor.options import DoctorOptions
 from cpm_bee.errors import RunError
 from cpm_bee.evaluate.options import EvaluateOptions
 from cpm_bee.files import atomic_file
-from cpm_bee.generate.options import TextGenerationOptions
+from cpm_bee.generate.command_options import TextGenerationOptions
 from cpm_bee.options import DEBUG, GENERAL, CommandOptions, Flag
 from cpm_bee.serve.options import ServeOptions
 from cpm_bee.train.options import Options

@@ -7,7 +7,8 @@ import sys
 from cpm_bee.cli import run_command
 from cpm_bee.distributed.rank import RankInfo
 from cpm_bee.errors import InputError
-from cpm_bee.generate.options import GenerationOptions, TextGenerationOptions
+from cpm_bee.generate.command_options import TextGenerationOptions
+from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.options import flags_of
 
 

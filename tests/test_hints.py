@@ -14,7 +14,7 @@ from cpm_bee.data.preprocess.options import PreprocessOptions
 from cpm_bee.doctor.options import DoctorOptions
 from cpm_bee.errors import InputError
 from cpm_bee.evaluate.options import EvaluateOptions
-from cpm_bee.generate.options import TextGenerationOptions
+from cpm_bee.generate.command_options import TextGenerationOptions
 from cpm_bee.options import CommandOptions, Group
 from cpm_bee.serve.options import ServeOptions
 from cpm_bee.train.options import Options

@@ -19,7 +19,7 @@ from cpm_bee.data.inspect.options import InspectOptions
 from cpm_bee.data.preprocess.options import PreprocessOptions
 from cpm_bee.doctor.options import DoctorOptions
 from cpm_bee.evaluate.options import EvaluateOptions
-from cpm_bee.generate.options import TextGenerationOptions
+from cpm_bee.generate.command_options import TextGenerationOptions
 from cpm_bee.options import CommandOptions
 from cpm_bee.serve.options import ServeOptions
 from cpm_bee.train.options import Options

@@ -446,7 +446,9 @@ def test_a_line_as_long_as_is_allowed(files: seeds.Seeds) -> None:
     path = files.path("longest.jsonl", line)
     with limits(len(line), 4 * SECONDS):
         [found] = read_records(str(path))
-        Encoder(files.tokenizer).encode(found.record)
+        encoded = Encoder(files.tokenizer).encode(found.record)
+    assert len(encoded) > 0
+    assert len(str(found.record["input"])) == len(line) - len(begin) - len(end)
 
 
 CHARACTERS = {

@@ -16,9 +16,9 @@ import pytest
 from support import ROOT
 
 from cpm_bee.errors import InputError
+from cpm_bee.generate.command_options import TextGenerationOptions
 from cpm_bee.generate.console import Console, converse, record_of
 from cpm_bee.generate.generator import Generator
-from cpm_bee.generate.options import TextGenerationOptions
 
 
 def console_of(tiny_model, tiny_tokenizer, **flags) -> Console:

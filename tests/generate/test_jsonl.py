@@ -10,8 +10,9 @@ from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError
 from cpm_bee.generate import jsonl
 from cpm_bee.generate.choices import choose
+from cpm_bee.generate.command_options import TextGenerationOptions
 from cpm_bee.generate.generator import Generator
-from cpm_bee.generate.options import GenerationOptions, TextGenerationOptions
+from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.tokenizer import unescape
 
 OPTIONS = GenerationOptions(beam_size=2, max_length=2)

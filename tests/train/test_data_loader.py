@@ -24,10 +24,10 @@ from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.errors import InputError
 from cpm_bee.records import Record
 from cpm_bee.tokenizer import Tokenizer
-from cpm_bee.train import setup
+from cpm_bee.train import agreement
+from cpm_bee.train.agreement import open_index as open_shared_index
 from cpm_bee.train.data_loader import DataLoader, PlannedStep
 from cpm_bee.train.prefetch import Batches
-from cpm_bee.train.setup import open_index as open_shared_index
 
 TOKENIZER = Tokenizer(train_support.TOKENS)
 Epoch = list[tuple[PlannedStep, Batches]]
@@ -329,7 +329,7 @@ def test_processes_that_resume_from_different_states_are_refused(steps: tuple[in
 
     def message(engine: Any, step: int) -> str:
         try:
-            setup._check_same_step(engine, step)
+            agreement.check_same_step(engine, step)
         except InputError as error:
             return str(error)
         return ""

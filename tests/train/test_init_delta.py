@@ -15,8 +15,8 @@ from train_support import Run, Workspace, distance, train
 from cpm_bee import delta
 from cpm_bee.delta import DeltaFile
 from cpm_bee.errors import InputError
+from cpm_bee.train.agreement import refuse_different_deltas
 from cpm_bee.train.options import Options
-from cpm_bee.train.setup import _refuse_different_deltas
 
 FILE = "cpm_bee_finetune-delta-last.pt"
 OWN = {"delta_rank": 3, "delta_alpha": 5, "delta_targets": "w_0,project_v"}
@@ -172,9 +172,9 @@ def test_processes_with_different_files_stop(first: Run) -> None:
     file = str(first.save / FILE)
     options = Options(dataset="", use_delta=True, init_delta=file)
     with pytest.raises(InputError, match="the processes have different files"):
-        _refuse_different_deltas(Other(), options)  # type: ignore[arg-type]
+        refuse_different_deltas(Other(), options)  # type: ignore[arg-type]
     resumed = Options(dataset="", use_delta=True, init_delta=file, resume=True)
-    _refuse_different_deltas(Other(), resumed)  # type: ignore[arg-type]
+    refuse_different_deltas(Other(), resumed)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

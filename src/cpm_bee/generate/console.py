@@ -15,9 +15,10 @@ from typing import Any
 from cpm_bee import json_lines, records
 from cpm_bee.data.record_source import LocatedRecord, located
 from cpm_bee.errors import CpmBeeError, InputError, describe
+from cpm_bee.generate.command_options import TextGenerationOptions
 from cpm_bee.generate.generator import Generator, Output, growth
 from cpm_bee.generate.jsonl import ChoiceOptions, answer_all, as_given
-from cpm_bee.generate.options import GenerationOptions, TextGenerationOptions
+from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt
 from cpm_bee.options import flags_of
 from cpm_bee.records import ANSWER, CANDIDATES, CHOICES, CUT

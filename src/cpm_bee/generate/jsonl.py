@@ -18,8 +18,9 @@ from cpm_bee.data.record_source import LocatedRecord
 from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError, Problems, naming
 from cpm_bee.generate.choices import choose, has_choices
+from cpm_bee.generate.command_options import TextGenerationOptions
 from cpm_bee.generate.generator import Generator
-from cpm_bee.generate.options import GenerationOptions, TextGenerationOptions
+from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.output import Output, check_partial, names_in_use, resumable_file
 from cpm_bee.generate.prompt import Prompt
 from cpm_bee.generate.scoring import MAX_TOKENS

@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from cpm_bee.data.bin_dataset import BinaryDataset
-from cpm_bee.data.mixture import MixedIndex, Mixture
+from cpm_bee.data.mixture import MixedIndex
 from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.distributed.rank import RankInfo
 from cpm_bee.engine import Engine, OptimizerSettings
 from cpm_bee.engine.select import make_engine
-from cpm_bee.errors import CpmBeeError, InputError, RunError, keeping
+from cpm_bee.errors import RunError, keeping
 from cpm_bee.model import flex_probe
 from cpm_bee.model.flex_attention import FLEX, SDPA
 from cpm_bee.model.frozen.buffers import return_freed_memory
@@ -22,12 +21,13 @@ from cpm_bee.model.network import CPMBee
 from cpm_bee.report.writer import ReportWriter
 from cpm_bee.tokenizer import Tokenizer
 from cpm_bee.train.activation_checkpointing import CheckpointingChoice, choose_for_run
+from cpm_bee.train.agreement import check_same_step, open_data, refuse_different_deltas
 from cpm_bee.train.checkpoints import RunFiles
 from cpm_bee.train.checks import Inputs, check, step_shapes
 from cpm_bee.train.data_loader import DataLoader
 from cpm_bee.train.display import Display
 from cpm_bee.train.dry_run import describe_run
-from cpm_bee.train.initial_delta import begins_with_file, digest_of, init_delta_line
+from cpm_bee.train.initial_delta import init_delta_line
 from cpm_bee.train.log import Reporter
 from cpm_bee.train.loggers import open_loggers
 from cpm_bee.train.options import CURVES, NO_REPORT, Options
@@ -117,7 +117,7 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
     """
     model, tokenizer, files = inputs.pretrained.model, inputs.pretrained.tokenizer, inputs.files
     with closing(make_engine(inputs.engine, inputs.device, inputs.dtype)) as engine:
-        _refuse_different_deltas(engine, options)
+        refuse_different_deltas(engine, options)
         sizes = model_line(model)
         distribution = engine.load_model(inputs.pretrained, options.parallel, options.offload)
         indexes = [open_data(engine, data, tokenizer) for data in inputs.datasets.values()]
@@ -134,7 +134,7 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
             compile_blocks(model.encoder)
         engine.prepare(model, _optimizer_settings(options))
         saved = inputs.take_saved_state()
-        _check_same_step(engine, -1 if saved is None else saved[1]["step"])
+        check_same_step(engine, -1 if saved is None else saved[1]["step"])
         resumed_step, state = None, TrainingState()
         if saved is not None:
             engine_state, trainer_state = saved
@@ -177,15 +177,6 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
             )
 
 
-def open_data(
-    engine: Engine, data: BinaryDataset | Mixture, tokenizer: Tokenizer
-) -> TokenIndex | MixedIndex:
-    """Open the token index of a dataset, or those of a mixture; collective (see `open_index`)."""
-    if isinstance(data, Mixture):
-        return MixedIndex(data, [open_index(engine, d, tokenizer) for d in data.datasets])
-    return open_index(engine, data, tokenizer)
-
-
 def _report(
     options: Options,
     engine: Engine,
@@ -198,47 +189,6 @@ def _report(
     facts = facts_of(options, engine, [d for d in loaders if d is not None], files, summary)
     place, curves = files.places.to_write, options.report == CURVES
     return ReportWriter(place, files.report, files.curves, facts, with_curves=curves)
-
-
-def open_index(engine: Engine, dataset: BinaryDataset, tokenizer: Tokenizer) -> TokenIndex:
-    """Open the token index, which rank 0 makes if necessary; collective.
-
-    Raises:
-        InputError: on all ranks, if it cannot be made, or if ranks have different data or
-            vocabularies: each plans for itself, and they would wait for each other forever.
-    """
-    failure: Exception | None = None
-    if engine.rank == 0:
-        try:
-            TokenIndex.of(dataset, tokenizer, refuse_busy=True)
-        except (CpmBeeError, OSError) as error:
-            failure = error
-    if engine.reduce([float(failure is not None)])[0]:
-        raise failure or InputError(f"{dataset.folder}: the first process cannot read it")
-    own = int(dataset.fingerprint[:15], 16) ^ int(tokenizer.fingerprint[:15], 16)
-    if not _is_same_on_all_ranks(engine, own):
-        raise InputError(
-            f"{dataset.folder}: the processes have different data or vocabularies; copy the folder "
-            "and the vocabulary to all machines again"
-        )
-    return TokenIndex.of(dataset, tokenizer)
-
-
-def _check_same_step(engine: Engine, step: int) -> None:
-    """Check that all processes resume from the same state, or none does; collective.
-
-    Each has looked for it on its own.
-
-    Args:
-        step: of the state; -1 if this process begins anew.
-    """
-    largest, least = engine.reduce_max([step, -step])
-    if largest != -least:
-        found = ["no state" if s < 0 else f"the state of step {s}" for s in (-least, largest)]
-        raise InputError(
-            f"--resume: one process finds {found[0]}, another one {found[1]}; --save must be on a "
-            "file system that all machines share"
-        )
 
 
 def _begin(engine: Engine, files: RunFiles, resumes: bool, state: TrainingState) -> None:
@@ -256,22 +206,6 @@ def _begin(engine: Engine, files: RunFiles, resumes: bool, state: TrainingState)
         state.saved_step = -1
         if figures[1]:
             state.forget_best()
-
-
-def _is_same_on_all_ranks(engine: Engine, number: int) -> bool:
-    largest, least = engine.reduce_max([number, -number])
-    return largest == -least
-
-
-def _refuse_different_deltas(engine: Engine, options: Options) -> None:
-    """Raise `InputError`, on all ranks, if they begin with different deltas; collective."""
-    if options.init_delta is None or not begins_with_file(options):
-        return
-    if not _is_same_on_all_ranks(engine, digest_of(options.init_delta)):
-        raise InputError(
-            f"--init-delta {options.init_delta}: the processes have different files; copy it to "
-            "all machines again"
-        )
 
 
 def _loaders(
