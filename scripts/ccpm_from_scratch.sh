@@ -19,7 +19,7 @@ if [ -z "$data" ] || [ $# != 1 ]; then
     echo "usage: bash scripts/ccpm_from_scratch.sh PATH    the folder with CCPM's train.jsonl and eval.jsonl" >&2
     exit 2
 fi
-[ -f "$data/eval.jsonl" ] && evaluation=eval || evaluation=valid
+[ -f "$data/eval.jsonl" ] && evaluation="eval" || evaluation="valid"
 for name in train "$evaluation"; do
     if [ ! -f "$data/$name.jsonl" ]; then
         echo "error: $data/$name.jsonl: no such file; CCPM's train.jsonl and eval.jsonl (or valid.jsonl) are needed" >&2
