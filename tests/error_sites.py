@@ -10,12 +10,14 @@ from __future__ import annotations
 import ast
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 HOLE = "\0"
+_CUT = "\1"  # where a function calls itself: the other texts are all there are
 SRC = Path(__file__).resolve().parents[1] / "src"
 
 # Constructors whose first argument is a text for users. A ValueError's text is shown where another
@@ -27,13 +29,12 @@ SAID = {"say", "said"}
 # Functions that show a value, whatever it is.
 SHOWS = {"shown", "describe", "quote", "command_line", "shown_bytes"}
 # Functions that return reasons and are handed on, so that no call can be followed to them.
-MAKE_REASONS = {"validate", "unpickle_problem"}
+MAKE_REASONS = {"validate"}
+MAKE_MESSAGE = {"_message_of"}
 _MOST_FORMS = 400  # of one text
-_DEPTH = 12
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """A text of the source: a message with holes for its values."""
 
     place: str  # file:line
@@ -70,7 +71,9 @@ class Module:
             if isinstance(node, ast.Assign):
                 for target in node.targets:
                     _bind(target, node.value, found)
-            elif isinstance(node, ast.AnnAssign) and node.value and isinstance(node.target, ast.Name):
+            elif (
+                isinstance(node, ast.AnnAssign) and node.value and isinstance(node.target, ast.Name)
+            ):
                 found[node.target.id] = node.value
         return found
 
@@ -130,14 +133,15 @@ class Sources:
                 place = f"{module.path.relative_to(self.root.parent)}:{call.lineno}"
                 flow = _Flow(self, function, module)
                 for text in dict.fromkeys(self._texts_of(name, call, flow)):
-                    yield Text(place, text)
-        for name in sorted(MAKE_REASONS):
+                    if _CUT not in text:
+                        yield Text(place, text)
+        for name in sorted(MAKE_REASONS | MAKE_MESSAGE):
             for function in self.functions.get(name, []):
                 line = function.node.lineno
                 place = f"{function.module.path.relative_to(self.root.parent)}:{line}"
                 call = ast.Call(ast.Name(name), [], [])
                 flow = _Flow(self, None, function.module)
-                for text in flow.items(call):
+                for text in flow.items(call) if name in MAKE_REASONS else flow.texts(call):
                     yield Text(place, text)
 
     def _texts_of(self, name: str, call: ast.Call, flow: _Flow) -> Iterator[str]:
@@ -150,21 +154,23 @@ class Sources:
             yield from header
             for one in remedy:
                 yield from flow.texts(one)
-        elif name == "add" and len(call.args) == 2:  # of Problems; a set's add has one argument
+        elif name == "add" and _is_of(call, "problems"):
             where, reason = (flow.texts(a) for a in call.args)
             yield from (f"  {w}: {r}" for w, r in itertools.product(where, reason))
-        elif name == "extend" and len(call.args) == 2:
+        elif name == "extend" and _is_of(call, "problems") and len(call.args) == 2:
             where, reasons = flow.texts(call.args[0]), flow.items(call.args[1])
             yield from (f"  {w}: {r}" for w, r in itertools.product(where, reasons))
-        elif name == "error" and len(call.args) == 1 and _is_parser(call):
-            yield from flow.texts(call.args[0])
-        elif name in SAID and call.args:
+        elif (name == "error" and (_is_of(call, "self") or _is_of(call, "parser"))) or (
+            name in SAID and call.args
+        ):
             yield from flow.texts(call.args[0])
 
 
-def _is_parser(call: ast.Call) -> bool:
+def _is_of(call: ast.Call, owner: str) -> bool:
+    """Whether a method of a variable is called that has this name."""
     value = call.func.value if isinstance(call.func, ast.Attribute) else None
-    return isinstance(value, ast.Name) and value.id in ("self", "parser")
+    name = value.attr if isinstance(value, ast.Attribute) else getattr(value, "id", "")
+    return owner in str(name)
 
 
 def called(call: ast.Call) -> str:
@@ -178,17 +184,25 @@ class _Flow:
     """Where the texts of expressions in one function come from."""
 
     def __init__(
-        self, sources: Sources, function: Function | None, module: Module, depth: int = 0
+        self,
+        sources: Sources,
+        function: Function | None,
+        module: Module,
+        active: frozenset[int] = frozenset(),
     ) -> None:
-        self.sources, self.function, self.module, self.depth = sources, function, module, depth
+        self.sources, self.function, self.module = sources, function, module
+        self._active = active  # what is being followed: a function may call itself
 
     def texts(self, node: ast.expr) -> list[str]:
         """All forms that the text of an expression can have."""
-        if self.depth > _DEPTH:
+        if id(node) in self._active:
             return [HOLE]
-        deeper = _Flow(self.sources, self.function, self.module, self.depth + 1)
-        found = list(dict.fromkeys(deeper._texts(node)))
-        return (found or [HOLE])[:_MOST_FORMS]
+        deeper = self._in(self.function, self.module, node)
+        return _without_cuts(deeper._texts(node))[:_MOST_FORMS]
+
+    def _in(self, function: Function | None, module: Module, node: ast.AST | None = None) -> _Flow:
+        active = self._active | {id(node)} if node else self._active
+        return _Flow(self.sources, function, module, active)
 
     def _texts(self, node: ast.expr) -> Iterator[str]:
         if isinstance(node, ast.Constant):
@@ -241,9 +255,9 @@ class _Flow:
         elif name == "format" and isinstance(node.func, ast.Attribute):
             for text in self.texts(node.func.value):
                 yield re.sub(r"\{[^{}]*\}", HOLE, text)
-        elif name == "str" and node.args:
+        elif name in ("str", *SAID) and node.args:
             yield from self.texts(node.args[0])
-        elif name in SHOWS:
+        elif name in SHOWS or _is_chained(node):
             yield HOLE
         else:
             functions = self.sources.functions.get(name, [])
@@ -253,20 +267,23 @@ class _Flow:
             if not is_text or len(functions) > 3:
                 yield HOLE
             for function in is_text if len(functions) <= 3 else []:
-                yield from self._returned(function, node)
+                yield from self._returned(function)
 
-    def _returned(self, function: Function, call: ast.Call) -> Iterator[str]:
-        flow = _Flow(self.sources, function, function.module, self.depth)
+    def _returned(self, function: Function) -> Iterator[str]:
+        flow = self._in(function, function.module, function.node)
+        if id(function.node) in self._active:
+            yield _CUT
+            return
         for node in _own(function.node):
             if isinstance(node, ast.Return) and node.value is not None:
                 yield from flow.texts(node.value)
 
     def items(self, node: ast.expr) -> list[str]:
         """The texts of the items of an iterable."""
-        if self.depth > _DEPTH:
+        if id(node) in self._active:
             return [HOLE]
-        deeper = _Flow(self.sources, self.function, self.module, self.depth + 1)
-        return list(dict.fromkeys(deeper._items(node))) or [HOLE]
+        deeper = self._in(self.function, self.module, node)
+        return _without_cuts(deeper._items(node))
 
     def _items(self, node: ast.expr) -> Iterator[str]:
         if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
@@ -292,7 +309,10 @@ class _Flow:
             functions = self.sources.functions.get(called(node), [])
             functions = [f for f in functions if f.module is self.module] or functions
             for function in functions[:3]:
-                flow = _Flow(self.sources, function, function.module, self.depth)
+                flow = self._in(function, function.module, function.node)
+                if id(function.node) in self._active:
+                    yield _CUT
+                    continue
                 for inner in _own(function.node):
                     if isinstance(inner, ast.Yield) and inner.value is not None:
                         yield from flow.texts(inner.value)
@@ -370,7 +390,7 @@ class _Flow:
         if value is None:
             yield HOLE
         else:
-            yield from _Flow(self.sources, None, module, self.depth).texts(value)
+            yield from self._in(None, module).texts(value)
 
     def _of_parameter(self, name: str) -> Iterator[str]:
         """The texts that callers give; a hole if there are none that are literal."""
@@ -378,19 +398,21 @@ class _Flow:
         function = self.function
         arguments = function.node.args
         positional = [*arguments.posonlyargs, *arguments.args]
-        defaults = dict(
-            zip([a.arg for a in positional[-len(arguments.defaults) :]], arguments.defaults)
-        ) if arguments.defaults else {}
-        defaults |= {
-            a.arg: d for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults) if d is not None
-        }
+        first = len(positional) - len(arguments.defaults)
+        with_default = [*zip(positional[first:], arguments.defaults, strict=True)]
+        with_default += [
+            (argument, default)
+            for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+            if default is not None
+        ]
+        defaults = {argument.arg: default for argument, default in with_default}
         if name in defaults:
             yield from self.texts(defaults[name])
         own = function.node.name
         if own == "__init__" and function.parent:
             own = function.parent.name
         for call, caller, module in self.sources.calls.get(own, []):
-            flow = _Flow(self.sources, caller, module, self.depth + 2)
+            flow = self._in(caller, module)
             given = {k.arg: k.value for k in call.keywords}
             if name in function.positional and len(call.args) > function.positional.index(name):
                 given[name] = call.args[function.positional.index(name)]
@@ -407,7 +429,7 @@ class _Flow:
             functions = self.sources.functions.get(called(value), [])
             functions = [f for f in functions if f.module is self.module] or functions
             for function in functions[:2]:
-                flow = _Flow(self.sources, function, function.module, self.depth + 1)
+                flow = self._in(function, function.module)
                 for node in _own(function.node):
                     if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
                         yield from flow._tuple_part(node.value, index)
@@ -429,23 +451,27 @@ class _Flow:
                 bound_values = [b for _, b in self._bindings(inner.id)]
                 bound_values += filter(None, [self.module.constants.get(inner.id)])
                 for one in bound_values:
+                    if isinstance(one, ast.DictComp):
+                        yield from self.texts(one.value)
                     if isinstance(one, ast.Dict):
                         for element in one.values:
                             yield from self.texts(element)
             elif isinstance(inner, ast.Dict):
                 for element in inner.values:
                     yield from self.texts(element)
+        elif isinstance(value, (ast.ListComp, ast.GeneratorExp)):
+            yield from self._tuple_part(value.elt, index)
         elif isinstance(value, (ast.Tuple, ast.List)):
             for element in value.elts:
                 if isinstance(element, ast.Tuple) and index < len(element.elts):
                     yield from self.texts(element.elts[index])
         elif isinstance(value, ast.Call):
             for function in self.sources.functions.get(called(value), [])[:2]:
-                flow = _Flow(self.sources, function, function.module, self.depth + 1)
+                flow = self._in(function, function.module)
                 for node in _own(function.node):
                     if isinstance(node, ast.Yield) and isinstance(node.value, ast.Tuple):
                         yield from flow._tuple_part(node.value, index)
-                    if isinstance(node, ast.Return) and isinstance(node.value, (ast.List, ast.Tuple)):
+                    if isinstance(node, ast.Return) and node.value is not None:
                         yield from flow._item_part(node.value, index)
 
     def _of_subscript(self, node: ast.Subscript) -> Iterator[str]:
@@ -457,6 +483,17 @@ class _Flow:
                 yield from self.texts(one)
         else:
             yield HOLE
+
+
+def _without_cuts(texts: Iterable[str]) -> list[str]:
+    """The texts, or a hole if there are none; one cut is left where all are."""
+    found = list(dict.fromkeys(texts)) or [HOLE]
+    return [text for text in found if _CUT not in text] or [_CUT]
+
+
+def _is_chained(call: ast.Call) -> bool:
+    """Whether a method of a result is called, which is none of our functions."""
+    return isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Call)
 
 
 def _returns_text(function: Function) -> bool:

@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 TABLES = Path(__file__).parent / "messages"
 _NO_CODE = ("parts", "lines")  # tables of texts that belong to others, or are no errors
+_PLACES = "places"  # in the table of parts: what stands before a colon
 _PLACEHOLDER = re.compile(r"\{([a-z]\w*)\}")
 _READ_TOO = ("reason", "error", "kind")
 _MOST_CODES = 4  # in the first line of a message
@@ -47,6 +48,7 @@ class Entry(NamedTuple):
     fix: Words
     example: Words
     messages: tuple[Words, ...]
+    general: bool  # of use only where a message has no other code
 
 
 class Pattern:
@@ -70,7 +72,10 @@ class Pattern:
         seen: set[str] = set()
         text = re.escape(self._literals[0])
         for name, literal in zip(self.names, self._literals[1:], strict=True):
-            text += f"(?P={name})" if name in seen else f"(?P<{name}>.*?)"
+            any_value = ".*?"
+            if text == "" and not name.startswith(_READ_TOO):
+                any_value = "(?:(?!: ).)*?(?<!:)"  # what stands before a colon is no part of it
+            text += f"(?P={name})" if name in seen else f"(?P<{name}>{any_value})"
             text += re.escape(literal)
             seen.add(name)
         return re.compile(text)
@@ -105,9 +110,15 @@ def entries() -> dict[str, Entry]:
         if name not in _NO_CODE:
             for code, fields in table.items():
                 assert isinstance(fields, dict)
-                texts = [Words(*fields[key]) for key in ("title", "cause", "fix", "example")]
-                messages = tuple(Words(*pair) for pair in fields["messages"])
-                found[code] = Entry(code, *texts, messages)
+                found[code] = Entry(
+                    code,
+                    Words(*fields["title"]),
+                    Words(*fields["cause"]),
+                    Words(*fields["fix"]),
+                    Words(*fields["example"]),
+                    tuple(Words(*pair) for pair in fields["messages"]),
+                    fields.get("general", False),
+                )
     return dict(sorted(found.items()))
 
 
@@ -116,10 +127,19 @@ def patterns() -> tuple[Pattern, ...]:
     """All patterns, those with the most literal characters first."""
     found = [Pattern(words, e.code) for e in entries().values() for words in e.messages]
     for name in _NO_CODE:
-        for pairs in _tables()[name].values():
+        for section, pairs in _tables()[name].items():
             assert isinstance(pairs, list)
-            found += [Pattern(Words(*pair), None) for pair in pairs]
+            if section != _PLACES:
+                found += [Pattern(Words(*pair), None) for pair in pairs]
     return tuple(sorted(found, key=lambda pattern: -pattern.weight))
+
+
+@functools.cache
+def places() -> tuple[Pattern, ...]:
+    """Patterns of what stands before a colon."""
+    pairs = _tables()["parts"][_PLACES]
+    assert isinstance(pairs, list)
+    return tuple(Pattern(Words(*pair), None) for pair in pairs)
 
 
 class Reading(NamedTuple):
@@ -146,7 +166,7 @@ def _whole(text: str) -> Reading | None:
     if first is None:
         return None
     pattern, values = first
-    codes = (pattern.code,) if pattern.code else ()
+    codes: tuple[str, ...] = (pattern.code,) if pattern.code else ()
     for name, value in values.items():
         if name.startswith(_READ_TOO) and (inner := read_line(value)):
             values[name] = inner.chinese
@@ -158,11 +178,17 @@ def _after_a_colon(text: str) -> Reading | None:
     begin = text.find(": ")
     while begin >= 0:
         if found := _whole(text[begin + 2 :]):
-            pieces = text[:begin].split(": ")
-            where = [read.chinese if (read := _whole(piece)) else piece for piece in pieces]
+            where = map(_place, text[:begin].split(": "))
             return Reading(found.codes, ": ".join([*where, found.chinese]))
         begin = text.find(": ", begin + 2)
     return None
+
+
+def _place(text: str) -> str:
+    for pattern in places():
+        if (values := pattern.match(text)) is not None:
+            return pattern.chinese(values)
+    return text
 
 
 def _joined(text: str) -> Reading | None:
@@ -181,12 +207,31 @@ def codes_of(message: str) -> list[str]:
     for line in message.splitlines():
         if found := read_line(line.strip()):
             codes |= dict.fromkeys(found.codes)
-    return list(codes)
+    special = [code for code in codes if not entries()[code].general]
+    return special or list(codes)
 
 
 def code_of(message: str) -> str | None:
     """The code of a message's first error; None if it is not known."""
     return next(iter(codes_of(message)), None)
+
+
+def codes_of_chinese(message: str) -> list[str]:
+    """As `codes_of`, for a message that has been translated."""
+    found: dict[str | None, None] = {}
+    for line in filter(None, map(str.strip, message.splitlines())):
+        for begin in [0, *(match.end() for match in re.finditer(": ", line))]:
+            codes = [p.code for p in _chinese_patterns() if p.match(line[begin:]) is not None]
+            if codes:
+                found[codes[0]] = None
+                break
+    return [code for code in found if code]
+
+
+@functools.cache
+def _chinese_patterns() -> tuple[Pattern, ...]:
+    found = [Pattern(Words(w.zh, w.en), e.code) for e in entries().values() for w in e.messages]
+    return tuple(sorted(found, key=lambda pattern: -pattern.weight))
 
 
 def translate(message: str) -> str:
@@ -208,6 +253,8 @@ def with_code(message: str, language: str) -> str:
     first, newline, rest = (translate(message) if language == "zh" else message).partition("\n")
     if codes:
         more = codes[:_MOST_CODES]
-        ends = f"（说明：{'、'.join(more)}）" if language == "zh" else f" (explain: {', '.join(more)})"
+        ends = (
+            f"（说明：{'、'.join(more)}）" if language == "zh" else f" (explain: {', '.join(more)})"
+        )
         first += ends
     return first + newline + rest

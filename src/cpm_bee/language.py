@@ -7,6 +7,8 @@ set). It is known before the command line is parsed, since that can fail.
 from __future__ import annotations
 
 import os
+import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 
 AUTO, ENGLISH, CHINESE = "auto", "en", "zh"
@@ -58,3 +60,20 @@ def said(text: str) -> str:
     from cpm_bee.error_codes import translate  # loads the tables
 
     return translate(text)
+
+
+def width(text: str) -> int:
+    """The columns of a terminal that a text takes: a Chinese character takes two."""
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+
+
+def wrapped(text: str, columns: int) -> list[str]:
+    """Lines of at most so many columns; Chinese is broken anywhere but before punctuation."""
+    lines, line = [], ""
+    words = re.findall(r"[!-~]+[，。；：、）！？”]*|.[，。；：、）！？”]*", " ".join(text.split()))
+    for word in words:
+        if line and width(line + word.rstrip()) > columns:
+            lines.append(line.rstrip())
+            line = ""
+        line += word if line or word != " " else ""
+    return [*lines, line.rstrip()] if line or not lines else lines
