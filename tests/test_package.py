@@ -70,6 +70,8 @@ def test_data_reformat_runs_without_anything_installed() -> None:
 FLOORS = [
     [
         "errors",
+        "error_codes",
+        "language",
         "checksums",
         "disk",
         "paths",
