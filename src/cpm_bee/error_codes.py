@@ -49,6 +49,7 @@ class Entry(NamedTuple):
     example: Words
     messages: tuple[Words, ...]
     general: bool  # of use only where a message has no other code
+    topic: str  # the table that it is in
 
 
 class Pattern:
@@ -118,6 +119,7 @@ def entries() -> dict[str, Entry]:
                     Words(*fields["example"]),
                     tuple(Words(*pair) for pair in fields["messages"]),
                     fields.get("general", False),
+                    name,
                 )
     return dict(sorted(found.items()))
 
