@@ -139,8 +139,8 @@ def run(arguments: list[str], options: type[CommandOptions]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "错误: 缺少必需的参数：--dataset（说明：E102）\n参见：python finetune_cpm_bee.py --help"),
-        (["--learning-rate", "1"], "错误: 无法识别的参数：--learning-rate（是否想用 --lr？）（说明：E"),
+        ([], "错误: 缺少必需的参数：--dataset（说明：E102）\n参见：python finetune"),
+        (["--learning-rate", "1"], "错误: 无法识别的参数：--learning-rate（是否想用 --lr"),
         (["--dataset", "x", "--batch-size", "0"], "错误: 参数 --batch-size: 0 小于 1（说明："),
         (["--dataset"], "错误: 参数 --dataset: "),
         (["--dataset", "x", "--lr"], "错误: 参数 --lr: 需要一个取值（说明：E103）"),
