@@ -9,6 +9,8 @@ from pathlib import Path
 # On a busy machine, threads that spin while they wait take the core from those that work. The
 # variable is read when torch is imported; the processes that tests start inherit it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Messages are compared in English, whoever runs the tests.
+os.environ["LC_ALL"] = "C.UTF-8"
 
 import properties
 import pytest

@@ -369,12 +369,15 @@ def test_datasets_that_do_not_fit_are_refused_early(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ standard output, events
 
 
+NO_SPACE = "cannot be written: No space left on device"
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("data_reformat", "error: standard output: cannot be written: No space left on device\n"),
-        ("preprocess", "error: standard output: cannot be written: No space left on device\n"),
-        ("generation", "error: standard output: cannot be written: No space left on device\n"),
+        ("data_reformat", f"error: standard output: {NO_SPACE}\n"),  # which has no codes
+        ("preprocess", f"error: standard output: {NO_SPACE} (explain: E205)\n"),
+        ("generation", f"error: standard output: {NO_SPACE} (explain: E205)\n"),
         ("delta", "warning: standard output cannot be written: No space left on device"),
     ],
 )
@@ -403,7 +406,7 @@ def test_an_output_device_that_is_full(data: Workspace, tmp_path: Path) -> None:
     flags = [*STAGES["generation"].flags(data, tmp_path), "--output", "/dev/full"]
     done = run_here("text_generation", *flags)
     assert done.status == 1
-    assert done.errors == "error: /dev/full: cannot be written: No space left on device\n"
+    assert done.errors == f"error: /dev/full: {NO_SPACE} (explain: E205)\n"
 
 
 def test_events_that_do_not_fit(data: Workspace, tmp_path: Path) -> None:

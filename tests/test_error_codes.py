@@ -8,9 +8,11 @@ from pathlib import Path
 
 import properties
 import pytest
-from error_sites import HOLE, SRC, Sources
+from error_sites import messages
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from sources import SRC, Sources
+from text_flow import HOLE
 
 from cpm_bee import error_codes
 from cpm_bee.cli import ArgumentParser
@@ -45,7 +47,7 @@ OF_THE_SYSTEM = [
 def lines() -> dict[str, str]:
     """Each line of a message in the source, with values for its holes, and where it is."""
     found: dict[str, str] = {}
-    for place, text in Sources().messages():
+    for place, text in messages(Sources()):
         for line in text.split("\n"):
             parts = line.strip().split(HOLE)
             numbered = [f"⟨{i}⟩" + part for i, part in enumerate(parts[1:], start=1)]

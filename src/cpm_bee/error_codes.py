@@ -49,6 +49,7 @@ class Entry(NamedTuple):
     example: Words
     messages: tuple[Words, ...]
     general: bool  # of use only where a message has no other code
+    topic: str  # the table that it is in
 
 
 class Pattern:
@@ -118,6 +119,7 @@ def entries() -> dict[str, Entry]:
                     Words(*fields["example"]),
                     tuple(Words(*pair) for pair in fields["messages"]),
                     fields.get("general", False),
+                    name,
                 )
     return dict(sorted(found.items()))
 
@@ -217,13 +219,13 @@ def code_of(message: str) -> str | None:
 
 
 def codes_of_chinese(message: str) -> list[str]:
-    """As `codes_of`, for a message that has been translated."""
+    """As `codes_of`, for a message that has been translated; all codes with that text."""
     found: dict[str | None, None] = {}
     for line in filter(None, map(str.strip, message.splitlines())):
         for begin in [0, *(match.end() for match in re.finditer(": ", line))]:
-            codes = [p.code for p in _chinese_patterns() if p.match(line[begin:]) is not None]
-            if codes:
-                found[codes[0]] = None
+            fit = [p for p in _chinese_patterns() if p.match(line[begin:]) is not None]
+            if fit:
+                found |= dict.fromkeys(p.code for p in fit if p.weight == fit[0].weight)
                 break
     return [code for code in found if code]
 

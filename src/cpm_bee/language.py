@@ -29,7 +29,7 @@ def of_environment(environment: Mapping[str, str]) -> str:
 def of_arguments(arguments: Sequence[str]) -> str | None:
     """The language that `--lang` names, the last one if there are several; None without."""
     found = None
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         if argument == "--":
             break
         name, equals, value = argument.partition("=")

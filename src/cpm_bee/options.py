@@ -230,7 +230,7 @@ class CommandOptions:
 
     @classmethod
     def parser(cls) -> ArgumentParser:
-        description = cls.chinese if is_chinese() else cls.description
+        description = (cls.chinese if is_chinese() else cls.description).replace("`", "")
         parser = ArgumentParser(prog=cls.script, description=description, hints=cls.hints)
         sections: dict[Group, argparse._ActionsContainer] = {GENERAL: parser}
         for group in cls.groups:
