@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import builtins
+import codecs
 import ctypes
 import gc
 import importlib
@@ -122,8 +123,9 @@ def _become(request: dict[str, Any], line: _CommandLine) -> NoReturn:
     executable, *arguments = sys.orig_argv[:] = request["command"]
     line.show([executable, *arguments])
     sys.path[:0] = request["paths"]
-    unbuffered = arguments[0] == "-u"
-    if unbuffered:
+    unbuffered = bool(os.environ.get("PYTHONUNBUFFERED"))
+    if arguments[0] == "-u":
+        unbuffered = True
         arguments.pop(0)
     _open_streams(unbuffered)
     torch.seed()  # forks would else draw the same numbers
@@ -156,7 +158,7 @@ def _exit(status: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             print(f"Exception ignored in: {stream!r}\n{error!r}", file=sys.stderr)
             status = status or 120
     if status == -signal.SIGINT:
@@ -169,7 +171,7 @@ def _open_streams(unbuffered: bool) -> None:
     given, _, handler = os.environ.get("PYTHONIOENCODING", "").partition(":")
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         old = getattr(sys, f"__{name}__")
-        encoding = given or old.encoding
+        encoding = codecs.lookup(given).name if given else old.encoding
         # stderr keeps its handler, whatever the variable says.
         errors = old.errors if number == 2 or not (given or handler) else handler or "strict"
         raw = io.FileIO(number, "rb" if number == 0 else "wb", closefd=False)
@@ -179,7 +181,7 @@ def _open_streams(unbuffered: bool) -> None:
             binary = io.BufferedReader(raw)
         elif not unbuffered:
             binary = io.BufferedWriter(raw)
-        lines = number == 2 or (number == 1 and raw.isatty())
+        lines = not unbuffered and (number == 2 or (number == 1 and raw.isatty()))
         stream = io.TextIOWrapper(
             binary, encoding, errors, line_buffering=lines, write_through=unbuffered
         )

@@ -39,7 +39,7 @@ _READ_AT_START = (
 )
 _PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
 _OURS = [str(_SERVER.parents[1] / name) for name in ("src", "tests", "benchmarks")]
-_SEEN_TO = ("PYTHONIOENCODING", "PYTHONPATH")  # by the children
+_SEEN_TO = ("PYTHONIOENCODING", "PYTHONPATH", "PYTHONUNBUFFERED")  # by the children
 _MOST_SERVERS = 3  # each takes the memory of an imported torch
 _MOST_TEXT = 20_000  # of a command
 _PR_SET_CHILD_SUBREAPER = 36
@@ -212,8 +212,11 @@ class Popen(subprocess.Popen[Any]):
             return False  # it may hold other modules of the names that the server has imported
         command = [os.fsdecode(part) for part in given["args"]]
         folder = os.getcwd() if given["cwd"] is None else os.fsdecode(given["cwd"])
-        if not os.path.isdir(folder):
-            return False  # subprocess raises what is due
+        script = next(part for part in command[1:] if part != "-u")
+        if not os.path.isdir(folder) or not (
+            script.startswith("-") or os.path.isfile(os.path.join(folder, script))
+        ):
+            return False  # subprocess reports it
         request = {
             "command": command,
             "environment": environment,
