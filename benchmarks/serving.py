@@ -1,4 +1,4 @@
-"""Measure serve.py under load on loopback: requests/s, latency, CPU time, and whether memory is flat.
+"""Measure serve.py under load on loopback: requests/s, latency, CPU time, memory.
 
     python benchmarks/serving.py --data BEE.jsonl --load ckpts/pytorch_model.bin --answers 10000
 
@@ -62,19 +62,20 @@ class Load:
 
     async def run(self, clients: int, answers: int) -> None:
         """Ask until there are so many answers."""
-        limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
-        async with httpx.AsyncClient(base_url=self._url, limits=limits, timeout=300) as http:
-            await asyncio.gather(*(self._client(http, answers) for _ in range(clients)))
+        await asyncio.gather(*(self._client(answers) for _ in range(clients)))
 
-    async def _client(self, http: httpx.AsyncClient, answers: int) -> None:
-        while len(self.answers) < answers:
-            number, record = next(self._numbered)
-            body = {"record": record, "stream": number % 2 == 0, **self._fields}
-            if number % 20 == 19:
-                await self._give_up(http, body)
-                continue
-            while not await self._ask(http, body):
-                await asyncio.sleep(0.1)
+    async def _client(self, answers: int) -> None:
+        # Hazard: not one `AsyncClient` for all. Requests that are given up leave its pool of
+        # connections short, so others wait in it for seconds, which looks like the server's time.
+        async with httpx.AsyncClient(base_url=self._url, verify=False, timeout=300) as http:
+            while len(self.answers) < answers:
+                number, record = next(self._numbered)
+                body = {"record": record, "stream": number % 2 == 0, **self._fields}
+                if number % 20 == 19:
+                    await self._give_up(http, body)
+                    continue
+                while not await self._ask(http, body):
+                    await asyncio.sleep(0.1)
 
     async def _ask(self, http: httpx.AsyncClient, body: dict[str, Any]) -> bool:
         """Ask once; returns whether there was an answer."""
