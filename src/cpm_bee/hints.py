@@ -161,6 +161,7 @@ _SERVE = _MODEL | {
     "--delta": _GENERATE["--delta"],
     "--host": "server-name address bind listen-host ip",
     "--port": "server-port listen-port",
+    "--allowed-hosts": "trusted-hosts host-whitelist",
     "--served-model-name": "alias model-id",
     "--beam-size": _GENERATE["--beam-size"],
     "--max-length": _GENERATE["--max-length"],
