@@ -76,6 +76,7 @@ FLOORS = [
         "temporary_files",
         "files",
         "progress",
+        "html_pages",
         "cli",
         "options",
         "hints",
