@@ -27,7 +27,7 @@ from cpm_bee.errors import RunError
 from cpm_bee.evaluate.options import EvaluateOptions
 from cpm_bee.files import atomic_file
 from cpm_bee.generate.command_options import TextGenerationOptions
-from cpm_bee.options import DEBUG, GENERAL, CommandOptions, Flag
+from cpm_bee.options import CONFIG, DEBUG, GENERAL, CommandOptions, Flag
 from cpm_bee.serve.options import ServeOptions
 from cpm_bee.train.options import Options
 
@@ -82,7 +82,7 @@ def section(options: type[CommandOptions], language: Language) -> str:
     """The heading, the description, and a table for each group of flags."""
     text = options.chinese if language.chinese else options.description
     parts = [f"## {options.script}", text]
-    flags = [*options.flags(), DEBUG]
+    flags = [*options.flags(), CONFIG, DEBUG]
     for group in (*options.groups, GENERAL):
         title = group.chinese if language.chinese else group.title.capitalize()
         rows = [list(language.header), ["---"] * len(language.header)]

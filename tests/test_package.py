@@ -77,6 +77,7 @@ FLOORS = [
         "files",
         "progress",
         "cli",
+        "config_file",
         "options",
         "hints",
         "distributed.rank",

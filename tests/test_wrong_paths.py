@@ -20,7 +20,7 @@ from cpm_bee.data.preprocess.options import PreprocessOptions
 from cpm_bee.doctor.options import DoctorOptions
 from cpm_bee.evaluate.options import EvaluateOptions
 from cpm_bee.generate.command_options import TextGenerationOptions
-from cpm_bee.options import CommandOptions
+from cpm_bee.options import CONFIG, CommandOptions
 from cpm_bee.serve.options import ServeOptions
 from cpm_bee.train.options import Options
 
@@ -45,6 +45,13 @@ FILES = [  # flags that name a file to read
     ("merge_delta", "--delta"),
     ("convert_checkpoint", "--vocab"),
     ("inspect_data", "--vocab"),
+    *(
+        (script, "--config")
+        for script in (
+            *("finetune_cpm_bee", "text_generation", "preprocess_dataset", "evaluate", "serve"),
+            *("merge_delta", "convert_checkpoint", "convert_data", "inspect_data"),
+        )
+    ),
 ]
 FOLDERS = [("finetune_cpm_bee", "--dataset"), ("finetune_cpm_bee", "--eval-dataset")]
 EITHER = [  # a file, or a folder of files
@@ -249,6 +256,7 @@ PATHS = (
 # tests/doctor; what `--resume` may be, in tests/train/test_states.py.
 ELSEWHERE = {
     *(("doctor", f"--{name}") for name in ("load", "model-config", "vocab", "save", "json")),
+    ("doctor", "--config"),  # read as for all others
     ("finetune_cpm_bee", "--resume"),
 }
 SCRIPTS: list[type[CommandOptions]] = [Options, TextGenerationOptions, PreprocessOptions]
@@ -261,7 +269,7 @@ def test_every_flag_that_names_a_path_is_tried() -> None:
     named = {
         (options.script.removesuffix(".py"), flag.flag)
         for options in SCRIPTS
-        for flag in options.flags()
+        for flag in (*options.flags(), CONFIG)
         if flag.metavar in PATHS
     }
     tried = {

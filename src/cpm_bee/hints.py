@@ -12,7 +12,7 @@ from collections.abc import Mapping
 _MODEL = {
     "--load": "model-name-or-path model-path model-name model base-model pretrained-model "
     "pretrained-model-name-or-path",
-    "--model-config": "config config-name config-file",
+    "--model-config": "config-name config-file",
     "--vocab": "tokenizer tokenizer-name tokenizer-path tokenizer-name-or-path vocab-file",
     "--quantize nf4": "load-in-4bit use-4bit bnb-4bit-quant-type quantization-bit",
     "--quantize int8": "load-in-8bit use-8bit",
