@@ -30,6 +30,7 @@ from cpm_bee.generate.command_options import TextGenerationOptions
 from cpm_bee.options import CONFIG, DEBUG, GENERAL, CommandOptions, Flag
 from cpm_bee.serve.options import ServeOptions
 from cpm_bee.train.options import Options
+from cpm_bee.train.replay_options import ReplayOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python scripts/make_docs.py"
@@ -38,6 +39,7 @@ SCRIPTS: dict[str, type[CommandOptions]] = {
     options.script: options
     for options in (
         Options,
+        ReplayOptions,
         TextGenerationOptions,
         EvaluateOptions,
         ServeOptions,

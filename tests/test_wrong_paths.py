@@ -23,6 +23,7 @@ from cpm_bee.generate.command_options import TextGenerationOptions
 from cpm_bee.options import CONFIG, CommandOptions
 from cpm_bee.serve.options import ServeOptions
 from cpm_bee.train.options import Options
+from cpm_bee.train.replay_options import ReplayOptions
 
 FILES = [  # flags that name a file to read
     ("text_generation", "--input"),
@@ -45,15 +46,19 @@ FILES = [  # flags that name a file to read
     ("merge_delta", "--delta"),
     ("convert_checkpoint", "--vocab"),
     ("inspect_data", "--vocab"),
+    ("verify", "--vocab"),
+    ("verify", "--model-config"),
+    ("verify", "--init-delta"),
     *(
         (script, "--config")
         for script in (
             *("finetune_cpm_bee", "text_generation", "preprocess_dataset", "evaluate", "serve"),
-            *("merge_delta", "convert_checkpoint", "convert_data", "inspect_data"),
+            *("merge_delta", "convert_checkpoint", "convert_data", "inspect_data", "verify"),
         )
     ),
 ]
 FOLDERS = [("finetune_cpm_bee", "--dataset"), ("finetune_cpm_bee", "--eval-dataset")]
+FOLDERS += [("verify", "--dataset"), ("verify", "--eval-dataset")]
 EITHER = [  # a file, or a folder of files
     ("data_reformat", "--input"),
     ("preprocess_dataset", "--input"),
@@ -69,6 +74,7 @@ EITHER = [  # a file, or a folder of files
     ("merge_delta", "--load"),
     ("convert_checkpoint", "--input"),
     ("convert_checkpoint", "--load"),
+    ("verify", "--load"),
 ]
 OUTPUT_FOLDERS = [
     ("data_reformat", "--output"),
@@ -106,7 +112,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     os.mkfifo(wrong / "pipe")
     tuned = {**train_support.DEFAULTS, "--dataset": workspace.train, "--load": workspace.model}
     tuned |= {"--save": folder / "tuned", "--max-steps": 1}
+    (folder / "verify.yaml").write_text(f"receipt: {folder}/tuned-on/cpm_bee_finetune-receipt.json")
     with train_support.one_thread():
+        done = run_here(
+            "finetune_cpm_bee", "--use-delta", *(part for pair in tuned.items() for part in pair)
+        )
+        assert done.status == 0, done
+        tuned |= {"--save": folder / "tuned-on"}
+        tuned |= {"--init-delta": folder / "tuned" / "cpm_bee_finetune-delta-last.pt"}
         done = run_here(
             "finetune_cpm_bee", "--use-delta", *(part for pair in tuned.items() for part in pair)
         )
@@ -173,6 +186,7 @@ def usual(place: Workspace, script: str, output: Path) -> dict[str, object]:
             "--to": "peft",
             "--output": output / "converted",
         },
+        "verify": {"--config": folder / "verify.yaml"},  # which names the receipt
     }[script]  # type: ignore[return-value]
 
 
@@ -261,7 +275,7 @@ ELSEWHERE = {
 }
 SCRIPTS: list[type[CommandOptions]] = [Options, TextGenerationOptions, PreprocessOptions]
 SCRIPTS += [EvaluateOptions, MergeOptions, ConvertOptions, DoctorOptions, ServeOptions]
-SCRIPTS += [ConvertDataOptions, InspectOptions]
+SCRIPTS += [ConvertDataOptions, InspectOptions, ReplayOptions]
 
 
 def test_every_flag_that_names_a_path_is_tried() -> None:

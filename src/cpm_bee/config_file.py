@@ -183,7 +183,27 @@ def _value(setting: Setting, node: yaml.Node) -> Any:
         return _converted(setting, ",".join(f"{key}={value}" for key, value in pairs))
     if not _is_scalar(node):
         raise _WrongValue(f"the tag {shown(node.tag)} is not allowed")
-    kind, text = _kind(node), str(node.value)
+    return _of_scalar(setting, _kind(node), str(node.value))
+
+
+def from_json(setting: Setting, value: Any) -> Any:
+    """Returns the value of a flag from a JSON value, which means what it means in a file.
+
+    Raises:
+        InputError: it is not one that the flag takes.
+    """
+    try:
+        if isinstance(value, list):
+            return _of_list(setting, [str(item) for item in value])
+        if isinstance(value, dict):
+            raise _WrongValue("is a mapping; expected one value")
+        kind = "null" if value is None else "bool" if isinstance(value, bool) else "str"
+        return _of_scalar(setting, kind, str(value))
+    except _WrongValue as error:
+        raise InputError(str(error)) from None
+
+
+def _of_scalar(setting: Setting, kind: str, text: str) -> Any:
     if kind == "null":
         if setting.default is None:
             return None
