@@ -29,9 +29,10 @@ from cpm_bee.errors import RunError
 from cpm_bee.evaluate.options import EvaluateOptions
 from cpm_bee.files import atomic_file
 from cpm_bee.generate.command_options import TextGenerationOptions
-from cpm_bee.options import DEBUG, GENERAL, LANG, CommandOptions, Flag
+from cpm_bee.options import CONFIG, DEBUG, GENERAL, LANG, CommandOptions, Flag
 from cpm_bee.serve.options import ServeOptions
 from cpm_bee.train.options import Options
+from cpm_bee.train.replay_options import ReplayOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python scripts/make_docs.py"
@@ -40,6 +41,7 @@ SCRIPTS: dict[str, type[CommandOptions]] = {
     options.script: options
     for options in (
         Options,
+        ReplayOptions,
         TextGenerationOptions,
         EvaluateOptions,
         ServeOptions,
@@ -103,7 +105,7 @@ def section(options: type[CommandOptions], language: Language) -> str:
     """The heading, the description, and a table for each group of flags."""
     text = options.chinese if language.chinese else options.description
     parts = [f"## {options.script}", text]
-    flags = [*options.flags(), DEBUG, LANG]
+    flags = [*options.flags(), CONFIG, DEBUG, LANG]
     for group in (*options.groups, GENERAL):
         title = group.chinese if language.chinese else group.title.capitalize()
         rows = [list(language.header), ["---"] * len(language.header)]

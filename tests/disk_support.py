@@ -32,6 +32,7 @@ SCRIPTS = {
     "serve": ROOT / "src" / "serve.py",
     "merge_delta": ROOT / "src" / "merge_delta.py",
     "convert_checkpoint": ROOT / "src" / "convert_checkpoint.py",
+    "verify": ROOT / "src" / "verify.py",
 }
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _MNT_DETACH = 2

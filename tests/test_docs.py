@@ -41,7 +41,7 @@ GENERATED = [
     "*vocab.txt", "bee.txt", "config.json", "*pytorch_model.bin", "ckpts/nothing.bin",
     "src/results*", "results/*", "cpm_bee_finetune-*", "answers.jsonl*", "train.jsonl",
     "valid.jsonl", "examples.jsonl", "chosen.jsonl", "FILE.jsonl", "FILE.py",
-    "SAVE_NAME-report.html", "SAVE_NAME-loss.png",
+    "SAVE_NAME-report.html", "SAVE_NAME-loss.png", "SAVE_NAME-receipt.json", "run.yaml",
     "eval.jsonl", "*my_records*", "../shared/golden", ".venv/bin/*",
     "*my_data*", "mine.py", "data.html", "../bin_data/my_task", "../bin_data/mine",
     "../bin_data/general", "data.json", "data.jsonl",
@@ -78,7 +78,7 @@ TAKES_FLAGS = {
     "text_generation.py": "src/text_generation.py", "merge_delta.py": "src/merge_delta.py",
     "convert_data.py": "src/convert_data.py", "inspect_data.py": "src/inspect_data.py",
     "convert_checkpoint.py": "src/convert_checkpoint.py", "doctor.py": "src/doctor.py",
-    "evaluate.py": "src/evaluate.py", "serve.py": "src/serve.py",
+    "evaluate.py": "src/evaluate.py", "serve.py": "src/serve.py", "verify.py": "src/verify.py",
 }  # fmt: skip
 
 
@@ -229,7 +229,8 @@ def test_table_of_variables(page: Path) -> None:
 @pytest.mark.parametrize("page", [PAGES / "data.md", PAGES_ZH / "data.md"], ids=name_of)
 def test_flags_of_the_data_stages(page: Path) -> None:
     assert set(table_with(page, "--skip-bad")) == flags_of(REFORMAT) - {"--help"}
-    preprocessing = flags_of("src/preprocess_dataset.py") - {"--help", "--debug", "--lang"}
+    general = {"--help", "--debug", "--lang", "--config"}
+    preprocessing = flags_of("src/preprocess_dataset.py") - general
     assert preprocessing <= set(re.findall(r"--[a-z-]+", text_of(page)))
 
 
@@ -387,6 +388,7 @@ def test_log_examples_have_the_fields_of_a_log() -> None:
     (example,) = [b for _, b in code_blocks(PAGES / "files.md") if '"event"' in b]
     shown = {e["event"]: e for e in map(json.loads, example.splitlines())}
     assert list(shown.pop("samples")) == train_support.SAMPLES_FIELDS  # newer than that log
+    assert list(shown.pop("digest")) == train_support.DIGEST_FIELDS  # likewise
     assert {e: list(fields) for e, fields in shown.items()} == {e: list(f) for e, f in real.items()}
     assert set(shown["start"]["options"]) <= set(real["start"]["options"])
 

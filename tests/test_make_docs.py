@@ -26,11 +26,12 @@ from cpm_bee.generate.command_options import TextGenerationOptions
 from cpm_bee.options import CommandOptions
 from cpm_bee.serve.options import ServeOptions
 from cpm_bee.train.options import Options
+from cpm_bee.train.replay_options import ReplayOptions
 
 SCRIPT = "scripts/make_docs.py"
 SCRIPTS: list[type[CommandOptions]] = [Options, TextGenerationOptions, PreprocessOptions]
 SCRIPTS += [EvaluateOptions, MergeOptions, ConvertOptions, DoctorOptions, ServeOptions]
-SCRIPTS += [ConvertDataOptions, InspectOptions]
+SCRIPTS += [ConvertDataOptions, InspectOptions, ReplayOptions]
 ENGLISH, CHINESE = "docs/training.md", "docs/zh/training.md"
 
 both_pages = pytest.mark.parametrize("page", [ENGLISH, CHINESE])
@@ -52,7 +53,7 @@ def rows(page: str, options: type[CommandOptions]) -> dict[str, list[str]]:
     text = (ROOT / page).read_text(encoding="utf-8")
     section = text.partition(f"\n## {options.script}\n")[2].partition("\n## ")[0]
     found: dict[str, list[str]] = {}
-    for line in re.findall(r"^\| `--.*\|$", section, re.M):
+    for line in re.findall(r"^\| `(?:--|RECEIPT).*\|$", section, re.M):
         flag, *cells = (cell.strip() for cell in line.strip("|").split("|"))
         assert flag not in found
         found[flag.strip("`")] = cells
@@ -68,7 +69,11 @@ def test_the_committed_pages_are_up_to_date() -> None:
 @both_pages
 def test_every_flag_with_its_default_and_choices(page: str, options: type[CommandOptions]) -> None:
     """Compared with the parser, which reads the command line."""
-    actions = {a.option_strings[0]: a for a in options.parser()._actions if a.dest != "help"}
+    actions = {
+        (a.option_strings or [a.metavar])[0]: a
+        for a in options.parser()._actions
+        if a.dest != "help"
+    }
     table = rows(page, options)
     assert set(table) == set(actions)
     for flag, action in actions.items():

@@ -38,6 +38,7 @@ def test_no_module_imports_bmtrain_or_matplotlib() -> None:
         "convert_checkpoint.py",
         "doctor.py",
         "serve.py",
+        "verify.py",
     ],
 )
 def test_help_is_quick(script: str) -> None:
@@ -80,6 +81,7 @@ FLOORS = [
         "progress",
         "html_pages",
         "cli",
+        "config_file",
         "options",
         "hints",
         "distributed.rank",

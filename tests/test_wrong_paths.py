@@ -20,9 +20,10 @@ from cpm_bee.data.preprocess.options import PreprocessOptions
 from cpm_bee.doctor.options import DoctorOptions
 from cpm_bee.evaluate.options import EvaluateOptions
 from cpm_bee.generate.command_options import TextGenerationOptions
-from cpm_bee.options import CommandOptions
+from cpm_bee.options import CONFIG, CommandOptions
 from cpm_bee.serve.options import ServeOptions
 from cpm_bee.train.options import Options
+from cpm_bee.train.replay_options import ReplayOptions
 
 FILES = [  # flags that name a file to read
     ("text_generation", "--input"),
@@ -45,8 +46,19 @@ FILES = [  # flags that name a file to read
     ("merge_delta", "--delta"),
     ("convert_checkpoint", "--vocab"),
     ("inspect_data", "--vocab"),
+    ("verify", "--vocab"),
+    ("verify", "--model-config"),
+    ("verify", "--init-delta"),
+    *(
+        (script, "--config")
+        for script in (
+            *("finetune_cpm_bee", "text_generation", "preprocess_dataset", "evaluate", "serve"),
+            *("merge_delta", "convert_checkpoint", "convert_data", "inspect_data", "verify"),
+        )
+    ),
 ]
 FOLDERS = [("finetune_cpm_bee", "--dataset"), ("finetune_cpm_bee", "--eval-dataset")]
+FOLDERS += [("verify", "--dataset"), ("verify", "--eval-dataset")]
 EITHER = [  # a file, or a folder of files
     ("data_reformat", "--input"),
     ("preprocess_dataset", "--input"),
@@ -62,6 +74,7 @@ EITHER = [  # a file, or a folder of files
     ("merge_delta", "--load"),
     ("convert_checkpoint", "--input"),
     ("convert_checkpoint", "--load"),
+    ("verify", "--load"),
 ]
 OUTPUT_FOLDERS = [
     ("data_reformat", "--output"),
@@ -99,7 +112,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     os.mkfifo(wrong / "pipe")
     tuned = {**train_support.DEFAULTS, "--dataset": workspace.train, "--load": workspace.model}
     tuned |= {"--save": folder / "tuned", "--max-steps": 1}
+    (folder / "verify.yaml").write_text(f"receipt: {folder}/tuned-on/cpm_bee_finetune-receipt.json")
     with train_support.one_thread():
+        done = run_here(
+            "finetune_cpm_bee", "--use-delta", *(part for pair in tuned.items() for part in pair)
+        )
+        assert done.status == 0, done
+        tuned |= {"--save": folder / "tuned-on"}
+        tuned |= {"--init-delta": folder / "tuned" / "cpm_bee_finetune-delta-last.pt"}
         done = run_here(
             "finetune_cpm_bee", "--use-delta", *(part for pair in tuned.items() for part in pair)
         )
@@ -166,6 +186,7 @@ def usual(place: Workspace, script: str, output: Path) -> dict[str, object]:
             "--to": "peft",
             "--output": output / "converted",
         },
+        "verify": {"--config": folder / "verify.yaml"},  # which names the receipt
     }[script]  # type: ignore[return-value]
 
 
@@ -249,11 +270,12 @@ PATHS = (
 # tests/doctor; what `--resume` may be, in tests/train/test_states.py.
 ELSEWHERE = {
     *(("doctor", f"--{name}") for name in ("load", "model-config", "vocab", "save", "json")),
+    ("doctor", "--config"),  # read as for all others
     ("finetune_cpm_bee", "--resume"),
 }
 SCRIPTS: list[type[CommandOptions]] = [Options, TextGenerationOptions, PreprocessOptions]
 SCRIPTS += [EvaluateOptions, MergeOptions, ConvertOptions, DoctorOptions, ServeOptions]
-SCRIPTS += [ConvertDataOptions, InspectOptions]
+SCRIPTS += [ConvertDataOptions, InspectOptions, ReplayOptions]
 
 
 def test_every_flag_that_names_a_path_is_tried() -> None:
@@ -261,7 +283,7 @@ def test_every_flag_that_names_a_path_is_tried() -> None:
     named = {
         (options.script.removesuffix(".py"), flag.flag)
         for options in SCRIPTS
-        for flag in options.flags()
+        for flag in (*options.flags(), CONFIG)
         if flag.metavar in PATHS
     }
     tried = {

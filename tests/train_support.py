@@ -9,12 +9,13 @@ import random
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import forked
+import pytest
 import rounding
 import support
 import torch
@@ -26,6 +27,7 @@ from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.network import CPMBee
 from cpm_bee.records import Record
 from cpm_bee.tokenizer import REQUIRED
+from cpm_bee.train.log import Reporter
 from cpm_bee.train.options import Options
 from cpm_bee.train.setup import finetune
 
@@ -56,6 +58,7 @@ TRAIN_FIELDS = [
 ]
 SAMPLES_FIELDS = ["event", "step", "host_memory", "gpu_memory", "samples"]
 EVAL_FIELDS = ["event", "step", "loss", "token_accuracy", "exact_match", "records"]
+DIGEST_FIELDS = ["event", "step", "sha256"]
 END_FIELDS = ["event", "reason", "step", "finished"]
 
 
@@ -200,6 +203,18 @@ def train(workspace: Workspace, save: Path, **values: Any) -> Run:
     options = Options.parse(workspace.flags(save, **values))
     finetune(options)
     return Run(Path(options.save), options.save_name)
+
+
+def after_steps(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
+    """Do something when step number `step` of a run in this process is reported."""
+    original = Reporter.train_step
+
+    def train_step(self: Reporter, values: dict[str, Any], **rest: Any) -> None:
+        original(self, values, **rest)
+        if values["step"] == step:
+            action()
+
+    monkeypatch.setattr(Reporter, "train_step", train_step)
 
 
 @dataclass

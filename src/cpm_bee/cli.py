@@ -9,7 +9,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import NoReturn
 
 from cpm_bee import language
@@ -102,6 +102,14 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         arguments = sys.argv[1:] if args is None else list(args)
         return super().parse_known_args([_hyphenate(a) for a in arguments], namespace)
+
+    def make_optional(self, names: Container[str]) -> None:
+        """Leave arguments that are not given out of the result, as their values are elsewhere."""
+        for action in self._actions:
+            if action.dest in names:
+                action.required, action.default = False, argparse.SUPPRESS
+                if not action.option_strings:
+                    action.nargs = "?"
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}\nsee: python {self.prog} --help")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 _MODEL = {
     "--load": "model-name-or-path model-path model-name model base-model pretrained-model "
     "pretrained-model-name-or-path",
-    "--model-config": "config config-name config-file",
+    "--model-config": "config-name config-file",
     "--vocab": "tokenizer tokenizer-name tokenizer-path tokenizer-name-or-path vocab-file",
     "--quantize nf4": "load-in-4bit use-4bit bnb-4bit-quant-type quantization-bit",
     "--quantize int8": "load-in-8bit use-8bit",
@@ -173,6 +173,16 @@ _SERVE = _MODEL | {
     "--grace": "timeout-graceful-shutdown shutdown-timeout",
 }
 
+_VERIFY = {
+    "--load": _MODEL["--load"],
+    "--vocab": _MODEL["--vocab"],
+    "--model-config": _MODEL["--model-config"],
+    "--dataset": _FINETUNE["--dataset"],
+    "--eval-dataset": _FINETUNE["--eval-dataset"],
+    "--steps": "max-steps num-steps max-train-steps",
+    "--threads": "num-threads nthreads",
+}
+
 
 def _by_foreign_flag(table: Mapping[str, str]) -> dict[str, str]:
     return {f"--{name}": ours for ours, names in table.items() for name in names.split()}
@@ -187,5 +197,6 @@ PREPROCESS = _by_foreign_flag(_PREPROCESS)
 CONVERT_DATA = _by_foreign_flag(_CONVERT_DATA)
 INSPECT = _by_foreign_flag(_INSPECT)
 DOCTOR = _by_foreign_flag(_DOCTOR)
+VERIFY = _by_foreign_flag(_VERIFY)
 MERGE = _by_foreign_flag(_MERGE)
 CONVERT = _by_foreign_flag(_CONVERT)

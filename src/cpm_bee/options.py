@@ -14,6 +14,8 @@ flag, with the help text in both languages:
 `Options.parse()` reads the command line. `scripts/make_docs.py` makes the flag tables of docs/ and
 docs/zh/ from the same fields. A `bool` field is a switch; a field without `type` is text; a flag
 with the default `REQUIRED` must be given. Help texts are Markdown: `--help` drops the backticks.
+
+Every script also has `--config FILE`, which gives flags in a YAML file (`config_file`).
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+from cpm_bee import config_file
 from cpm_bee.cli import (
     DEBUG_HELP,
     DEBUG_HELP_CHINESE,
@@ -61,6 +64,7 @@ class Group:
         bare: str | None = None,
         repeated: bool = False,
         words: Callable[[Sequence[str]], Any] | None = None,
+        positional: bool = False,
     ) -> Any:
         """Returns a dataclass field that declares a flag of this group.
 
@@ -73,11 +77,12 @@ class Group:
             repeated: the flag may be given several times; the value is a tuple.
             words: the flag may have any number of words; converts them to the value; raises
                 `InputError`.
+            positional: it is given by its place, without the name of a flag.
         """
         declared = {
             "group": self, "help": help, "chinese": chinese,
             "type": type, "choices": choices, "metavar": metavar, "bare": bare,
-            "repeated": repeated, "words": words,
+            "repeated": repeated, "words": words, "positional": positional,
         }  # fmt: skip
         return dataclasses.field(default=default, metadata=declared)
 
@@ -155,9 +160,15 @@ class Flag:
     bare: str | None = None
     repeated: bool = False
     words: Callable[[Sequence[str]], Any] | None = None
+    positional: bool = False
+    is_list: bool = False  # texts, separated by commas
+    is_mapping: bool = False  # NAME=TEXT, separated by commas
 
     @property
     def flag(self) -> str:
+        """What is typed before the value; for a positional one, what stands for the value."""
+        if self.positional:
+            return self.metavar or self.name.upper()
         return "--" + self.name.replace("_", "-")
 
     @property
@@ -176,6 +187,9 @@ class Flag:
         nargs: dict[str, Any] = {} if self.bare is None else {"nargs": "?", "const": self.bare}
         if self.words is not None:
             nargs = {"nargs": "*"}
+        if self.positional:
+            parser.add_argument(self.name, metavar=metavar, type=self.type, help=text)  # type: ignore[arg-type]
+            return
         parser.add_argument(
             self.flag,
             action="append" if self.repeated else "store",
@@ -192,12 +206,29 @@ class Flag:
 # Every script has these flags; they are no fields because `cli.run_command` looks for them.
 DEBUG = Flag("debug", False, True, GENERAL, DEBUG_HELP, DEBUG_HELP_CHINESE)
 LANG = Flag("lang", AUTO, False, GENERAL, LANG_HELP, LANG_HELP_CHINESE, choices=LANGUAGES)
+# So has it this one, whose file has values of fields.
+CONFIG = Flag(
+    "config",
+    None,
+    False,
+    GENERAL,
+    "YAML file with settings, one `FLAG: VALUE` a line; flags on the command line override it",
+    "YAML 设置文件，每行一个 `FLAG: VALUE`（参数名: 值）；命令行上的参数优先",
+    metavar="FILE",
+)
 
 
 def flags_of(options: Any) -> list[Flag]:
     """The flags of a dataclass or of an instance, in the order of the fields."""
     return [
-        Flag(field.name, field.default, field.type in (bool, "bool"), **field.metadata)
+        Flag(
+            field.name,
+            field.default,
+            field.type in (bool, "bool"),
+            is_list=str(field.type).startswith("tuple["),
+            is_mapping=str(field.type).startswith("Mapping["),
+            **field.metadata,
+        )
         for field in dataclasses.fields(options)
         if "group" in field.metadata
     ]
@@ -236,23 +267,55 @@ class CommandOptions:
         for group in cls.groups:
             title = group.chinese if is_chinese() else group.title
             sections[group] = parser.add_argument_group(title)
-        for flag in cls.flags():
+        for flag in (*cls.flags(), CONFIG):
             flag.add_to(sections[flag.group])
         return parser
 
     @classmethod
     def flags(cls) -> list[Flag]:
-        """Returns the flags by group, without --debug and --lang."""
+        """Returns the flags by group, without --config, --debug and --lang."""
         order = [*cls.groups, GENERAL]
         return sorted(flags_of(cls), key=lambda flag: order.index(flag.group))
 
     @classmethod
     def parse(cls: type[Parsed], arguments: Sequence[str] | None = None) -> Parsed:
-        choose(sys.argv[1:] if arguments is None else arguments)
-        values = vars(cls.parser().parse_args(arguments))
-        for flag in cls.flags():
-            if flag.repeated and values[flag.name] is not None:
-                values[flag.name] = tuple(values[flag.name])
-            if flag.words and values[flag.name] is not None:
-                values[flag.name] = flag.words(values[flag.name])
-        return cls(**{flag.name: values[flag.name] for flag in cls.flags()})
+        """Read the command line, and the file of `--config`, which it overrides.
+
+        Raises:
+            InputError: flags, or settings in the file, are wrong.
+        """
+        arguments = sys.argv[1:] if arguments is None else list(arguments)
+        choose(arguments)
+        parser, flags = cls.parser(), cls.flags()
+        values: dict[str, Any] = {}
+        path = config_file.given_path(arguments)
+        if path is not None and not {"-h", "--help"} & set(arguments):
+            values = config_file.read(path, flags, parser.hint, cls.script)
+            parser.make_optional(values)
+        given = vars(parser.parse_args(arguments))
+        for flag in flags:
+            if flag.name not in given or given[flag.name] is None:
+                continue
+            if flag.repeated:
+                given[flag.name] = tuple(given[flag.name])
+            if flag.words:
+                given[flag.name] = flag.words(given[flag.name])
+        values |= given
+        return cls(**{flag.name: values[flag.name] for flag in flags})
+
+    def as_config(
+        self, notes: Sequence[str] = (), leave_out: Container[str] = (), **changes: Any
+    ) -> str:
+        """Returns the text of a `--config` file with these options.
+
+        Args:
+            notes: comments at its beginning.
+            leave_out: fields that are not in it.
+            changes: fields with other values.
+        """
+        groups: dict[Group, dict[str, Any]] = {}
+        for flag in self.flags():
+            if flag.name not in leave_out:
+                value = changes.get(flag.name, getattr(self, flag.name))
+                groups.setdefault(flag.group, {})[flag.name.replace("_", "-")] = value
+        return config_file.text_of([(g.title, values) for g, values in groups.items()], notes)

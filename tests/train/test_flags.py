@@ -128,6 +128,18 @@ def _debug(lab: Lab) -> None:
 
 
 @case
+def _config(lab: Lab) -> None:
+    path = lab.folder / "run.yaml"
+    path.write_text("max_steps: 3\nlr: 1e-3\n")
+    assert lab.run(config=path, max_steps=None, lr=None).column("lr") == [1e-3] * 3
+    assert lab.run(config=path, max_steps=1).column("lr") == [0.01]  # given by both
+    path.write_text("max_steps: 3\nlearning-rate: 1e-3\n")
+    assert f"{path}:2: unknown setting 'learning-rate' (did you mean lr?)" in lab.refusal(
+        config=path
+    )
+
+
+@case
 def _model_config(lab: Lab) -> None:
     automatic, given = lab.run(), lab.run(model_config=lab.workspace.model / "config.json")
     assert automatic.losses == given.losses

@@ -159,8 +159,8 @@ def test_all_nodes_end_with_the_rank_that_was_killed(
     assert names == [
         f"cpm_bee_finetune-{kind}"
         for kind in (
-            "delta-best.json", "delta-best.pt", "delta-last.json", "delta-last.pt", "log.jsonl",
-            "report.html", "state.pt",
+            "config.yaml", "delta-best.json", "delta-best.pt", "delta-last.json",
+            "delta-last.pt", "log.jsonl", "receipt.json", "report.html", "state.pt",
         )
     ]  # fmt: skip
     for which in ("best", "last"):

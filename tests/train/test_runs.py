@@ -7,7 +7,6 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,20 @@ import pytest
 import torch
 import train_support
 from train_support import (
+    DIGEST_FIELDS,
     END_FIELDS,
     EVAL_FIELDS,
     SAMPLES_FIELDS,
     TRAIN_FIELDS,
     Run,
     Workspace,
+    after_steps,
     train,
 )
 
 from cpm_bee.checkpoint.reader import load_tensors, save_tensors
 from cpm_bee.errors import InputError, RunError
 from cpm_bee.pretrained import load_pretrained
-from cpm_bee.train.log import Reporter
 
 NAME = "cpm_bee_finetune"
 CPU = torch.device("cpu")
@@ -38,36 +38,27 @@ def kinds(run: Run) -> list[str]:
     return [event["event"] for event in run.events]
 
 
-def after_steps(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
-    """Do something when step number `step` is reported."""
-    original = Reporter.train_step
-
-    def train_step(self: Reporter, values: dict[str, Any], **rest: Any) -> None:
-        original(self, values, **rest)
-        if values["step"] == step:
-            action()
-
-    monkeypatch.setattr(Reporter, "train_step", train_step)
-
-
 def test_the_log_has_the_promised_events_and_fields(workspace: Workspace, tmp_path: Path) -> None:
     run = train(workspace, tmp_path, use_delta=True, eval_dataset=workspace.eval, eval_interval=3)
-    steps = ["train"] * 3
+    first = ["digest", "train", "digest", "train", "digest", "train"]
+    second = ["train", "train", "digest", "train"]
     evaluation = ["eval", "samples"]
     assert kinds(run) == [
         "start",
         *evaluation,
-        *steps,
+        *first,
         *evaluation,
-        *steps,
+        *second,
         *evaluation,
-        *steps[:2],
+        *["train", "train", "digest"],
         *evaluation,
         "end",
     ]
     assert all(list(e) == SAMPLES_FIELDS for e in run.of("samples"))
     assert all(list(e) == TRAIN_FIELDS for e in run.of("train"))
     assert all(list(e) == EVAL_FIELDS for e in run.of("eval"))
+    assert all(list(e) == DIGEST_FIELDS for e in run.of("digest"))
+    assert run.column("step", "digest") == [0, 1, 2, 5, 8]
     assert all(list(e) == END_FIELDS for e in run.of("end"))
     assert run.column("step") == list(range(1, 9))
     assert run.column("step", "eval") == [0, 3, 6, 8]
@@ -98,7 +89,8 @@ def test_a_run_of_one_step_leaves_best_and_last(
     infix = "-delta" if use_delta else ""
     weights = [f"{NAME}{infix}-{w}.{s}" for w in ("best", "last") for s in ("json", "pt")]
     states = [f"{NAME}-state-0.pt", f"{NAME}-state.pt"]
-    assert run.files == sorted([*weights, f"{NAME}-log.jsonl", f"{NAME}-report.html", *states])
+    others = ("config.yaml", "log.jsonl", "receipt.json", "report.html")
+    assert run.files == sorted([*weights, *states, *(f"{NAME}-{other}" for other in others)])
     assert run.weights("best").keys() == run.weights("last").keys()
 
 
@@ -226,7 +218,7 @@ def test_the_files_of_an_earlier_run_are_moved(
     assert f"{tmp_path / 'run-previous'}" in capsys.readouterr().out
     previous = Run(tmp_path / "run-previous", "run")
     assert previous.losses == first.losses != full.losses
-    assert len(previous.files) == 8 and not any("run-delta" in name for name in full.files)
+    assert len(previous.files) == 10 and not any("run-delta" in name for name in full.files)
     assert Run(tmp_path, "run-b").losses == other.losses
     train(workspace, tmp_path, save_name="run", seed=4, **flags)
     previous = Run(tmp_path / "run-previous", "run")

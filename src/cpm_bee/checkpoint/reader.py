@@ -77,7 +77,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path, *, verify: bool = False) -> None:
-        self.path = _resolve(Path(path))
+        self.path = checkpoint_file(path)
         self.entries: dict[str, LazyTensor] = {}
         problems = Problems()
         tied = None
@@ -150,7 +150,13 @@ def _are_equal(a: LazyTensor, b: LazyTensor) -> bool:
     )
 
 
-def _resolve(path: Path) -> Path:
+def checkpoint_file(given: str | Path) -> Path:
+    """The file, or the index or first shard, that `--load` means.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(given)
     if path.is_dir():
         for name in _IN_FOLDER:
             if (path / name).is_file():
@@ -166,6 +172,21 @@ def _resolve(path: Path) -> Path:
     return path
 
 
+def files_of(path: Path) -> list[Path]:
+    """All files of the checkpoint whose `checkpoint_file` is `path`."""
+    if path.name.endswith(_INDEX):
+        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        return [path, *(path.with_name(name) for name in sorted(names))]
+    if match := _SHARD.fullmatch(path.name):
+        return _shards(path, match)
+    return [path]
+
+
+def _shards(path: Path, match: re.Match[str]) -> list[Path]:
+    stem, count, suffix = match["stem"], int(match["count"]), match["suffix"]
+    return [path.with_name(f"{stem}-{i:05d}-of-{count:05d}{suffix}") for i in range(1, count + 1)]
+
+
 def _read_entries(path: Path, verify: bool) -> dict[str, LazyTensor]:
     if path.name.endswith(_INDEX):
         return _read_shards(path, verify)
@@ -176,8 +197,7 @@ def _read_entries(path: Path, verify: bool) -> dict[str, LazyTensor]:
 
 def _join_shards(path: Path, match: re.Match[str], verify: bool) -> dict[str, LazyTensor]:
     """The tensors of all shards of a checkpoint without an index, given one of them."""
-    stem, count, suffix = match["stem"], int(match["count"]), match["suffix"]
-    files = [path.with_name(f"{stem}-{i:05d}-of-{count:05d}{suffix}") for i in range(1, count + 1)]
+    files = _shards(path, match)
     problems = Problems()
     for file in files:
         if not file.is_file():

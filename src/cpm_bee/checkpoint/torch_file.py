@@ -74,6 +74,20 @@ def _check_zip(path: Path, verify: bool) -> bool:
     return has_checksums
 
 
+def stored_crc32s(path: Path) -> list[tuple[str, int, int]] | None:
+    """The parts of a `torch.save` file with their sizes and the CRC-32 that it holds of each.
+
+    None for a file without. The first folder of a name is left out: it is that of the file.
+    """
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if not any(entry.CRC for entry in entries):
+        return None
+    return sorted((e.filename.partition("/")[2], e.file_size, e.CRC) for e in entries)
+
+
 def _compare(path: Path, archive: zipfile.ZipFile) -> None:
     """Compare the entries of an archive, none of them compressed, with their checksums."""
     size = path.stat().st_size

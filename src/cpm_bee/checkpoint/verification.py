@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from cpm_bee.checkpoint.torch_file import check_before_loading
@@ -40,13 +41,13 @@ def verify_file(path: Path) -> None:
                 return
         except Exception as error:  # a damaged file can raise nearly anything
             raise DamagedFile(f"{path}: damaged: {error}; {_REPLACE}") from None
-    if (expected := _sha256_of_release(path)) is None:
+    if (expected := sha256_of_release(path)) is None:
         logger.warning(
             f"{path}: has not been verified: there are no checksums in it, and no "
             f"{path.name}.sha256 beside it (a line of sha256sum) to compare it with"
         )
         return
-    if (actual := _sha256(path)) != expected:
+    if (actual := sha256_of(path, f"verifying {path.name}")) != expected:
         raise DamagedFile(
             f"{path}: damaged: its SHA-256 is {actual}, that of the release is {expected}; "
             f"{_REPLACE}"
@@ -54,7 +55,8 @@ def verify_file(path: Path) -> None:
     logger.info(f"{path}: verified, by the SHA-256 of its release")
 
 
-def _sha256_of_release(path: Path) -> str | None:
+def sha256_of_release(path: Path) -> str | None:
+    """The SHA-256 that the release of a file has, from where it can lie; None if there is none."""
     notes = [
         path.with_name(f"{path.name}.sha256"),
         path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata",
@@ -70,14 +72,23 @@ def _sha256_of_release(path: Path) -> str | None:
     return target.lower() if path.is_symlink() and _SHA256.fullmatch(target) else None
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path, description: str, *, is_stopped: Callable[[], bool] = bool) -> str:
+    """The SHA-256 of a file; shows a progress bar after two seconds.
+
+    Args:
+        description: of the bar; "" for none.
+        is_stopped: asked between pieces of the file; if true, the rest is left out.
+    """
     digest = hashlib.sha256()
-    size = path.stat().st_size
-    with (
-        open(path, "rb") as file,
-        progress_bar(total=size, description=f"verifying {path.name}", unit="B", delay=2) as bar,
-    ):
-        while data := file.read(_AT_ONCE):
+    bar = progress_bar(
+        total=path.stat().st_size,
+        description=description,
+        unit="B",
+        delay=2,
+        quiet=not description,
+    )
+    with open(path, "rb") as file, bar:
+        while (data := file.read(_AT_ONCE)) and not is_stopped():
             digest.update(data)
             bar.update(len(data))
     return digest.hexdigest()

@@ -175,6 +175,43 @@ class BinaryDataset:
                 digest.update(file.read(FINGERPRINT_BYTES))
         return digest.hexdigest()
 
+    @property
+    def checksums(self) -> list[list[int]] | None:
+        """The CRC-32 checksums of each data file's blocks, as `checksums.json` has them.
+
+        None if there is a data file without. Nothing is compared with them here.
+        """
+        found = [c for c, info in zip(self._checksums, self.files, strict=True) if not info.mask]
+        known = [checksums for checksums in found if checksums is not None]
+        return known if len(known) == len(found) else None
+
+    @property
+    def paths(self) -> list[Path]:
+        """`meta.bin` and the data files."""
+        names = [info.file_name for info in self.files if not info.mask]
+        return [self.folder / META, *(self.folder / name for name in names)]
+
+    def compare_all(self) -> None:
+        """Compare all data with its checksums; shows a progress bar after two seconds.
+
+        Raises:
+            DamagedFile: a checksum differs.
+        """
+        from cpm_bee.progress import progress_bar  # make_docs.py imports this without tqdm
+
+        sizes = {
+            index: os.path.getsize(self.folder / info.file_name)
+            for index, info in enumerate(self.files)
+            if not info.mask and self._checksums[index] is not None
+        }
+        total = sum(sizes.values())
+        with progress_bar(total=total, description="comparing", unit="B", delay=2) as bar:
+            for index, size in sizes.items():
+                for begin in range(0, size, BLOCK_SIZE):
+                    end = min(size, begin + BLOCK_SIZE)
+                    self._check(index, begin, end)
+                    bar.update(end - begin)
+
     def _map(self, index: int) -> mmap.mmap:
         # Opened at first use, so that masked files and forked readers have no needless maps.
         if index not in self._maps:

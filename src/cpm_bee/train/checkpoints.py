@@ -74,8 +74,11 @@ class RunFiles:
         self.log = self._folder / f"{name}-log.jsonl"
         self.report = self._folder / f"{name}-report.html"
         self.curves = self._folder / f"{name}-loss.png"
+        self.config = self._folder / f"{name}-config.yaml"
+        self.receipt = self._folder / f"{name}-receipt.json"
         weights = [f"{i}-{w}.{s}" for i in ("", "-delta") for w in _KEPT for s in ("pt", "json")]
         endings = [*weights, "-state.pt", "-log.jsonl", "-report.html", "-loss.png"]
+        endings += ["-config.yaml", "-receipt.json"]
         self.places = RunFolder(self._folder, name, endings, keep_runs)
         self._limit = save_total_limit
         # The step of `self.state`, once this run has read or written it. Before that it may be
@@ -287,7 +290,7 @@ class RunFiles:
         return self._copy_origin(*self._origin, progress["best_loss"])
 
     def _copy_origin(self, state: Path, opened: os.stat_result, best_loss: float) -> bool:
-        """Copy what another run left beside a state: its log, and its best weights.
+        """Copy what another run left beside a state: its log, receipt, and best weights.
 
         Returns false if its best weights are later than the state, and so not copied.
         """
@@ -301,9 +304,11 @@ class RunFiles:
             return False
         copies = {
             path: state.with_name(match["name"] + path.name.removeprefix(self._name))
-            for path in (self.log, self.best, self.best.with_suffix(".json"))
+            for path in (self.log, self.receipt, self.best, self.best.with_suffix(".json"))
         }
-        log = copies.pop(self.log)
+        log, receipt = copies.pop(self.log), copies.pop(self.receipt)
+        if receipt.is_file():
+            shutil.copyfile(receipt, self.places.to_write(self.receipt))
         if not log.is_file():
             return False
         shutil.copyfile(log, self.places.to_write(self.log))

@@ -75,8 +75,11 @@ class Inputs:
         return taken
 
 
-def check(options: Options) -> Inputs:
+def check(options: Options, *, saves: bool = True) -> Inputs:
     """Open and check the inputs of a run.
+
+    Args:
+        saves: whether the run saves weights and states, for which there must be room.
 
     Raises:
         InputError: lists all problems.
@@ -132,7 +135,7 @@ def check(options: Options) -> Inputs:
 
     problems.raise_if_any("this run cannot start:")
     assert device is not None and pretrained is not None and files is not None
-    if RankInfo.of_this_process().rank == 0:  # which writes
+    if saves and RankInfo.of_this_process().rank == 0:  # which writes
         trained = sum(p.numel() for p in pretrained.model.parameters() if p.requires_grad)
         goes_on = saved_state is not None and not files.begins_new_run
         files.require_room(trained, resume=goes_on)

@@ -55,6 +55,7 @@ class Reporter:
         self._report = report
         self._step = resumed_step or 0
         self._has_ended = False
+        self._digested: set[int] = set()  # the steps after which there is a digest
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,11 +64,12 @@ class Reporter:
             limits = {"eval": evaluated_step, "samples": evaluated_step}
             kept = [
                 (line, event)
-                for line, event in _lines(path)
+                for line, event in log_lines(path)
                 if event.get("step", 0) <= limits.get(event["event"], resumed_step)
             ]
         with atomic_file(path) as file:
             file.writelines(line for line, _ in kept)
+        self._digested = {e["step"] for _, e in kept if e["event"] == "digest"}
         if report is not None:
             for _, event in kept:
                 report.add(event)
@@ -109,6 +111,12 @@ class Reporter:
         self._display.step(values, seconds=seconds, row_fill=row_fill, skipped=skipped, done=done)
         if self._report is not None:
             self._report.write_new_curves()
+
+    def digest(self, step: int, value: str) -> None:
+        """Log the digest of the trained tensors after a step, once for each."""
+        if step not in self._digested:
+            self._digested.add(step)
+            self._log("digest", {"step": step, "sha256": value})
 
     def evaluation(self, step: int, result: Evaluation, best: bool) -> None:
         values = {
@@ -194,12 +202,12 @@ def _is_json(value: Any) -> bool:
 
 def best_loss_of(path: Path, metric: str) -> float:
     """Returns the loss of the best evaluation in a log; infinite if there is none."""
-    found = [event for _, event in _lines(path) if event["event"] == "eval"]
+    found = [event for _, event in log_lines(path) if event["event"] == "eval"]
     keys = [(*order(e["loss"], e.get("exact_match", 0.0), metric), e["loss"]) for e in found]
     return max(keys)[-1] if keys else math.inf
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def log_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the lines of a log and what they hold, without one cut short by a kill."""
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         with suppress(ValueError):

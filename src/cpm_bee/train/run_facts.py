@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-import platform
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import cpm_bee
 from cpm_bee.cli import shown_default
 from cpm_bee.engine import Engine
 from cpm_bee.html_pages import Text
+from cpm_bee.model.network import CPMBee
 from cpm_bee.report.facts import DataFigure, Facts, Setting
 from cpm_bee.train.checkpoints import RunFiles
 from cpm_bee.train.data_loader import DataLoader
+from cpm_bee.train.environment import environment_of
 from cpm_bee.train.model_options import AUTO
 from cpm_bee.train.options import Options
 
@@ -27,6 +27,7 @@ _SCRIPTS = Path(cpm_bee.__file__).resolve().parent.parent
 def facts_of(
     options: Options,
     engine: Engine,
+    model: CPMBee,
     loaders: Sequence[DataLoader],
     files: RunFiles,
     summary: Sequence[str],
@@ -46,7 +47,7 @@ def facts_of(
         commands=_commands(options, files),
         folder=os.getcwd(),
         summary=[line for text in summary for line in text.splitlines()],
-        environment=_environment(engine),
+        environment=_environment(engine, model),
         files=[
             (
                 str(files.best),
@@ -58,6 +59,14 @@ def facts_of(
                 Text("the training state, for --resume", "训练状态，供 --resume 使用"),
             ),
             (str(files.log), Text("the log, one JSON object a line", "日志，每行一个 JSON 对象")),
+            (
+                str(files.config),
+                Text("all settings, for --config", "全部设置，供 --config 使用"),
+            ),
+            (
+                str(files.receipt),
+                Text("the receipt, for verify.py", "回执，供 verify.py 使用"),
+            ),
         ],
     )
 
@@ -137,15 +146,14 @@ def _commands(options: Options, files: RunFiles) -> list[tuple[Text, str]]:
     return commands
 
 
-def _environment(engine: Engine) -> list[tuple[Text, str]]:
-    cuda = engine.device.type == "cuda"
-    device = torch.cuda.get_device_name(engine.device) if cuda else platform.machine()
+def _environment(engine: Engine, model: CPMBee) -> list[tuple[Text, str]]:
+    found = environment_of(engine, model)
     return [
-        (Text("cpm_bee", "cpm_bee"), cpm_bee.__version__),
-        (Text("Python", "Python"), platform.python_version()),
-        (Text("PyTorch", "PyTorch"), torch.__version__),
-        (Text("device", "设备"), f"{engine.device.type} ({device})"),
-        (Text("compute type", "计算精度"), str(engine.dtype).removeprefix("torch.")),
-        (Text("processes", "进程数"), str(engine.world_size)),
-        (Text("system", "操作系统"), f"{platform.system()} {platform.release()}"),
+        (Text("cpm_bee", "cpm_bee"), found["cpm_bee"]),
+        (Text("Python", "Python"), found["python"]),
+        (Text("PyTorch", "PyTorch"), found["torch"]),
+        (Text("device", "设备"), f"{found['device']} ({found['gpu'] or found['machine']})"),
+        (Text("compute type", "计算精度"), found["dtype"]),
+        (Text("processes", "进程数"), str(found["ranks"])),
+        (Text("system", "操作系统"), found["system"]),
     ]

@@ -25,12 +25,14 @@ from cpm_bee.train.agreement import check_same_step, open_data, refuse_different
 from cpm_bee.train.checkpoints import RunFiles
 from cpm_bee.train.checks import Inputs, check, step_shapes
 from cpm_bee.train.data_loader import DataLoader
+from cpm_bee.train.digest import has_digests
 from cpm_bee.train.display import Display
 from cpm_bee.train.dry_run import describe_run
 from cpm_bee.train.initial_delta import init_delta_line
 from cpm_bee.train.log import Reporter
 from cpm_bee.train.loggers import open_loggers
 from cpm_bee.train.options import CURVES, NO_REPORT, Options
+from cpm_bee.train.receipt import recorded
 from cpm_bee.train.run_facts import facts_of
 from cpm_bee.train.summary import (
     checkpointing_line,
@@ -78,9 +80,11 @@ def finetune(options: Options) -> None:
             run.files,
             run.reporter,
             run.state,
+            digests=run.digests,
         )
         try:
-            trainer.run()
+            with recorded(options, inputs, run):
+                trainer.run()
         except torch.OutOfMemoryError as error:
             raise RunError(f"{str(error).splitlines()[0]} {_LESS_MEMORY}") from None
         report = "" if options.report == NO_REPORT else f"; report: {run.files.report}"
@@ -95,6 +99,8 @@ class Run:
         evaluation: the evaluation set's loader, or None to train without.
         files: where to write; used on rank 0.
         state: where it begins: at step 0 or, if resumed, after a later one.
+        is_resumed: whether it goes on from a saved state.
+        digests: whether the trained tensors are few enough for digests of them.
         summary: lines that describe the run to people.
     """
 
@@ -105,12 +111,17 @@ class Run:
     files: RunFiles
     reporter: Reporter
     state: TrainingState
+    is_resumed: bool
+    digests: bool
     summary: list[str]
 
 
 @contextmanager
-def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
+def set_up(options: Options, inputs: Inputs, display: Display | None = None) -> Iterator[Run]:
     """Build a run from its inputs; collective. On exit it leaves the process group.
+
+    Args:
+        display: shows the steps to people, if not as usual.
 
     Raises:
         InputError: the data cannot be used with this model, or differ between processes.
@@ -118,7 +129,7 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
     model, tokenizer, files = inputs.pretrained.model, inputs.pretrained.tokenizer, inputs.files
     with closing(make_engine(inputs.engine, inputs.device, inputs.dtype)) as engine:
         refuse_different_deltas(engine, options)
-        sizes = model_line(model)
+        sizes, digests = model_line(model), has_digests(model)
         distribution = engine.load_model(inputs.pretrained, options.parallel, options.offload)
         indexes = [open_data(engine, data, tokenizer) for data in inputs.datasets.values()]
         training, evaluation = _loaders(options, engine, indexes, tokenizer)
@@ -155,13 +166,13 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
         summary += _data_lines(options, training, evaluation)
         summary += [distribution, checkpointing_line(checkpointing), *attention_lines]
         writes = engine.rank == 0
-        report = _report(options, engine, [training, evaluation], files, summary)
+        report = _report(options, engine, model, [training, evaluation], files, summary)
         with Reporter(
             files.places.to_write(files.log) if writes else None,
             resumed_step=resumed_step,
             evaluated_step=state.evaluated_step if state.evaluated_step >= 0 else state.step - 1,
             task=options.task_name,
-            display=Display(options.log_interval, options.epoch),
+            display=display or Display(options.log_interval, options.epoch),
             loggers=open_loggers(options) if writes else [],
             report=report if writes else None,
         ) as reporter:
@@ -173,6 +184,8 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
                 files=files,
                 reporter=reporter,
                 state=state,
+                is_resumed=is_resumed,
+                digests=digests,
                 summary=summary,
             )
 
@@ -180,13 +193,15 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
 def _report(
     options: Options,
     engine: Engine,
+    model: CPMBee,
     loaders: list[DataLoader | None],
     files: RunFiles,
     summary: list[str],
 ) -> ReportWriter | None:
     if options.report == NO_REPORT:
         return None
-    facts = facts_of(options, engine, [d for d in loaders if d is not None], files, summary)
+    found = [loader for loader in loaders if loader is not None]
+    facts = facts_of(options, engine, model, found, files, summary)
     place, curves = files.places.to_write, options.report == CURVES
     return ReportWriter(place, files.report, files.curves, facts, with_curves=curves)
 

@@ -16,6 +16,7 @@ from cpm_bee.errors import InterruptedRun, RunError, describe
 from cpm_bee.model.network import CPMBee
 from cpm_bee.train.checkpoints import RunFiles
 from cpm_bee.train.data_loader import DataLoader, PlannedStep
+from cpm_bee.train.digest import DIGEST_STEPS, digest_of_tensors
 from cpm_bee.train.evaluation import NUM_SAMPLES, evaluate
 from cpm_bee.train.log import Reporter
 from cpm_bee.train.options import NO_REPORT, Options
@@ -37,6 +38,7 @@ class Trainer:
         evaluation: the evaluation set's loader, or None to train without.
         files: where to write; used on rank 0.
         state: where to begin; the engine must have loaded the same state.
+        digests: whether the log gets digests of the trained tensors.
     """
 
     def __init__(
@@ -49,6 +51,8 @@ class Trainer:
         files: RunFiles,
         reporter: Reporter,
         state: TrainingState,
+        *,
+        digests: bool = True,
     ) -> None:
         self._model = model
         self._engine = engine
@@ -59,6 +63,7 @@ class Trainer:
         self._reporter = reporter
         self._signals = Signals()
         self._saved_at = time.monotonic()
+        self._digests = digests
         self.state = state
 
     def run(self) -> str:
@@ -123,8 +128,27 @@ class Trainer:
             f"{self._options.dtype}"
         )
 
+    def replay(self) -> str:
+        """Train as `run` does, without evaluating or saving; returns the reason for the end."""
+        self._model.train()
+        return self._train()
+
     def _train(self) -> str:
         """Run the remaining epochs; returns the reason for the end."""
+        if self.state.step == 0:
+            self._note_digest()
+        reason = self._steps()
+        self._note_digest()
+        return reason
+
+    def _note_digest(self) -> None:
+        """Log a digest of the trained tensors, which a replay is compared with; collective."""
+        if self._digests:
+            tensors = self._engine.trained_tensors()
+            if self._engine.rank == 0:
+                self._reporter.digest(self.state.step, digest_of_tensors(tensors))
+
+    def _steps(self) -> str:
         state, limit = self.state, self._options.max_steps
         while state.epoch < self._options.epoch:
             # On an exception too, the thread that makes the next batches ends with its steps.
@@ -179,6 +203,8 @@ class Trainer:
         state.records_in_epoch += step.records
         self._log(step, loss, part_losses, lr, loss_scale, result, time.perf_counter() - started)
 
+        if state.step in DIGEST_STEPS:
+            self._note_digest()
         if state.step % options.inspect_iters == 0:
             self._reporter.inspection(state.step, engine.statistics())
         if state.step % options.eval_interval == 0:

@@ -1,0 +1,317 @@
+"""The receipt of a run, `SAVE/SAVE_NAME-receipt.json`: what went in, and what came out.
+
+It is a JSON object with a checksum of itself:
+
+    status      running, finished, interrupted or failed
+    parts       the run and each resume of it, with the number of steps done before: settings,
+                inputs with their hashes (`hashes`), code and environment (`environment`)
+    result      how it ended: step, figures, hashes of the weights and of the log
+
+It is written when a run begins and when it ends; one that still says "running" long afterwards is
+that of a run that was killed. The losses of the steps are in the log. `replay` compares with it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from cpm_bee import __version__, checksums
+from cpm_bee.checkpoint.reader import checkpoint_file, files_of
+from cpm_bee.checkpoint.verification import sha256_of
+from cpm_bee.data.bin_dataset import BinaryDataset
+from cpm_bee.data.mixture import Mixture, Part
+from cpm_bee.engine import Engine
+from cpm_bee.errors import InputError, InterruptedRun, Problems, RunError, describe, shown
+from cpm_bee.files import atomic_file
+from cpm_bee.model.network import CPMBee
+from cpm_bee.paths import not_a_file
+from cpm_bee.train.checks import Inputs
+from cpm_bee.train.environment import code_of, environment_of
+from cpm_bee.train.hashes import (
+    SHA256,
+    BackgroundHashes,
+    quick_hash,
+    quick_hash_of_dataset,
+    whole_hash,
+)
+from cpm_bee.train.initial_delta import begins_with_file
+from cpm_bee.train.options import Options
+from cpm_bee.train.training_state import TrainingState
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+RUNNING, FINISHED, INTERRUPTED, FAILED = "running", "finished", "interrupted", "failed"
+_MAX_BYTES = 16 << 20
+# Weights up to this size are read for their hash, which takes about a second.
+_WEIGHTS_TO_READ = 1 << 30
+# Not settings of the run that its file would repeat.
+_OF_ONE_START = ("resume", "dry_run")
+
+
+class Begun(Protocol):
+    """What this module needs to know of a run: see `setup.Run`."""
+
+    @property
+    def model(self) -> CPMBee: ...
+    @property
+    def engine(self) -> Engine: ...
+    @property
+    def state(self) -> TrainingState: ...
+    @property
+    def is_resumed(self) -> bool: ...
+
+
+@contextmanager
+def recorded(options: Options, inputs: Inputs, run: Begun) -> Iterator[None]:
+    """Returns the context in which a run trains; rank 0 writes its settings and its receipt.
+
+    Raises:
+        RunError: the run has finished, but its receipt cannot be written.
+    """
+    if run.engine.rank != 0:
+        yield
+        return
+    receipt = Receipt(options, inputs, run)
+    receipt.begin()
+    try:
+        yield
+    except BaseException as error:
+        is_signal = isinstance(error, (InterruptedRun, KeyboardInterrupt))
+        with suppress(OSError):  # of the disk that may have ended the run
+            receipt.end(INTERRUPTED if is_signal else FAILED, str(error) or type(error).__name__)
+        raise
+    try:
+        receipt.end(FINISHED)
+    except OSError as error:
+        raise RunError(
+            f"{describe(error)}; the run has finished, and its weights are saved"
+        ) from error
+
+
+class Receipt:
+    """The receipt of a run that goes on; on rank 0."""
+
+    def __init__(self, options: Options, inputs: Inputs, run: Begun) -> None:
+        self._options, self._run, self._files = options, run, inputs.files
+        self._inputs = InputHashes(options, inputs)
+        self._parts = _earlier_parts(self._place, run.state.step) if run.is_resumed else []
+        self._part = {
+            "steps_before": run.state.step if run.is_resumed else 0,
+            "folder": os.getcwd(),
+            "settings": _plain(asdict(options)),
+            "code": code_of(),
+            "environment": environment_of(run.engine, run.model),
+        }
+
+    @property
+    def _place(self) -> Path:
+        return self._files.places.to_write(self._files.receipt)
+
+    def begin(self) -> None:
+        """Write the settings of the run, and the receipt as it is now."""
+        notes = [
+            "The settings of a run, which this repeats: "
+            f"python {self._options.script} --config {self._files.config.name}",
+            f"Paths are those seen from {os.getcwd()}",
+        ]
+        with atomic_file(self._files.places.to_write(self._files.config)) as file:
+            file.write(self._options.as_config(notes, leave_out=_OF_ONE_START))
+        self._write(RUNNING, None)
+
+    def end(self, status: str, reason: str = "") -> None:
+        """Write the receipt with its result; a run that has finished waits for all hashes."""
+        if status == FINISHED:
+            self._inputs.background.wait()
+        self._inputs.background.stop()
+        self._write(status, self._result(reason))
+
+    def _write(self, status: str, result: dict[str, Any] | None) -> None:
+        part = {**self._part, **self._inputs.current()}
+        values = {
+            "format": FORMAT,
+            "written_by": f"cpm_bee {__version__}",
+            "status": status,
+            "parts": [*self._parts, part],
+            "result": result,
+        }
+        with atomic_file(self._place) as file:
+            file.write(json.dumps(checksums.sealed(_plain(values)), indent=1) + "\n")
+
+    def _result(self, reason: str) -> dict[str, Any]:
+        log = self._files.places.to_write(self._files.log)
+        events = last_events(log)
+        weights = {}
+        for name, path in (("best", self._files.best), ("last", self._files.last)):
+            path = self._files.places.to_write(path)
+            if path.is_file():
+                found = quick_hash(path, small=_WEIGHTS_TO_READ)
+                weights[name] = {"file": path.name, **(found or {})}
+        state = self._run.state
+        return {
+            "step": state.step,
+            "reason": reason.splitlines()[0] if reason else events.get("end", {}).get("reason"),
+            "best_loss": state.best_loss if "eval" in events else None,
+            "best_exact_match": state.best_exact_match if "eval" in events else None,
+            "last_step": events.get("train"),
+            "last_evaluation": events.get("eval"),
+            "weights": weights,
+            # Of the log so far: an error adds its line after this.
+            "log": {"bytes": log.stat().st_size, "sha256": sha256_of(log, "")},
+        }
+
+
+def last_events(log: Path) -> dict[str, dict[str, Any]]:
+    """Returns the last event of each kind in a log; lines that are not whole are left out."""
+    last: dict[str, str] = {}
+    with open(log, encoding="utf-8") as file:
+        for line in file:
+            kind = line.partition('"event": "')[2].partition('"')[0]
+            if line.endswith("}\n"):
+                last[kind] = line
+    return {kind: json.loads(line) for kind, line in last.items() if kind}
+
+
+class InputHashes:
+    """What a run reads, with hashes: at once for small files, in the background for large ones."""
+
+    def __init__(self, options: Options, inputs: Inputs) -> None:
+        pretrained = inputs.pretrained
+        self._sets = {flag: _datasets(dataset) for flag, dataset in inputs.datasets.items()}
+        self._base: Path | None = None if options.load is None else checkpoint_file(options.load)
+        files = [] if self._base is None else files_of(self._base)
+        self._quick = {path: quick_hash(path) for path in files}
+        of_sets = [d for parts in self._sets.values() for _, d in parts]
+        self._quick_sets = {d.folder: quick_hash_of_dataset(d) for d in of_sets}
+        self._fingerprints = {d.folder: d.fingerprint for d in of_sets}
+        slow = [path for path, found in self._quick.items() if found is None]
+        slow += [p for d in of_sets if self._quick_sets[d.folder] is None for p in d.paths]
+        self.background = BackgroundHashes(slow)
+        self._vocabulary = {
+            "path": os.path.abspath(pretrained.tokenizer.source),
+            "tokens": len(pretrained.tokenizer),
+            "fingerprint": pretrained.tokenizer.fingerprint,
+        }
+        self._fingerprint = pretrained.fingerprint
+        self._delta = None
+        if options.init_delta is not None and begins_with_file(options):
+            path = Path(options.init_delta)
+            self._delta = {"path": os.path.abspath(path), "sha256": sha256_of(path, "")}
+
+    def current(self) -> dict[str, Any]:
+        """Returns all inputs with the hashes that are known by now."""
+        known = dict(self.background.found)
+        files = []
+        for path, found in self._quick.items():
+            later = {"kind": SHA256, "value": known[path]} if path in known else {}
+            files.append({"name": path.name, "bytes": path.stat().st_size, **(found or later)})
+        data = {}
+        for flag, parts in self._sets.items():
+            data[flag.removeprefix("--")] = [self._dataset(part, d, known) for part, d in parts]
+        base = None if self._base is None else os.path.abspath(self._base)
+        return {
+            "data": data,
+            "vocabulary": self._vocabulary,
+            "base": {"path": base, "fingerprint": self._fingerprint, "files": files},
+            "init_delta": self._delta,
+        }
+
+    def _dataset(
+        self, part: Part, dataset: BinaryDataset, known: dict[Path, str]
+    ) -> dict[str, Any]:
+        found = self._quick_sets[dataset.folder] or whole_hash(dataset.paths, known) or {}
+        return {
+            "path": os.path.abspath(dataset.folder),
+            "weight": part.weight,
+            "records": len(dataset),
+            "fingerprint": self._fingerprints[dataset.folder],
+            **found,
+        }
+
+
+def _datasets(dataset: BinaryDataset | Mixture) -> list[tuple[Part, BinaryDataset]]:
+    if isinstance(dataset, Mixture):
+        return list(zip(dataset.parts, dataset.datasets, strict=True))
+    return [(Part(str(dataset.folder), 1.0), dataset)]
+
+
+def _earlier_parts(path: Path, step: int) -> list[dict[str, Any]]:
+    """The parts of a resumed run that have done steps which it keeps."""
+    try:
+        parts: list[dict[str, Any]] = read_receipt(path)["parts"]
+    except InputError as error:
+        logger.warning(f"{error}; the new receipt begins after step {step}")
+        return []
+    return [part for part in parts if part["steps_before"] < step]
+
+
+def read_receipt(path: str | Path) -> dict[str, Any]:
+    """Returns the values of a receipt.
+
+    Raises:
+        InputError: it is not one, or has been changed since it was written.
+    """
+    path = Path(path)
+    if reason := not_a_file(path, "receipt"):
+        raise InputError(f"{path}: {reason}")
+    if path.stat().st_size > _MAX_BYTES:
+        raise InputError(f"{path}: not a receipt, but a file of {path.stat().st_size:,} bytes")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a receipt ({error})") from None
+    if not isinstance(values, dict) or "format" not in values:
+        raise InputError(f"{path}: not a receipt (SAVE_NAME-receipt.json is one)")
+    if not checksums.is_intact(values):
+        raise InputError(
+            f"{path}: this receipt has been changed since it was written (checksum), so nothing "
+            "can be verified by it; put back the one that the run wrote"
+        )
+    if values["format"] != FORMAT:
+        raise InputError(f"{path}: has format {values['format']!r}, this version reads {FORMAT}")
+    problems = Problems()
+    problems.extend(str(path), _shape_problems(values, _SHAPE, ""))
+    problems.raise_if_any("this receipt was not written by cpm_bee:")
+    return values
+
+
+# What a receipt must have to be replayed.
+_PATH_AND_HASH = {"path": str, "fingerprint": str}
+_PART = {
+    "steps_before": int,
+    "folder": str,
+    "settings": dict,
+    "code": dict,
+    "environment": {
+        **{"threads": int, "ranks": int, "dtype": str, "device": str, "attention": str},
+        **{"sharded": bool, "checkpointing": bool, "variables": dict},
+    },
+    "data": {"dataset": [{**_PATH_AND_HASH, "weight": float}]},
+    "vocabulary": _PATH_AND_HASH,
+    "base": {"fingerprint": str, "files": [{"name": str, "bytes": int}]},
+}
+_SHAPE = {"status": str, "parts": [_PART]}
+
+
+def _shape_problems(value: Any, shape: Any, where: str) -> Iterator[str]:
+    """Yields what a value lacks of a shape: a type, a list of one, or a dictionary of some."""
+    if isinstance(shape, dict) and isinstance(value, dict):
+        for name, inner in shape.items():
+            yield from _shape_problems(value.get(name), inner, f"{where}/{name}")
+    elif isinstance(shape, list) and isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _shape_problems(item, shape[0], f"{where}/{number}")
+    elif isinstance(shape, (dict, list)) or not isinstance(value, shape):
+        yield f"{where} is {shown(value)}"
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it; numbers that are not finite become null."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
