@@ -22,6 +22,7 @@ from bmtrain_runs import (
     ON_TWO,
     RESUMED,
     RUNS,
+    SAVED,
     SETTINGS,
     Case,
     make_model,
@@ -152,8 +153,8 @@ def compare(
         torch.testing.assert_close(mine, other, rtol=10 * losses, atol=10 * losses)
 
 
-def after_ten_steps(run: dict[str, Any]) -> dict[str, Any]:
-    rest = {name: run[name][10:] for name in ("losses", "norms", "scales", "skipped")}
+def after_the_state(run: dict[str, Any]) -> dict[str, Any]:
+    rest = {name: run[name][SAVED:] for name in ("losses", "norms", "scales", "skipped")}
     return rest | {"scores": run["scores"][2:], "tensors": run["tensors"]}
 
 
@@ -199,7 +200,7 @@ def test_training_goes_on_exactly_from_a_saved_state(
     straight = found[world_size, 0]["runs"][name]
     resumed = found[world_size, 0]["resumed"][f"{name} after bmtrain-{world_size}"]
     for column in ("losses", "norms", "scales", "skipped"):
-        assert resumed[column] == straight[column][10:]
+        assert resumed[column] == straight[column][SAVED:]
     for tensor, value in straight["tensors"].items():
         assert torch.equal(resumed["tensors"][tensor], value)
 
@@ -211,7 +212,7 @@ def test_two_processes_go_on_where_one_was(
     found: Found, reference: References, samples: Samples, name: str, by: str
 ) -> None:
     resumed = found[2, 0]["resumed"][f"{name} after {by}"]
-    compare(name, resumed, reference, samples, after_ten_steps)
+    compare(name, resumed, reference, samples, after_the_state)
 
 
 @pytest.mark.slow
@@ -221,7 +222,7 @@ def test_the_torch_engine_goes_on_where_two_processes_of_bmtrain_were(
 ) -> None:
     case = RUNS[name]
     actual = resumed(TorchEngine(CPU, case.dtype), case, state_path(folder, "bmtrain-2", name))
-    compare(name, actual, reference, samples, after_ten_steps)
+    compare(name, actual, reference, samples, after_the_state)
 
 
 @pytest.mark.slow
