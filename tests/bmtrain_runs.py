@@ -29,9 +29,9 @@ from cpm_bee.model.network import CPMBee
 from cpm_bee.records import Record
 
 CPU = torch.device("cpu")
-STEPS, SAVED = 10, 5  # all, and after how many the state is saved
+STEPS = 20
 SETTINGS = OptimizerSettings(
-    weight_decay=0.1, clip_grad=1.0, loss_scale=1024.0, loss_scale_factor=2.0, loss_scale_steps=4
+    weight_decay=0.1, clip_grad=1.0, loss_scale=1024.0, loss_scale_factor=2.0, loss_scale_steps=7
 )
 RECORDS: list[Record] = [
     {"input": "春 é" * 4, "question": "风", "<ans>": "é 天"},
@@ -137,7 +137,7 @@ def advance(
         result = engine.step(0.01 / (1 + step))
         found["norms"].append(result.grad_norm)
         found["skipped"].append(result.skipped)
-        if step % 3 == 0:
+        if step % 6 == 0:
             model.eval()
             with engine.autocast():
                 found["scores"].append(model.score(filler).losses)
@@ -148,14 +148,14 @@ def advance(
 def train(
     engine: Engine, case: Case, state: Path | None = None, model: CPMBee | None = None
 ) -> dict[str, Any]:
-    """Train all steps, of `model` or the case's own; a state is saved to `state` on the way."""
+    """Train all steps, of `model` or the case's own; the state after ten is saved to `state`."""
     model = prepared(engine, case, model=model)
-    first = advance(engine, model, case, 0, SAVED)
+    first = advance(engine, model, case, 0, 10)
     if state is not None and engine.rank == 0:
         save_tensors(state, engine.training_state())
     elif state is not None:
         engine.training_state()
-    rest = advance(engine, model, case, SAVED)
+    rest = advance(engine, model, case, 10)
     found = {name: first[name] + rest[name] for name in first}
     return found | {"statistics": engine.statistics(), "tensors": engine.trained_tensors()}
 
@@ -164,7 +164,7 @@ def resumed(engine: Engine, case: Case, path: Path) -> dict[str, Any]:
     """Train the remaining steps from a file saved by `train`."""
     model = prepared(engine, case)
     engine.load_training_state(load_tensors(path, "a state"))
-    found = advance(engine, model, case, SAVED)
+    found = advance(engine, model, case, 10)
     return found | {"tensors": engine.trained_tensors()}
 
 
