@@ -28,7 +28,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -261,3 +261,22 @@ def run(
     if check:
         done.check_returncode()
     return done
+
+
+def call(function: Callable[..., object], *arguments: Path) -> None:
+    """Call a function of a test file in a process of its own, where memory is as after a start.
+
+    Raises:
+        AssertionError: it raised something; the message has the traceback.
+    """
+    file = Path(inspect.getfile(function)).resolve().relative_to(_SERVER.parent)
+    module = ".".join(file.with_suffix("").parts)
+    code = "import importlib, sys, pathlib; module, name, *given = sys.argv[1:]\n"
+    code += "getattr(importlib.import_module(module), name)(*map(pathlib.Path, given))"
+    done = run(
+        [sys.executable, "-c", code, module, function.__name__, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(_OURS)},
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr

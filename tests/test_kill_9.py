@@ -7,18 +7,17 @@ that has its final name is whole.
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import train_support
@@ -39,45 +38,46 @@ TRAINING: dict[str, dict[str, Any]] = {
     "quantized": {"use_delta": True, "quantize": "int8", "save_interval": 3, "save_total_limit": 1},
 }
 
+MAKE_INDEX = """
+import sys
+from cpm_bee.data.bin_dataset import BinaryDataset
+from cpm_bee.data.token_index.reader import TokenIndex
+from cpm_bee.tokenizer import Tokenizer
+TokenIndex.of(BinaryDataset(sys.argv[1]), Tokenizer.load(sys.argv[2]))
+"""
+QUANTIZE = """
+import sys, torch
+from cpm_bee.pretrained import load_pretrained
+cpu = torch.device("cpu")
+load_pretrained(sys.argv[1], "auto", None, torch.float32, cpu, quantize=sys.argv[2])
+"""
+
 Check = Callable[[], None]
 
 
-class KillServer:
-    """Runs commands (see kill_server.py), and kills them."""
+class Commands:
+    """Runs Python with arguments, and kills it. What it prints is in a file."""
 
     def __init__(self, folder: Path) -> None:
         self._output = folder / "output of the commands"
-        self._process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "kill_server.py"), str(self._output)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=train_support.environment(PYTHONPATH=str(ROOT / "src")),
-        )
+        self._environment = train_support.environment(PYTHONPATH=str(ROOT / "src"))
 
     def run(self, command: list[str], delay: float | None = None) -> int:
         """Run a command, killed after so many seconds; returns its exit status."""
-        server = self._process
-        assert server.stdin is not None and server.stdout is not None
-        server.stdin.write(json.dumps(command) + "\n")
-        server.stdin.flush()
-        child = int(server.stdout.readline())
+        with open(self._output, "ab") as output:
+            process = forked.Popen(
+                [sys.executable, *command], stdout=output, stderr=output, env=self._environment
+            )
         if delay is not None:
             time.sleep(delay)
-            os.kill(child, signal.SIGKILL)
-        return int(server.stdout.readline())
+            process.kill()
+        return process.wait()
 
     def complete(self, command: list[str]) -> float:
         """Run a command to its end; returns the seconds that it took."""
         started = time.monotonic()
         assert self.run(command) == 0, self._output.read_text(encoding="utf-8")[-3000:]
         return time.monotonic() - started
-
-    def close(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-        self._process.stdout.close()
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -90,7 +90,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 
 def kill_in_turn(
-    server: KillServer,
+    commands: Commands,
     command: list[str],
     kills: int,
     seconds: float,
@@ -114,20 +114,20 @@ def kill_in_turn(
     killed = 0
     while killed < kills:
         started = time.monotonic()
-        if server.run(command, rng.uniform(0, seconds)) == -signal.SIGKILL:
+        if commands.run(command, rng.uniform(0, seconds)) == -signal.SIGKILL:
             check()
             killed += 1
         else:
             seconds = min(seconds, time.monotonic() - started)
             check_end()
             begin()
-    server.complete(command)
+    commands.complete(command)
     check_end()
     return killed
 
 
 def kill_training(
-    server: KillServer,
+    commands: Commands,
     workspace: Workspace,
     folder: Path,
     values: dict[str, Any],
@@ -142,9 +142,9 @@ def kill_training(
     save, whole, earlier = folder / "killed", folder / "whole", folder / "earlier"
     shutil.copytree(workspace.model, model)
     # A finished run of the same name: a kill may meet the moves that keep it.
-    server.complete([FINETUNE, *workspace.flags(earlier, **{**flags, "seed": 8, "max_steps": 1})])
+    commands.complete([FINETUNE, *workspace.flags(earlier, **{**flags, "seed": 8, "max_steps": 1})])
     kept = files_in(earlier)
-    seconds = server.complete([FINETUNE, *workspace.flags(whole, **flags)])
+    seconds = commands.complete([FINETUNE, *workspace.flags(whole, **flags)])
     expected = files_in(whole)
     cache = files_in(model)
 
@@ -189,7 +189,7 @@ def kill_training(
             assert run.column(column, "eval") == reference.column(column, "eval")
 
     command = [FINETUNE, *workspace.flags(save, resume="auto", **flags)]
-    return kill_in_turn(server, command, kills, seconds, rng, check, check_end, begin)
+    return kill_in_turn(commands, command, kills, seconds, rng, check, check_end, begin)
 
 
 def log_steps(log: Path) -> list[str]:
@@ -198,7 +198,7 @@ def log_steps(log: Path) -> list[str]:
 
 
 def kill_writing(
-    server: KillServer,
+    commands: Commands,
     command: Callable[[Path], list[str]],
     folder: Path,
     kills: int,
@@ -217,7 +217,7 @@ def kill_writing(
     prepare(whole)
     prepare(killed)
     before = files_in(killed)
-    seconds = server.complete(command(whole))
+    seconds = commands.complete(command(whole))
     after = files_in(whole)
     assert after != before
 
@@ -231,7 +231,7 @@ def kill_writing(
         shutil.rmtree(killed, ignore_errors=True)
         prepare(killed)
 
-    return kill_in_turn(server, command(killed), kills, seconds, rng, check, check_end, begin)
+    return kill_in_turn(commands, command(killed), kills, seconds, rng, check, check_end, begin)
 
 
 def preprocess(
@@ -244,10 +244,8 @@ def preprocess(
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KillServer]:
-    server = KillServer(tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Commands:
+    return Commands(tmp_path_factory.mktemp("commands"))
 
 
 @pytest.fixture(scope="module")
@@ -259,23 +257,23 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "kills"), [("delta", 6), ("full", 5), ("quantized", 3)])
 def test_training(
-    server: KillServer, workspace: Workspace, tmp_path: Path, kind: str, kills: int
+    commands: Commands, workspace: Workspace, tmp_path: Path, kind: str, kills: int
 ) -> None:
     rng = random.Random(f"{SEED}/{kind}")
-    assert kill_training(server, workspace, tmp_path, TRAINING[kind], kills, rng) == kills
+    assert kill_training(commands, workspace, tmp_path, TRAINING[kind], kills, rng) == kills
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_preprocessing(
-    server: KillServer, workspace: Workspace, tmp_path: Path, workers: int
+    commands: Commands, workspace: Workspace, tmp_path: Path, workers: int
 ) -> None:
     rng = random.Random(f"{SEED}/{workers}")
-    assert kill_preprocessing(server, workspace, tmp_path, workers, [2, 2], rng) == 4
+    assert kill_preprocessing(commands, workspace, tmp_path, workers, [2, 2], rng) == 4
 
 
 def kill_preprocessing(
-    server: KillServer,
+    commands: Commands,
     workspace: Workspace,
     folder: Path,
     workers: int,
@@ -286,7 +284,7 @@ def kill_preprocessing(
     records = folder / "many.jsonl"
     train_support.write_jsonl(records, train_support.records(1500, seed=4))
     command = preprocess(records, workspace.vocabulary, workers)
-    killed = kill_writing(server, command, folder / "new", kills[0], rng, lambda path: None)
+    killed = kill_writing(commands, command, folder / "new", kills[0], rng, lambda path: None)
 
     def prepare(path: Path) -> None:
         train_support.make_dataset(path, "few", train_support.records(40, seed=5))
@@ -295,40 +293,40 @@ def kill_preprocessing(
         (path / "few.jsonl").unlink()
 
     command = preprocess(records, workspace.vocabulary, workers, "--overwrite")
-    return killed + kill_writing(server, command, folder / "old", kills[1], rng, prepare)
+    return killed + kill_writing(commands, command, folder / "old", kills[1], rng, prepare)
 
 
 @pytest.mark.slow
-def test_the_token_index(server: KillServer, workspace: Workspace, tmp_path: Path) -> None:
+def test_the_token_index(commands: Commands, workspace: Workspace, tmp_path: Path) -> None:
     rng = random.Random(f"{SEED}/index")
-    assert kill_index(server, workspace, tmp_path, 4, rng) == 4
+    assert kill_index(commands, workspace, tmp_path, 4, rng) == 4
 
 
 def kill_index(
-    server: KillServer, workspace: Workspace, folder: Path, kills: int, rng: random.Random
+    commands: Commands, workspace: Workspace, folder: Path, kills: int, rng: random.Random
 ) -> int:
     train_support.make_dataset(folder, "many", train_support.records(2000, seed=4))
     made = folder / "bin_data" / "many"
 
     def command(path: Path) -> list[str]:
-        return ["kill_server:make_index", str(path / "many"), str(workspace.vocabulary)]
+        return ["-c", MAKE_INDEX, str(path / "many"), str(workspace.vocabulary)]
 
     def prepare(path: Path) -> None:
         shutil.copytree(made, path / "many")
 
-    killed = kill_writing(server, command, folder, kills, rng, prepare)
+    killed = kill_writing(commands, command, folder, kills, rng, prepare)
     assert len(BinaryDataset(folder / "killed" / "many")) == 2000
     return killed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_quantizing(server: KillServer, tmp_path: Path, kind: str) -> None:
-    assert kill_quantizing(server, tmp_path, kind, 2, random.Random(f"{SEED}/{kind}")) == 2
+def test_quantizing(commands: Commands, tmp_path: Path, kind: str) -> None:
+    assert kill_quantizing(commands, tmp_path, kind, 2, random.Random(f"{SEED}/{kind}")) == 2
 
 
 def kill_quantizing(
-    server: KillServer, folder: Path, kind: str, kills: int, rng: random.Random
+    commands: Commands, folder: Path, kind: str, kills: int, rng: random.Random
 ) -> int:
     sizes = {"dim_model": 256, "dim_ff": 512, "dim_head": 32, "num_heads": 8, "num_layers": 6}
     train_support.make_model(folder / "model", replace(train_support.CONFIG, **sizes))
@@ -337,6 +335,6 @@ def kill_quantizing(
         shutil.copytree(folder / "model", path)
 
     def command(path: Path) -> list[str]:
-        return ["kill_server:quantize", str(path), kind]
+        return ["-c", QUANTIZE, str(path), kind]
 
-    return kill_writing(server, command, folder, kills, rng, prepare)
+    return kill_writing(commands, command, folder, kills, rng, prepare)

@@ -60,6 +60,40 @@ def open_to_write(
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", newline="\n")
 
 
+class _Unbuffered(io.BufferedIOBase):
+    """Passes on at once what is written.
+
+    Hazard: where a signal handler raises within a write, a buffer keeps what has been written, and
+    writes it again when it is closed.
+    """
+
+    def __init__(self, raw: NamedFile) -> None:
+        self.raw = raw
+
+    def write(self, data: Any) -> int:
+        append(self.raw, data)
+        return len(data)
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self.raw.fileno()
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+def open_to_append(path: str | Path) -> IO[str]:
+    """Open a text file to append to, without a buffer: each `write` is whole, and happens once.
+
+    It is so even if a signal handler raises; a line that this cuts short has no end.
+    """
+    buffer: Any = _Unbuffered(NamedFile(path, "a"))
+    return io.TextIOWrapper(buffer, encoding="utf-8", newline="\n", write_through=True)
+
+
 def failure_of(file: IO[Any]) -> OSError | None:
     """The first error of writing a file of `open_to_write`, whatever was raised instead."""
     buffered = getattr(file, "buffer", file)

@@ -247,12 +247,16 @@ def test_rounding_at_random(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
-def test_little_memory_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_little_memory_is_needed(tmp_path: Path) -> None:
     """The tensor at hand, in its type and in double precision, not the model."""
+    forked.call(check_memory, tmp_path)
+
+
+def check_memory(folder: Path) -> None:
     base = make_base(
-        tmp_path / "base", torch.float16, dim_model=256, dim_head=128, dim_ff=512, num_layers=12
+        folder / "base", torch.float16, dim_model=256, dim_head=128, dim_ff=512, num_layers=12
     )
-    file = make_delta(tmp_path / "d.pt", base, DeltaConfig(targets=TARGETS, rank=1))
+    file = make_delta(folder / "d.pt", base, DeltaConfig(targets=TARGETS, rank=1))
     largest = 256 * 512
     peak = calls = 0
 
@@ -268,11 +272,12 @@ def test_little_memory_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
         return call
 
-    monkeypatch.setattr(merging, "merged_weight", watched(merging.merged_weight))
-    monkeypatch.setattr(streamed_logits, "set_parameter", watched(streamed_logits.set_parameter))
-    run(base, [file], tmp_path / "first")  # buffers of libraries stay
-    before, peak = tiny.anonymous_memory(), 0
-    run(base, [file], tmp_path / "second")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merging, "merged_weight", watched(merging.merged_weight))
+        patch.setattr(streamed_logits, "set_parameter", watched(streamed_logits.set_parameter))
+        run(base, [file], folder / "first")  # buffers of libraries stay
+        before, peak = tiny.anonymous_memory(), 0
+        run(base, [file], folder / "second")
     model = (base / "pytorch_model.bin").stat().st_size
     # In double precision and in fp16, and once more what the allocator has not returned.
     assert peak - before < 2 * largest * (8 + 2) + 4e6 < model / 2

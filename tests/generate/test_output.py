@@ -8,6 +8,7 @@ import pytest
 
 from cpm_bee.cli import command_line
 from cpm_bee.data.record_source import located
+from cpm_bee.disk import NamedFile
 from cpm_bee.errors import InputError, InterruptedRun
 from cpm_bee.files import BusyError
 from cpm_bee.generate import jsonl
@@ -102,6 +103,29 @@ def test_records_are_kept_and_resume_goes_on(tmp_path, encoder, stop, failure, c
     assert answers.answered == list(range(stop, 4))
     assert read(output) == RESULTS
     assert sorted(tmp_path.iterdir()) == [output]
+
+
+def test_a_signal_within_a_write_writes_nothing_twice(tmp_path, encoder, monkeypatch):
+    """A handler runs between the call of the system and the return of `write`."""
+    original, calls = NamedFile.write, []
+
+    def interrupted(self, data):
+        written = original(self, data)
+        if b"<ans>" in bytes(data):
+            calls.append(data)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return written
+
+    monkeypatch.setattr(NamedFile, "write", interrupted)
+    with pytest.raises(InterruptedRun):
+        generate(Answers(encoder), tmp_path / "out")
+    monkeypatch.undo()
+    lines = (tmp_path / "out.partial").read_text("utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == RESULTS[:2]
+    generate(Answers(encoder), tmp_path / "out", resume=True)
+    lines = (tmp_path / "out").read_text("utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == RESULTS
 
 
 def test_a_line_that_a_kill_has_cut_is_generated_again(tmp_path, encoder):

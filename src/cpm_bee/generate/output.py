@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple
 from cpm_bee import json_lines
 from cpm_bee.cli import command_line
 from cpm_bee.data.record_file import JsonLines, Mapped
-from cpm_bee.disk import open_to_write, sync
+from cpm_bee.disk import open_to_append, open_to_write, sync
 from cpm_bee.errors import InputError, InterruptedRun, Problems, keeping, shown
 from cpm_bee.files import exclusive, refuse_if_held
 from cpm_bee.paths import unwritable_folder
@@ -108,7 +108,7 @@ def resumable_file(
         try:
             if not done:
                 _write_settings(names.settings, settings)
-            with open_to_write(names.partial, "a") as file:
+            with open_to_append(names.partial) as file:
                 yield Output(file, done)
                 sync(file, names.partial)
             os.replace(names.partial, names.output)
