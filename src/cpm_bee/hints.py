@@ -130,6 +130,11 @@ _DOCTOR = {
     "--json": "report json-file",
 }
 
+_PLAN = _FINETUNE | {
+    "--processes": "num-processes nproc-per-node num-gpus gpus devices world-size",
+    "--json": _DOCTOR["--json"],
+}
+
 _MERGE = {
     "--load": _MODEL["--load"],
     "--vocab": _MODEL["--vocab"],
@@ -184,6 +189,7 @@ EVALUATE = _by_foreign_flag(_EVALUATE)
 PREPROCESS = _by_foreign_flag(_PREPROCESS)
 CONVERT_DATA = _by_foreign_flag(_CONVERT_DATA)
 INSPECT = _by_foreign_flag(_INSPECT)
+PLAN = _by_foreign_flag(_PLAN)
 DOCTOR = _by_foreign_flag(_DOCTOR)
 MERGE = _by_foreign_flag(_MERGE)
 CONVERT = _by_foreign_flag(_CONVERT)

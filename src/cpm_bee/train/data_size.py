@@ -131,6 +131,8 @@ class DataSurvey(NamedTuple):
     lengths: np.ndarray  # of the records that were read
     num_targets: np.ndarray  # of the same
     is_exact: bool  # all records were read; otherwise the size is an estimate
+    num_pairs: int = 0  # (id, sub > 0) pairs of the first records
+    has_index: bool = False
 
 
 def survey(dataset: BinaryDataset | Mixture, tokenizer: Tokenizer, shape: StepShape) -> DataSurvey:
@@ -144,12 +146,15 @@ def survey(dataset: BinaryDataset | Mixture, tokenizer: Tokenizer, shape: StepSh
     index = TokenIndex.open_existing(dataset, tokenizer)
     if index is not None:
         size = DataSize.of(dataset.folder, index.lengths, index.answers, shape)
-        return DataSurvey(size, index.lengths, index.num_targets, is_exact=True)
+        first = range(min(SAMPLE, len(index)))
+        pairs = len(index.extension_pairs(index.largest_subs(first)))
+        return DataSurvey(size, index.lengths, index.num_targets, True, pairs, has_index=True)
     sample = _sample(dataset, tokenizer)
     lengths, num_targets, answers = sample["lengths"], sample["num_targets"], sample["answers"]
+    pairs = _num_pairs(sample)
     if len(lengths) >= len(dataset):
         size = DataSize.of(dataset.folder, lengths, answers, shape)
-        return DataSurvey(size, lengths, num_targets, is_exact=True)
+        return DataSurvey(size, lengths, num_targets, True, pairs)
     has_answer = (answers & AnswerState.KNOWN) > 0
     fitting = lengths[has_answer & (lengths <= shape.max_length)]
     scale = len(dataset) / len(lengths)
@@ -158,7 +163,15 @@ def survey(dataset: BinaryDataset | Mixture, tokenizer: Tokenizer, shape: StepSh
     tokens = int(fitting.sum(dtype=np.int64)) * scale
     steps = max(1, round(tokens / shape.tokens))
     size = DataSize(records, answered - records, steps, len(dataset) - answered)
-    return DataSurvey(size, lengths, num_targets, is_exact=False)
+    return DataSurvey(size, lengths, num_targets, False, pairs)
+
+
+def _num_pairs(sample: Arrays) -> int:
+    largest: dict[int, int] = {}
+    found = zip(sample["extension_ids"].tolist(), sample["extension_subs"].tolist(), strict=True)
+    for number, sub in found:
+        largest[number] = max(sub, largest.get(number, 0))
+    return sum(largest.values())
 
 
 def _survey_of_mixture(mixture: Mixture, tokenizer: Tokenizer, shape: StepShape) -> DataSurvey:
@@ -176,7 +189,9 @@ def _survey_of_mixture(mixture: Mixture, tokenizer: Tokenizer, shape: StepShape)
     lengths, num_targets = (
         np.concatenate([getattr(s, name) for s in found]) for name in ("lengths", "num_targets")
     )
-    return DataSurvey(size, lengths, num_targets, is_exact=False)
+    pairs = max(s.num_pairs for s in found)
+    all_have = all(s.has_index for s in found)
+    return DataSurvey(size, lengths, num_targets, False, pairs, has_index=all_have)
 
 
 def _sample(dataset: BinaryDataset, tokenizer: Tokenizer) -> Arrays:
