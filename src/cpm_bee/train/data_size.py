@@ -189,9 +189,9 @@ def _survey_of_mixture(mixture: Mixture, tokenizer: Tokenizer, shape: StepShape)
     lengths, num_targets = (
         np.concatenate([getattr(s, name) for s in found]) for name in ("lengths", "num_targets")
     )
-    pairs = max(s.num_pairs for s in found)
+    most = max(s.num_pairs for s in found)
     all_have = all(s.has_index for s in found)
-    return DataSurvey(size, lengths, num_targets, False, pairs, has_index=all_have)
+    return DataSurvey(size, lengths, num_targets, False, most, has_index=all_have)
 
 
 def _sample(dataset: BinaryDataset, tokenizer: Tokenizer) -> Arrays:

@@ -23,7 +23,7 @@ class DiskUse(NamedTuple):
         states: the saved states that are kept, at most.
         replaced: a file beside the one that it replaces, until it is whole.
         quantized: the quantized base beside the checkpoint; 0 if it is there, or not used.
-        index: the token indexes beside the datasets that have none yet.
+        token_index: the token indexes beside the datasets that have none yet.
         free: what is free where the results go.
     """
 
@@ -31,7 +31,7 @@ class DiskUse(NamedTuple):
     states: int
     replaced: int
     quantized: int
-    index: int
+    token_index: int
     free: int
 
     @property
@@ -48,7 +48,7 @@ def disk_use(options: Options, inputs: Inputs) -> DiskUse:
         states=options.save_total_limit * state,
         replaced=max(weights, state),
         quantized=_quantized(options, inputs),
-        index=sum(_index(inputs, flag) for flag in inputs.surveys),
+        token_index=sum(_index(inputs, flag) for flag in inputs.surveys),
         free=free_space(options.save),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 from cpm_bee import hints
 from cpm_bee.cli import positive
@@ -27,7 +28,7 @@ class PlanOptions(Options):
         "放得进哪些 GPU，以及放不下时最小的改动。会在本机实测几层模型的一步；"
         "除 `--json` 指定的文件外什么都不写。"
     )
-    groups = (*Options.groups, PLAN)
+    groups: ClassVar[tuple[Group, ...]] = (*Options.groups, PLAN)
     hints = hints.PLAN
 
     processes: int | None = PLAN.option(

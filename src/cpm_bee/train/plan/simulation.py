@@ -92,7 +92,9 @@ def simulate(
         return second + (second - first) * (deep - _SHALLOW[1]) // (_SHALLOW[1] - _SHALLOW[0])
 
     return Peaks(
-        *(at_depth(getattr(near, n), getattr(far, n)) for n in ("weights", "gradients", "moments")),
+        at_depth(near.weights, far.weights),
+        at_depth(near.gradients, far.gradients),
+        at_depth(near.moments, far.moments),
         {name: at_depth(near.phases[name], far.phases[name]) for name in far.phases},
     )
 
@@ -184,7 +186,7 @@ class _Run:
                 if number == 0:  # those of the last step, which the engine keeps until now
                     for p in self._trained.values():
                         p.grad = None
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 del loss
             found = {n: p.grad for n, p in self._trained.items() if p.grad is not None}
             clip_by_global_norm(list(found.values()), 1.0)

@@ -93,9 +93,7 @@ def _disk(plan: RunPlan) -> list[str]:
         f"{shown_bytes(disk.replaced)}); {shown_bytes(disk.free)} are free, {room}"
     ]
     if disk.quantized:
-        lines.append(
-            f"  beside the checkpoint, once: {shown_bytes(disk.quantized)} of its 4 or 8 bit"
-        )
-    if disk.index:
-        lines.append(f"  beside the data, once: {shown_bytes(disk.index)} of token index")
+        lines.append(f"  beside the checkpoint, once: {shown_bytes(disk.quantized)} (--quantize)")
+    if disk.token_index:
+        lines.append(f"  beside the data, once: {shown_bytes(disk.token_index)} of token index")
     return lines
