@@ -47,6 +47,7 @@ from cpm_bee.train.memory_estimate import (
     set_parameters,
     typical_batch,
 )
+from cpm_bee.train.plan.released import released_sizes
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB, MIB = 2**30, 2**20
@@ -66,23 +67,6 @@ WAYS = {
     "in full": TrainingSetup(torch.float32),
     "in full, checkpointing": TrainingSetup(torch.float32, checkpointing=True),
 }
-
-
-def released_sizes() -> dict[str, ModelConfig]:
-    """docs/format.md §6. Which blocks the pruned releases lack is assumed; their number counts."""
-    whole = ModelConfig.load(ROOT / "config" / "cpm-bee-10b.json")
-
-    def kept(layer: int, number: int) -> bool:
-        return layer * number // 48 != (layer + 1) * number // 48
-
-    masks = tuple((not kept(i, 19), not kept(i, 24)) for i in range(48))
-    pruned = replace(whole, mask_modules=masks)
-    return {
-        "10B": whole,
-        "5B": pruned,
-        "2B": replace(pruned, num_heads=16, dim_ff=5120),
-        "1B": replace(pruned, num_heads=10, dim_ff=1024),
-    }
 
 
 def rows() -> Iterator[tuple[str, str, TrainingSetup]]:

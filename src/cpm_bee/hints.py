@@ -131,6 +131,11 @@ _DOCTOR = {
     "--json": "report json-file",
 }
 
+_PLAN = _FINETUNE | {
+    "--processes": "num-processes nproc-per-node num-gpus gpus devices world-size",
+    "--json": _DOCTOR["--json"],
+}
+
 _MERGE = {
     "--load": _MODEL["--load"],
     "--vocab": _MODEL["--vocab"],
@@ -196,6 +201,7 @@ EVALUATE = _by_foreign_flag(_EVALUATE)
 PREPROCESS = _by_foreign_flag(_PREPROCESS)
 CONVERT_DATA = _by_foreign_flag(_CONVERT_DATA)
 INSPECT = _by_foreign_flag(_INSPECT)
+PLAN = _by_foreign_flag(_PLAN)
 DOCTOR = _by_foreign_flag(_DOCTOR)
 VERIFY = _by_foreign_flag(_VERIFY)
 MERGE = _by_foreign_flag(_MERGE)

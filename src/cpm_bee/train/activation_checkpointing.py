@@ -22,7 +22,7 @@ from cpm_bee.train.memory_estimate import (
 from cpm_bee.train.options import AUTO, Options
 
 # Allows for fragmentation and for memory inside kernels.
-_MARGIN = 1.2
+MARGIN = 1.2
 _GIB = 2**30
 
 
@@ -69,7 +69,7 @@ def choose_checkpointing(
         shards: the number of processes that weights, gradients and moments are divided between.
     """
     most = upper_bound(config, training, batch, shards)
-    if most * _MARGIN <= available:
+    if most * MARGIN <= available:
         return CheckpointingChoice(
             False, f"a step needs less than {_gib(most)} of {_gib(available)}"
         )
@@ -81,7 +81,7 @@ def choose_checkpointing(
         return estimate(config, setup, batch).peak
 
     without = peak(False)
-    if without * _MARGIN <= available:
+    if without * MARGIN <= available:
         return CheckpointingChoice(
             False, f"a step needs about {_gib(without)} of {_gib(available)}"
         )

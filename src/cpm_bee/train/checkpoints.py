@@ -104,8 +104,7 @@ class RunFiles:
             num_trained: the number of trained values.
             resume: the run replaces the files that are there; otherwise it keeps them.
         """
-        halved = self._provenance.delta is None and self._provenance.config.half
-        weights, state = num_trained * (2 if halved else 4), num_trained * 12  # with two moments
+        weights, state = self.sizes(num_trained)
         needed = -self.places.removed_at_start()
         sizes = []
         states: list[Path | None] = [*self.states()] if resume else []
@@ -122,6 +121,11 @@ class RunFiles:
         )
         if reason := shortage(self._folder, needed, what):
             raise RunError(f"{self.state}: {reason}; make room, or give another --save")
+
+    def sizes(self, num_trained: int) -> tuple[int, int]:
+        """Returns the bytes of a file of weights and of a state, given the trained values."""
+        halved = self._provenance.delta is None and self._provenance.config.half
+        return num_trained * (2 if halved else 4), num_trained * 12  # with two moments
 
     def refuse_if_locked(self) -> None:
         """Raise `InputError` if another run is writing these files; for a dry run."""

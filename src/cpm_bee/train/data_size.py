@@ -168,6 +168,8 @@ class DataSurvey(NamedTuple):
     lengths: np.ndarray  # of the records that were read, with their in-context samples
     num_targets: np.ndarray  # of the same
     is_exact: bool  # all records were read; otherwise the size is an estimate
+    num_pairs: int = 0  # (id, sub > 0) pairs of the first records
+    has_index: bool = False
 
 
 def survey(dataset: BinaryDataset | Mixture, tokenizer: Tokenizer, shape: StepShape) -> DataSurvey:
@@ -181,9 +183,12 @@ def survey(dataset: BinaryDataset | Mixture, tokenizer: Tokenizer, shape: StepSh
     index = TokenIndex.open_existing(dataset, tokenizer)
     if index is not None:
         lengths, num_targets, answers = index.lengths, index.num_targets, index.answers
+        first = range(min(SAMPLE, len(index)))
+        pairs = len(index.extension_pairs(index.largest_subs(first)))
     else:
         sample = _sample(dataset, tokenizer)
         lengths, num_targets, answers = sample["lengths"], sample["num_targets"], sample["answers"]
+        pairs = _num_pairs(sample)
     is_exact, scale = len(lengths) >= len(dataset), 1.0
     if is_exact:
         size = DataSize.of(dataset.folder, lengths, answers, shape)
@@ -194,7 +199,7 @@ def survey(dataset: BinaryDataset | Mixture, tokenizer: Tokenizer, shape: StepSh
     if samples is not None:
         size = size.with_samples(samples.draw(0), shape, scale)
         lengths = samples.draw(0).lengths
-    return DataSurvey(size, lengths, num_targets, is_exact)
+    return DataSurvey(size, lengths, num_targets, is_exact, pairs, has_index=index is not None)
 
 
 def _estimate(count: int, lengths: np.ndarray, answers: np.ndarray, shape: StepShape) -> DataSize:
@@ -207,6 +212,14 @@ def _estimate(count: int, lengths: np.ndarray, answers: np.ndarray, shape: StepS
     tokens = int(fitting.sum(dtype=np.int64)) * scale
     steps = max(1, round(tokens / shape.tokens))
     return DataSize(records, answered - records, steps, count - answered)
+
+
+def _num_pairs(sample: Arrays) -> int:
+    largest: dict[int, int] = {}
+    found = zip(sample["extension_ids"].tolist(), sample["extension_subs"].tolist(), strict=True)
+    for number, sub in found:
+        largest[number] = max(sub, largest.get(number, 0))
+    return sum(largest.values())
 
 
 def _survey_of_mixture(mixture: Mixture, tokenizer: Tokenizer, shape: StepShape) -> DataSurvey:
@@ -227,7 +240,9 @@ def _survey_of_mixture(mixture: Mixture, tokenizer: Tokenizer, shape: StepShape)
     lengths, num_targets = (
         np.concatenate([getattr(s, name) for s in found]) for name in ("lengths", "num_targets")
     )
-    return DataSurvey(size, lengths, num_targets, is_exact=False)
+    most = max(s.num_pairs for s in found)
+    all_have = all(s.has_index for s in found)
+    return DataSurvey(size, lengths, num_targets, False, most, has_index=all_have)
 
 
 def _sample(dataset: BinaryDataset, tokenizer: Tokenizer) -> Arrays:

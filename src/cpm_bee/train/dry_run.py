@@ -11,6 +11,7 @@ from cpm_bee.train.activation_checkpointing import choose_for_run
 from cpm_bee.train.checks import Inputs, step_shapes
 from cpm_bee.train.initial_delta import init_delta_line
 from cpm_bee.train.options import Options
+from cpm_bee.train.plan.run import plan_lines
 from cpm_bee.train.summary import (
     KINDS,
     checkpointing_line,
@@ -46,6 +47,7 @@ def describe_run(options: Options, inputs: Inputs) -> list[str]:
     lines.append(distribution)
     lines.append(_checkpointing_line(options, inputs, is_sharded))
     lines += _result_lines(options, inputs)
+    lines += plan_lines(options, inputs)
     lines.append("dry run: no problems were found, and nothing was written")
     return lines
 

@@ -216,15 +216,29 @@ def _opaque(base: Format) -> Format:
     return opaque
 
 
-def typical_batch(lengths: Sequence[int], num_targets: int, vocab_size: int) -> Batch:
-    """Returns a batch of records of given lengths, the last `num_targets` tokens as targets."""
-    counts = [min(num_targets, length) for length in lengths]
+def typical_batch(
+    lengths: Sequence[int],
+    num_targets: int | Sequence[int],
+    vocab_size: int,
+    *,
+    num_pairs: int = 0,
+    as_generated: bool = False,
+) -> Batch:
+    """Returns a batch of records of given lengths, whose last tokens are targets.
+
+    Args:
+        num_targets: of each record, or the same for all.
+        num_pairs: the number of extension entries.
+        as_generated: include the candidates of generation, as in evaluation.
+    """
+    wanted = [num_targets] * len(lengths) if isinstance(num_targets, int) else num_targets
+    counts = [min(pair) for pair in zip(wanted, lengths, strict=True)]
     record = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     ends = torch.tensor(lengths).cumsum(0)
     until_end = ends[record] - torch.arange(len(record))
-    positions = torch.nonzero(until_end <= num_targets).squeeze(1)
+    positions = torch.nonzero(until_end <= torch.tensor(counts)[record]).squeeze(1)
     context = torch.ones(len(record), dtype=torch.bool).index_fill_(0, positions, False)
-    nothing = torch.zeros(0, dtype=torch.int64)
+    pairs = torch.arange(num_pairs)
     assert len(positions) == sum(counts)
     return Batch(
         ids=torch.arange(len(record)) % vocab_size,
@@ -237,8 +251,12 @@ def typical_batch(lengths: Sequence[int], num_targets: int, vocab_size: int) -> 
         target_positions=positions,
         targets=positions % vocab_size,
         target_records=record[positions],
-        extension_ids=nothing,
-        extension_subs=nothing,
+        extension_ids=pairs % vocab_size,
+        extension_subs=pairs + 1,
+        unk_is_candidate=torch.ones(len(lengths), dtype=torch.bool) if as_generated else None,
+        extension_is_candidate=torch.ones(len(lengths), num_pairs, dtype=torch.bool)
+        if as_generated
+        else None,
     )
 
 

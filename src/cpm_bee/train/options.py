@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from typing import ClassVar
 
 from cpm_bee import hints
 from cpm_bee.cli import comma_list, not_negative, positive, real_number, whole_number
@@ -50,7 +51,16 @@ class Options(ModelOptions, CommandOptions):
         "微调 CPM-Bee 模型，可做增量微调（LoRA）或全参数微调。"
         "可单进程运行，也可用 torchrun 以多进程运行。"
     )
-    groups = (MODEL, DATA, DELTA, TRAINING, SCHEDULE, EVALUATION, REPORT, MACHINE)
+    groups: ClassVar[tuple[Group, ...]] = (
+        MODEL,
+        DATA,
+        DELTA,
+        TRAINING,
+        SCHEDULE,
+        EVALUATION,
+        REPORT,
+        MACHINE,
+    )
     hints = hints.FINETUNE
 
     epoch: int = TRAINING.option(1, "passes over the training set", "训练轮数", type=positive)

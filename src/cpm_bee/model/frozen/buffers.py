@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -39,10 +40,26 @@ class BufferPool:
 
     def __init__(self) -> None:
         self._storages: list[torch.UntypedStorage] = []
+        self._make: Callable[[int], torch.UntypedStorage] = torch.UntypedStorage
+        self._is_simulated = False
+
+    @contextlib.contextmanager
+    def simulated(self, make: Callable[[int], torch.UntypedStorage]) -> Iterator[None]:
+        """Serve tensors without values, to predict memory; begins with no storages.
+
+        Args:
+            make: returns a storage without memory of a number of bytes.
+        """
+        before = self._storages, self._make, self._is_simulated
+        self._storages, self._make, self._is_simulated = [], make, True
+        try:
+            yield
+        finally:
+            self._storages, self._make, self._is_simulated = before
 
     def empty(self, like: torch.Tensor, *shape: int) -> torch.Tensor:
         """Returns an uninitialised tensor with a shape, and the dtype and device of `like`."""
-        plain = type(like) in (torch.Tensor, torch.nn.Parameter)
+        plain = self._is_simulated or type(like) in (torch.Tensor, torch.nn.Parameter)
         if not plain or like.device.type != "cpu" or _use_count is None:
             return like.new_empty(shape)
         nbytes = math.prod(shape) * like.element_size()
@@ -61,7 +78,7 @@ class BufferPool:
         if too_small is not None:  # replaced, to bound the number of storages
             self._storages.remove(too_small)
             del too_small
-        self._storages.append(torch.UntypedStorage(size))
+        self._storages.append(self._make(size))
         return self._storages[-1]
 
 

@@ -1,0 +1,222 @@
+"""Plans a run from its checked inputs: `plan.py`, and the end of a dry run."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cpm_bee.engine.select import expected_distribution
+from cpm_bee.errors import InputError
+from cpm_bee.files import atomic_file
+from cpm_bee.paths import unwritable_folder
+from cpm_bee.train.activation_checkpointing import choose_for_run
+from cpm_bee.train.checks import Inputs, check
+from cpm_bee.train.model_options import AUTO
+from cpm_bee.train.options import Options
+from cpm_bee.train.plan.changes import Fix, Peaks, possible_changes, smallest_changes
+from cpm_bee.train.plan.disk import DiskUse, disk_use
+from cpm_bee.train.plan.measurement import Measured, measure
+from cpm_bee.train.plan.memory import CARDS, Situation, for_gpu, on_gpu, on_host
+from cpm_bee.train.plan.options import PlanOptions
+from cpm_bee.train.plan.simulation import Peaks as Held
+from cpm_bee.train.plan.text import lines_of
+from cpm_bee.train.plan.times import RunTime, run_time
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU of so many GB: the predicted peak if the run fits it, else what makes it fit."""
+
+    gigabytes: int
+    peak: int | None
+    fixes: list[Fix]
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run will need. Sizes in bytes, of each process; times in seconds.
+
+    Attributes:
+        host: the tensors of a run on the CPU; None on a GPU.
+        gpu: the tensors of a run on a GPU, in 16 bit.
+        host_peak: resident memory of a process, at its peak.
+        steps: of the whole run, about.
+    """
+
+    host: Held | None
+    gpu: Held
+    measured: Measured
+    host_peak: int
+    processes: int
+    steps: int
+    step_tokens: float
+    evaluation_tokens: float
+    time: RunTime | None
+    disk: DiskUse
+    cards: list[Card]
+
+    def as_json(self) -> dict[str, Any]:
+        values = asdict(self)
+        for name in ("disk", "time"):
+            part = getattr(self, name)
+            values[name] = None if part is None else part._asdict()
+        if self.time is not None:
+            values["time"]["total"] = self.time.total
+        values["disk"]["results"] = self.disk.results
+        for name in ("host", "gpu"):
+            held = getattr(self, name)
+            if held is not None:
+                values[name] |= {"peak": held.peak, "worst": held.worst, "rest": held.rest}
+        return values
+
+
+def run_plan(options: PlanOptions) -> list[str]:
+    """Check the inputs, plan, write `--json`, and return the lines to print.
+
+    Raises:
+        InputError: flags, files or data are wrong.
+        RunError: a step could not be measured.
+    """
+    _refuse_unwritable(options.json)
+    if options.processes is not None:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(options.processes))
+    run = options.of_run()
+    inputs = check(run)
+    lengths = inputs.surveys["--dataset"].lengths
+    if not (lengths <= run.max_length).any():
+        raise InputError(
+            f"--max-length {run.max_length}: none of the first records of {run.dataset} fits, "
+            "so there is nothing to plan from"
+        )
+    plan = make_plan(run, inputs)
+    if options.json is not None:
+        with atomic_file(options.json) as file:
+            json.dump(plan.as_json(), file, indent=1)
+            file.write("\n")
+    return lines_of(plan)
+
+
+def _refuse_unwritable(path: str | None) -> None:
+    if path is None:
+        return
+    if Path(path).is_dir():
+        raise InputError(f"--json {path}: this is a folder; a file is needed")
+    if reason := unwritable_folder(Path(path).parent):
+        raise InputError(f"--json {path}: {reason}")
+
+
+def plan_lines(options: Options, inputs: Inputs) -> list[str]:
+    """Returns what plan.py prints; for a dry run."""
+    lengths = inputs.surveys["--dataset"].lengths
+    if not (lengths <= options.max_length).any():
+        return ["plan: none of the first records fits into --max-length"]
+    return lines_of(make_plan(options, inputs))
+
+
+def make_plan(options: Options, inputs: Inputs) -> RunPlan:
+    """Plan a run; takes seconds, as it measures steps of a few layers."""
+    situation = situation_of(options, inputs)
+    planned = situation.batches()
+    typical = planned.typical()
+    counts = [int((typical.target_records == r).sum()) for r in range(len(typical.lengths))]
+    measured = measure(options, list(typical.lengths), counts, situation.training.num_pairs)
+    is_cpu = inputs.device.type == "cpu"
+    host = on_host(situation) if is_cpu else None
+    gpu_situation = for_gpu(situation)
+    gpu = on_gpu(gpu_situation)
+    disk = disk_use(options, inputs)
+    total = options.epoch * inputs.surveys["--dataset"].size.min_steps
+    steps = min(total, options.max_steps or total)
+    step_tokens = planned.tokens_per_step()
+    evaluation_tokens = _evaluation_tokens(inputs, situation)
+    held = host or gpu
+    time = run_time(
+        options,
+        measured,
+        steps=steps,
+        step_tokens=step_tokens,
+        evaluation_tokens=evaluation_tokens,
+        weights=held.weights,
+        saved=disk.weights // 2 + disk.states // options.save_total_limit,
+    )
+    overhead = measured.anonymous + measured.mapped
+    copies = 3 * held.gradients  # weights and moments, copied to the host to be saved
+    return RunPlan(
+        host=host,
+        gpu=gpu,
+        measured=measured,
+        host_peak=overhead + (copies if host is None else host.peak),
+        processes=inputs.num_processes,
+        steps=steps,
+        step_tokens=step_tokens,
+        evaluation_tokens=evaluation_tokens,
+        time=time,
+        disk=disk,
+        cards=_cards(gpu_situation, options.checkpointing == AUTO),
+    )
+
+
+def situation_of(options: Options, inputs: Inputs) -> Situation:
+    training = inputs.surveys["--dataset"]
+    config, processes = inputs.pretrained.model.config, inputs.num_processes
+    _, is_sharded = expected_distribution(
+        inputs.engine,
+        options.parallel,
+        options.offload,
+        inputs.pretrained.model,
+        inputs.device,
+        processes,
+    )
+    choice = choose_for_run(
+        options,
+        config,
+        inputs.delta_config,
+        inputs.device,
+        inputs.dtype,
+        training.lengths,
+        training.num_targets,
+        num_processes=processes,
+        is_sharded=is_sharded,
+    )
+    return Situation(
+        config=config,
+        dtype=inputs.dtype,
+        delta=inputs.delta_config,
+        quantize=options.quantize,
+        checkpointing=choice.checkpointing,
+        training=training,
+        evaluation=inputs.surveys.get("--eval-dataset"),
+        rows=options.batch_size,
+        accumulate=options.accumulate,
+        processes=processes,
+        shards=processes if is_sharded else 1,
+        max_length=options.max_length,
+        max_tokens=options.max_tokens,
+        seed=options.seed,
+        max_steps=options.max_steps,
+    )
+
+
+def _evaluation_tokens(inputs: Inputs, situation: Situation) -> float:
+    """The tokens of one process in an evaluation of the whole set."""
+    found = situation.evaluation
+    if found is None:
+        return 0.0
+    lengths = found.lengths[found.lengths <= situation.max_length]
+    return float(lengths.mean()) * found.size.num_records / inputs.num_processes
+
+
+def _cards(situation: Situation, auto_checkpointing: bool) -> list[Card]:
+    peaks = Peaks(auto_checkpointing)
+    changes = possible_changes(situation, auto_checkpointing)
+    found = []
+    for gigabytes in CARDS:
+        peak = peaks.fits(situation, gigabytes)
+        fixes = []
+        if peak is None:
+            fixes = smallest_changes(situation, gigabytes, peaks, changes)
+        found.append(Card(gigabytes, peak, fixes))
+    return found
