@@ -35,7 +35,8 @@ from cpm_bee.pretrained import load_pretrained, open_pretrained
 from cpm_bee.quantize.cache import cache_path, quantized_entries
 from cpm_bee.quantize.formats import FORMATS
 from cpm_bee.tokenizer import Tokenizer
-from cpm_bee.train.checkpoints import RunFiles, RunProvenance
+from cpm_bee.train.checkpoints import RunFiles
+from cpm_bee.train.provenance import RunProvenance
 from cpm_bee.train.training_state import TrainingState
 from fuzz import mutate, seeds
 from fuzz.seeds import Seeds
