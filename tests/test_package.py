@@ -82,7 +82,7 @@ FLOORS = [
         "hints",
         "distributed.rank",
     ],
-    ["json_lines", "records", "tokenizer", "segments", "encoding"],
+    ["json_lines", "records", "tokenizer", "extension", "segments", "encoding"],
     ["data"],
     ["checkpoint", "model", "delta", "quantize", "pretrained"],
     ["distributed"],
