@@ -57,13 +57,8 @@ def answer_file(options: TextGenerationOptions, path: str, output: str) -> None:
     score = generate(
         Generator(loaded.base.model, loaded.base.tokenizer, examples),
         records,
-        options,
         output,
-        settings,
-        resume=options.resume,
-        escape=options.escape,
-        max_tokens=options.max_tokens,
-        choices=jsonl.ChoiceOptions.of(options),
+        jsonl.FileOptions.of(options, settings),
     )
     if rank.rank == 0:
         messages = sys.stderr if output == STANDARD else sys.stdout

@@ -26,7 +26,8 @@ from cpm_bee.delta import DeltaConfig
 from cpm_bee.errors import InputError
 from cpm_bee.pretrained import load_pretrained
 from cpm_bee.records import Record
-from cpm_bee.train.checkpoints import RunFiles, RunProvenance
+from cpm_bee.train.checkpoints import RunFiles
+from cpm_bee.train.provenance import RunProvenance
 from cpm_bee.train.training_state import TrainingState
 
 CPU = torch.device("cpu")

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -86,3 +89,17 @@ def test_a_seal_covers_names_and_values() -> None:
         values,
     ):
         assert not checksums.is_intact(changed)
+
+
+def test_threads_count_each_block_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = opened(path, checksums.of_blocks(path))
+    read = os.pread
+
+    def slowly(*place: int) -> bytes:
+        time.sleep(0.001)  # another thread goes on
+        return read(*place)
+
+    monkeypatch.setattr(checksums.os, "pread", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: blocks.check(0, SIZE), range(64)))
+    assert blocks.num_unused == 0 and not any(blocks.unused)

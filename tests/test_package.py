@@ -86,7 +86,7 @@ FLOORS = [
         "hints",
         "distributed.rank",
     ],
-    ["json_lines", "records", "tokenizer", "segments", "encoding"],
+    ["json_lines", "records", "tokenizer", "extension", "segments", "encoding"],
     ["data"],
     ["checkpoint", "model", "delta", "quantize", "pretrained"],
     ["distributed"],

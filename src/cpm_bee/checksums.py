@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import weakref
 import zlib
 from collections.abc import Mapping, Sequence
@@ -42,7 +43,7 @@ def _checksum(values: Mapping[str, Any]) -> int:
 
 
 class CheckedBlocks:
-    """The blocks of a file, which may be memory-mapped and replaced meanwhile.
+    """The blocks of a file, which may be memory-mapped and replaced meanwhile; thread-safe.
 
     Args:
         size: of the file, in bytes.
@@ -65,6 +66,7 @@ class CheckedBlocks:
         self._remedy = remedy
         self.unused = bytearray(b"\1") * len(checksums)
         self.num_unused = len(checksums)
+        self._lock = threading.Lock()  # else two threads would count a block twice
 
     def check(self, begin: int, end: int) -> None:
         """Compare the blocks of the bytes [begin, end) that have not been compared before.
@@ -75,10 +77,11 @@ class CheckedBlocks:
         if not self.num_unused:
             return
         last = -(-end // BLOCK)
-        block = self.unused.find(1, begin // BLOCK, last)
-        while block >= 0:
-            self._compare(block)
-            block = self.unused.find(1, block, last)
+        with self._lock:
+            block = self.unused.find(1, begin // BLOCK, last)
+            while block >= 0:
+                self._compare(block)
+                block = self.unused.find(1, block, last)
 
     def _compare(self, block: int) -> None:
         begin, end = block * BLOCK, min((block + 1) * BLOCK, self._size)

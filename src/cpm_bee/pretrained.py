@@ -16,8 +16,9 @@ from cpm_bee.checkpoint.config_from_weights import (
     derive_config,
     warn_of_contradictions,
 )
+from cpm_bee.checkpoint.fingerprint import fingerprint_of, sample
 from cpm_bee.checkpoint.loading import load_into, set_parameter
-from cpm_bee.checkpoint.reader import Checkpoint, LazyTensor, fingerprint_of, sample
+from cpm_bee.checkpoint.reader import Checkpoint, LazyTensor
 from cpm_bee.checkpoint.sidecar import read_sidecar
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.files import is_usable_name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections import Counter
@@ -27,6 +28,7 @@ from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.encoding import Encoder
 from cpm_bee.engine.torch_engine import TorchEngine
 from cpm_bee.records import Record
+from cpm_bee.train import data_loader
 from cpm_bee.train.data_loader import DataLoader
 
 LONGEST = 20
@@ -299,6 +301,17 @@ def test_a_loader_goes_on_within_an_epoch(index: TokenIndex) -> None:
         assert step == same_step
         for a, b in zip(batches, same, strict=True):
             assert a is not None and b is not None and torch.equal(a.ids, b.ids)
+
+
+def test_the_thread_that_makes_batches_changes_nothing(
+    index: TokenIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU a thread makes the batches, while this one encodes those of the next step."""
+    expected = batches_of(loader_of(index))
+    background = functools.partial(data_loader.prefetch, background=True)
+    monkeypatch.setattr(data_loader, "prefetch", background)
+    for a, b in zip(expected, batches_of(loader_of(index)), strict=True):
+        assert torch.equal(a.ids, b.ids) and torch.equal(a.relations, b.relations)
 
 
 def test_max_tokens_counts_samples(index: TokenIndex) -> None:

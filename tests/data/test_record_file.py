@@ -92,7 +92,10 @@ def test_no_step_holds_the_file_not_even_resuming(tmp_path, monkeypatch):
     def generate(resume):
         records = read_records(str(path), keep=("id",))
         return jsonl.generate_file(
-            Echo(None), records, GenerationOptions(), str(output), {}, resume=resume
+            Echo(None),
+            records,
+            str(output),
+            jsonl.FileOptions(GenerationOptions(), resume=resume),
         )
 
     generate(False)  # imports

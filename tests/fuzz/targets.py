@@ -27,15 +27,17 @@ from cpm_bee.data.preprocess.pipeline import preprocess
 from cpm_bee.data.record_source import read_records
 from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.data.token_index.writer import INFO, folder_name
-from cpm_bee.encoding import Encoder, Extension
+from cpm_bee.encoding import Encoder
 from cpm_bee.errors import CpmBeeError, InputError
+from cpm_bee.extension import Extension
 from cpm_bee.generate.jsonl import check_vocabulary
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.pretrained import load_pretrained, open_pretrained
 from cpm_bee.quantize.cache import cache_path, quantized_entries
 from cpm_bee.quantize.formats import FORMATS
 from cpm_bee.tokenizer import Tokenizer
-from cpm_bee.train.checkpoints import RunFiles, RunProvenance
+from cpm_bee.train.checkpoints import RunFiles
+from cpm_bee.train.provenance import RunProvenance
 from cpm_bee.train.training_state import TrainingState
 from fuzz import mutate, seeds
 from fuzz.seeds import Seeds

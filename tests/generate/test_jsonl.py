@@ -12,6 +12,7 @@ from cpm_bee.generate import jsonl
 from cpm_bee.generate.choices import choose
 from cpm_bee.generate.command_options import TextGenerationOptions
 from cpm_bee.generate.generator import Generator
+from cpm_bee.generate.jsonl import FileOptions
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.tokenizer import unescape
 
@@ -68,7 +69,7 @@ def test_results_are_written_in_order_and_scored(tmp_path, tiny_model, tiny_toke
         located("f:3", {**prompts[2], "<ans>": {"x": "another"}}),
     ]
     output = tmp_path / "out.jsonl"
-    score = jsonl.generate_file(generator, placed, OPTIONS, str(output), {})
+    score = jsonl.generate_file(generator, placed, str(output), FileOptions(OPTIONS))
     assert [json.loads(line) for line in output.read_text("utf-8").splitlines()] == results
     assert score == (1, 2, 0)
     assert score.lines() == ["exact match: 1 of 2 answers (50.0%)"]
@@ -84,7 +85,7 @@ def test_what_the_vocabulary_lacks_is_listed_and_nothing_written(
     ]
     generator = Generator(tiny_model, tiny_tokenizer)
     with pytest.raises(InputError) as error:
-        jsonl.generate_file(generator, placed, OPTIONS, str(tmp_path / "out.jsonl"), {})
+        jsonl.generate_file(generator, placed, str(tmp_path / "out.jsonl"), FileOptions(OPTIONS))
     assert "2 records" in str(error.value)
     assert "f:1: special token <wrong_1>" in str(error.value) and "f:3: " in str(error.value)
     assert not any(tmp_path.iterdir())
@@ -166,7 +167,7 @@ def test_with_escape_plain_texts_come_out_as_they_went_in(tmp_path, tiny_tokeniz
     assert [one.given for one in inputs] == PLAIN
     output = tmp_path / "out.jsonl"
     echo = Echo(Encoder(tiny_tokenizer))
-    jsonl.generate_file(echo, inputs, OPTIONS, str(output), {}, escape=True)
+    jsonl.generate_file(echo, inputs, str(output), FileOptions(OPTIONS, escape=True))
     results = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
     assert results == [{**r, "<ans>": {"x": r["input"], "y": None}} for r in PLAIN]
 
@@ -177,7 +178,7 @@ def test_with_escape_plain_answers_are_compared(tmp_path, tiny_model, tiny_token
     given = {"input": "甲 < 乙", "<ans>": unescape(result["<ans>"])}
     output = tmp_path / "out.jsonl"
     placed = [located("f:1", given, escape=True)]
-    score = jsonl.generate_file(generator, placed, OPTIONS, str(output), {}, escape=True)
+    score = jsonl.generate_file(generator, placed, str(output), FileOptions(OPTIONS, escape=True))
     assert score == (1, 1, 0)
     assert unmarked(json.loads(output.read_text("utf-8"))) == given
 
@@ -210,7 +211,7 @@ def test_kept_fields_pass_through_and_are_not_shown(tmp_path, tiny_model, tiny_t
     inputs = read_records(source, escape=True, keep=("id", "source", "absent"))
     assert inputs[0].record == {"input": "甲 << 乙", "<ans>": ""}
     output = tmp_path / "out.jsonl"
-    jsonl.generate_file(generator, inputs, OPTIONS, str(output), {}, escape=True)
+    jsonl.generate_file(generator, inputs, str(output), FileOptions(OPTIONS, escape=True))
     [result] = map(json.loads, output.read_text("utf-8").splitlines())
     expected = generator.generate(inputs[0].record, OPTIONS)["<ans>"]
     assert result.pop("<ans>") == unescape(expected)
@@ -230,7 +231,9 @@ def test_options_are_chosen_and_other_records_generated(tmp_path, tiny_model, ti
     inputs = [located(f"f:{i}", record) for i, record in enumerate(given)]
     output = tmp_path / "out.jsonl"
     choices = jsonl.ChoiceOptions()
-    score = jsonl.generate_file(generator, inputs, OPTIONS, str(output), {}, choices=choices)
+    score = jsonl.generate_file(
+        generator, inputs, str(output), FileOptions(OPTIONS, choices=choices)
+    )
     results = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
     assert results[3] == generator.generate(given[3], OPTIONS)
     found = choose(tiny_model, generator.encoder, given[:3], max_tokens=1000)
@@ -253,7 +256,9 @@ def test_it_abstains_below_a_probability(tmp_path, tiny_model, tiny_tokenizer):
     ]  # fmt: skip
     bound = sorted(best)[1]  # one is below it
     choices = jsonl.ChoiceOptions(abstain_below=bound)
-    score = jsonl.generate_file(generator, inputs, OPTIONS, str(output), {}, choices=choices)
+    score = jsonl.generate_file(
+        generator, inputs, str(output), FileOptions(OPTIONS, choices=choices)
+    )
     results = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
     assert [r["<ans>"] is None for r in results[:3]] == [p < bound for p in best]
     assert score.abstained == 1 and score.lines()[0].startswith("abstained: 1 records")

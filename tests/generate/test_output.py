@@ -52,7 +52,9 @@ def encoder(tiny_tokenizer):
 
 def generate(answers, output, *, given=GIVEN, settings=SETTINGS, resume=False):
     inputs = [located(f"f:{i}", record) for i, record in enumerate(given, start=1)]
-    return jsonl.generate_file(answers, inputs, OPTIONS, str(output), settings, resume=resume)
+    return jsonl.generate_file(
+        answers, inputs, str(output), jsonl.FileOptions(OPTIONS, settings, resume=resume)
+    )
 
 
 def write_partial(path, results):

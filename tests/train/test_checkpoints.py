@@ -19,7 +19,8 @@ from support import ROOT
 
 from cpm_bee.errors import InputError
 from cpm_bee.files import BusyError, exclusive
-from cpm_bee.train.checkpoints import RunFiles, RunProvenance
+from cpm_bee.train.checkpoints import RunFiles
+from cpm_bee.train.provenance import RunProvenance
 
 
 def files_of(folder: Path) -> RunFiles:

@@ -764,10 +764,10 @@ def test_hyphens_and_underscores_are_the_same(action: argparse.Action) -> None:
     value = (
         [] if action.nargs == 0 else ["3" if action.choices is None else list(action.choices)[1]]
     )
-    if flag == "--delta-targets":
-        value = ["w_0"]
-    if flag == "--report-to":
-        value = ["tensorboard"]
+    special = {"--delta-targets": "w_0", "--report-to": "tensorboard"}
+    special["--incontext-weights"] = "0.5,0.5"
+    if flag in special:
+        value = [special[flag]]
     spellings = (flag, "--" + flag[2:].replace("-", "_"))
     first, second = (parser().parse_args([*required, s, *value]) for s in spellings)
     assert first == second

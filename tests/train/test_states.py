@@ -20,8 +20,9 @@ from train_support import Run, Workspace, distance, train
 from cpm_bee.engine.torch_engine import TorchEngine
 from cpm_bee.errors import InputError
 from cpm_bee.train import trainer
-from cpm_bee.train.checkpoints import RunFiles, RunProvenance
+from cpm_bee.train.checkpoints import RunFiles
 from cpm_bee.train.log import Reporter
+from cpm_bee.train.provenance import RunProvenance
 from cpm_bee.train.training_state import TrainingState
 
 NAME = "cpm_bee_finetune"

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from cpm_bee.checkpoint.fingerprint import SAMPLED, fingerprint
 from cpm_bee.checkpoint.torch_file import check_before_loading, check_held
 from cpm_bee.checkpoint.verification import verify_file
 from cpm_bee.errors import DamagedFile, InputError, Problems, shown
@@ -35,8 +35,6 @@ _IN_FOLDER = (
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.bin|\.safetensors)")
 # The first bytes of a `torch.save` file: a zip archive, or a pickle before torch 1.6.
 _MAGIC = (b"PK\x03\x04", b"\x80")
-# The number of values at each end of a tensor that go into a fingerprint.
-_SAMPLED = 256
 
 
 class LazyTensor(NamedTuple):
@@ -116,26 +114,6 @@ class Checkpoint:
         return fingerprint({name: entry.read for name, entry in self.entries.items()})
 
 
-def fingerprint(tensors: Mapping[str, Callable[[], torch.Tensor]]) -> str:
-    """The SHA-256 of names, shapes and the first and last 256 values (as fp16) of each tensor."""
-    return fingerprint_of(sample(name, read()) for name, read in tensors.items())
-
-
-def sample(name: str, tensor: torch.Tensor) -> tuple[str, bytes]:
-    """A tensor's name and the bytes that a fingerprint takes from it."""
-    flat = tensor.detach().reshape(-1)
-    ends = torch.cat([flat[:_SAMPLED], flat[-_SAMPLED:]]).float().cpu().half()
-    return name, f"{name} {list(tensor.shape)} ".encode() + ends.numpy().tobytes()
-
-
-def fingerprint_of(samples: Iterable[tuple[str, bytes]]) -> str:
-    """The `fingerprint` of tensors from their samples, in any order."""
-    digest = hashlib.sha256()
-    for _, taken in sorted(samples):
-        digest.update(taken)
-    return digest.hexdigest()
-
-
 def _are_equal(a: LazyTensor, b: LazyTensor) -> bool:
     """Whether two matrices of one shape are equal as fp16, by rows that are evenly spread."""
     if len(a.shape) != 2:
@@ -143,7 +121,7 @@ def _are_equal(a: LazyTensor, b: LazyTensor) -> bool:
     if not a.dtype.is_floating_point:
         return False
     first, second = a.read(), b.read()
-    count = min(a.shape[0], _SAMPLED)
+    count = min(a.shape[0], SAMPLED)
     rows = [i * (a.shape[0] - 1) // max(1, count - 1) for i in range(count)]
     return all(
         torch.equal(*(t[row].float().half().nan_to_num() for t in (first, second))) for row in rows

@@ -216,14 +216,15 @@ class BinaryDataset:
         # Opened at first use, so that masked files and forked readers have no needless maps.
         if index not in self._maps:
             with open(self.folder / self.files[index].file_name, "rb") as file:
-                self._maps[index] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             if (checksums := self._checksums[index]) is not None:
                 path = self.folder / self.files[index].file_name
                 advice = (
                     f"{remedy(self.folder)}\n(if another tool has changed it on purpose, remove "
                     f"{self.folder / CHECKSUMS})"
                 )
-                self._blocks[index] = CheckedBlocks(path, len(self._maps[index]), checksums, advice)
+                self._blocks[index] = CheckedBlocks(path, len(data), checksums, advice)
+            self._maps[index] = data  # last: another thread may read records meanwhile
         return self._maps[index]
 
     def _check(self, index: int, begin: int, end: int) -> None:

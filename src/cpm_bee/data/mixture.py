@@ -142,7 +142,7 @@ class MixedIndex:
 
     @property
     def num_segments(self) -> np.ndarray:
-        """The number of segments of each record, int64."""
+        """The number of segments of each record, int32."""
         return np.concatenate([index.num_segments for index in self._indexes])
 
     def part_of(self, numbers: Sequence[int]) -> np.ndarray:

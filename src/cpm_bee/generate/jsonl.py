@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,6 +87,33 @@ class ChoiceOptions(NamedTuple):
         return cls(options.choices, options.abstain_below or 0.0, options.seed)
 
 
+@dataclass(frozen=True)
+class FileOptions:
+    """How the records of a file are answered.
+
+    Attributes:
+        generation: how answers are searched or drawn.
+        settings: what decides the answers, by flag; it must be the same to resume.
+        resume: continue after the records that an interrupted call left in `output`.partial.
+        escape: the given texts are plain, and so are the answers that are written.
+        max_tokens: how many tokens are held at once, see `Generator.stream`.
+        choices: answer the records with options by these; see `answer_all`.
+    """
+
+    generation: GenerationOptions
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    resume: bool = False
+    escape: bool = False
+    max_tokens: int | None = None
+    choices: ChoiceOptions | None = None
+
+    @classmethod
+    def of(cls, options: TextGenerationOptions, settings: Mapping[str, Any]) -> FileOptions:
+        """Those of the flags."""
+        choices = ChoiceOptions.of(options)
+        return cls(options, settings, options.resume, options.escape, options.max_tokens, choices)
+
+
 _given, _record = attrgetter("given"), attrgetter("record")
 
 
@@ -150,14 +178,9 @@ def _is_same_file(path: str | Path, other: Path) -> bool:
 def generate_file(
     generator: Generator,
     inputs: Sequence[LocatedRecord],
-    options: GenerationOptions,
     output: str,
-    settings: Mapping[str, Any],
+    options: FileOptions,
     *,
-    resume: bool = False,
-    escape: bool = False,
-    max_tokens: int | None = None,
-    choices: ChoiceOptions | None = None,
     first_number: int = 0,
     at_end: Callable[[], None] | None = None,
 ) -> Score:
@@ -165,11 +188,6 @@ def generate_file(
 
     Args:
         output: a file, named `output`.partial until it is complete; "-" is standard output.
-        settings: what decides the answers, by flag; it must be the same to resume.
-        resume: continue after the records that an interrupted call left in `output`.partial.
-        escape: the given texts are plain, and so are the answers that are written.
-        max_tokens: how many tokens are held at once, see `Generator.stream`.
-        choices: answer the records with options by these; see `answer_all`.
         first_number: the number of the first record, for its samples.
         at_end: called when all records are written, before the file takes its name.
 
@@ -177,19 +195,21 @@ def generate_file(
         InputError: a record cannot be encoded (all are listed); or as `resumable_file`.
         InterruptedRun, KeyboardInterrupt: as `resumable_file`.
     """
-    check_resume(output, inputs, resume=resume)
+    check_resume(output, inputs, resume=options.resume)
     given = Mapped(_given, inputs)
     check_vocabulary(inputs, generator.encoder)
-    with _output(output, given, settings, resume) as (file, done):
+    with _output(output, given, options) as (file, done):
         rest = Mapped(_record, inputs[len(done) :])
         numbers = range(first_number + len(done), first_number + len(inputs))
-        results = answer_all(generator, rest, numbers, options, max_tokens, choices)
+        results = answer_all(
+            generator, rest, numbers, options.generation, options.max_tokens, options.choices
+        )
         score = Score()
         for i, record in enumerate(progress_bar(given, description="generating", unit="records")):
             if i < len(done):
                 result = done[i]
             else:
-                result = as_given(record, next(results), escape=escape)
+                result = as_given(record, next(results), escape=options.escape)
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
                 file.flush()  # a kill loses no record
             score = score.counted(record, result)
@@ -265,10 +285,10 @@ def _unescaped(answer: Any) -> Any:
 
 
 def _output(
-    path: str, given: Sequence[Record], settings: Mapping[str, Any], resume: bool
+    path: str, given: Sequence[Record], options: FileOptions
 ) -> AbstractContextManager[Output]:
     if path != STANDARD:
-        return resumable_file(Path(path), given, settings, resume=resume)
+        return resumable_file(Path(path), given, options.settings, resume=options.resume)
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     return _standard_output()
 

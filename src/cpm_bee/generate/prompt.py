@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpm_bee.data.batch import Pair
-from cpm_bee.encoding import EncodedRecord, Encoder, Extension
+from cpm_bee.encoding import EncodedRecord, Encoder
+from cpm_bee.extension import Extension
 from cpm_bee.records import ANSWER, Record, Tree
 from cpm_bee.segments import outline
 from cpm_bee.tokenizer import Tokenizer

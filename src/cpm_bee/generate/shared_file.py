@@ -19,10 +19,9 @@ from __future__ import annotations
 import json
 import shlex
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,13 +33,12 @@ from cpm_bee.errors import InputError
 from cpm_bee.files import atomic_file
 from cpm_bee.generate.generator import Generator
 from cpm_bee.generate.jsonl import (
-    ChoiceOptions,
+    FileOptions,
     Score,
     check_resume,
     check_vocabulary,
     generate_file,
 )
-from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.output import names_in_use
 
 
@@ -102,14 +100,8 @@ def refuse_other_shares(output: str, size: int) -> None:
 def generate_shared(
     generator: Generator,
     inputs: Sequence[LocatedRecord],
-    options: GenerationOptions,
     output: str,
-    settings: Mapping[str, Any],
-    *,
-    resume: bool = False,
-    escape: bool = False,
-    max_tokens: int | None = None,
-    choices: ChoiceOptions | None = None,
+    options: FileOptions,
 ) -> Score:
     """`generate_file` for all processes of this run; the score is of all records.
 
@@ -135,13 +127,8 @@ def generate_shared(
         generate_file(
             generator,
             inputs[own],
-            options,
             name,
-            settings,
-            resume=resume,
-            escape=escape,
-            max_tokens=max_tokens,
-            choices=choices,
+            options,
             first_number=begins[info.rank],
             at_end=join_shares,
         )

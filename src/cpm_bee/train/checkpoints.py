@@ -2,54 +2,31 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from cpm_bee.checkpoint.reader import load_tensors, save_tensors
 from cpm_bee.checkpoint.sidecar import write_sidecar
-from cpm_bee.delta import DeltaConfig
 from cpm_bee.delta import save as save_delta
 from cpm_bee.disk import shortage
-from cpm_bee.errors import InputError, Problems, RunError, shown
+from cpm_bee.errors import InputError, RunError
 from cpm_bee.files import exclusive, refuse_if_held
-from cpm_bee.model.config import ModelConfig
 from cpm_bee.temporary_files import remove_abandoned
-from cpm_bee.train.data_size import IN_CONTEXT, NO_SAMPLES
 from cpm_bee.train.log import best_loss_of
+from cpm_bee.train.provenance import RunProvenance
 from cpm_bee.train.run_folder import RunFolder
 from cpm_bee.train.saved_state import check_state, newest_intact
-from cpm_bee.train.training_state import LOSS
-
-logger = logging.getLogger(__name__)
 
 _KEPT = ("best", "last")  # weights of a run
 _STATE_NAME = re.compile(r"(?P<name>.+?)-state(-\d+)?\.pt")
-_NOT_RECORDED = (
-    "not recorded by the earlier version of cpm_bee that saved the state; go on with that version, "
-    "or start again without --resume"
-)
-
-
-class RunProvenance(NamedTuple):
-    """What the weights of a run were made from."""
-
-    config: ModelConfig
-    vocabulary: str  # path of the vocabulary
-    base_fingerprint: str
-    vocabulary_fingerprint: str
-    evaluation_fingerprint: str  # of the evaluation set's records; empty without one
-    delta: DeltaConfig | None  # None: full fine-tuning
-    metric_for_best: str = LOSS  # what chooses the best weights
 
 
 class RunFiles:
@@ -169,15 +146,8 @@ class RunFiles:
         Returns:
             The folder that they were moved to, or None.
         """
-        state = {
-            "settings": settings,
-            "delta": self._delta(),
-            "engine": engine,
-            "progress": progress,
-            "base_fingerprint": self._provenance.base_fingerprint,
-            "metric_for_best": self._provenance.metric_for_best,
-            **self._sets(),
-        }
+        own = self._provenance.recorded()
+        state = {"settings": settings, "engine": engine, "progress": progress, **own}
         path = self.places.to_write(self.state)
         before = self._newest_step
         if before not in (None, progress["step"]) and self._limit > 1:
@@ -200,17 +170,6 @@ class RunFiles:
         files = self.places.current()
         newest = [path for path in files if path.name == self.state.name]
         return newest + [path for _, path in self.places.numbered_states(files)]
-
-    def _sets(self) -> dict[str, str]:
-        """Returns the fingerprints that are not in states of earlier versions."""
-        return {
-            "vocabulary_fingerprint": self._provenance.vocabulary_fingerprint,
-            "evaluation_fingerprint": self._provenance.evaluation_fingerprint,
-        }
-
-    def _delta(self) -> dict[str, Any]:
-        config = self._provenance.delta
-        return {} if config is None else {**asdict(config), "targets": list(config.targets)}
 
     def load_state(
         self, settings: dict[str, Any] | None = None, path: Path | None = None
@@ -240,31 +199,7 @@ class RunFiles:
         else:
             state = load_tensors(path, "a training state", verify=True)
             check_state(path, state)
-        if state.get("base_fingerprint") != self._provenance.base_fingerprint:
-            raise InputError(f"{path}: is the state of a run on another base model")
-        problems = Problems()
-        if state["delta"] != self._delta():
-            was = shown(state["delta"]) if state["delta"] else "full fine-tuning"
-            problems.add("delta", f"{self._delta() or 'full fine-tuning'}, it was {was}")
-        for (name, value), flag in zip(
-            self._sets().items(), ("tokens of --vocab", "records of --eval-dataset"), strict=True
-        ):
-            if name not in state:
-                logger.warning(
-                    f"{path}: an earlier version saved it and did not record the {flag}; "
-                    "they are taken to be the same as before"
-                )
-            elif state[name] != value:
-                problems.add(flag, f"{value or 'none'}, it was {shown(state[name] or 'none')}")
-        metric, before = self._provenance.metric_for_best, state.get("metric_for_best", LOSS)
-        if metric != before:
-            problems.add("--metric-for-best", f"{metric}, it was {shown(before)}")
-        for name, value in (settings or {}).items():
-            older = NO_SAMPLES if name == IN_CONTEXT else _NOT_RECORDED
-            before = state["settings"].get(name, older)
-            if before != value:
-                problems.add(name, f"{value}, it was {before}")
-        problems.raise_if_any(f"{path}: --resume needs the same as before:")
+        self._provenance.check(path, state, settings or {})
         if is_foreign:
             self._origin = (path, path.stat())
         elif states[0].name == self.state.name and path.samefile(states[0]):

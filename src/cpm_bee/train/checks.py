@@ -30,7 +30,7 @@ from cpm_bee.pretrained import PretrainedModel, open_pretrained
 from cpm_bee.quantize.formats import FORMATS
 from cpm_bee.quantize.linear import insert_quantized_linears
 from cpm_bee.tokenizer import Tokenizer
-from cpm_bee.train.checkpoints import RunFiles, RunProvenance
+from cpm_bee.train.checkpoints import RunFiles
 from cpm_bee.train.data_size import DataSurvey, StepShape, survey
 from cpm_bee.train.flag_checks import (
     MAX_SEED,
@@ -41,6 +41,7 @@ from cpm_bee.train.flag_checks import (
 )
 from cpm_bee.train.initial_delta import InitialDelta
 from cpm_bee.train.options import ALWAYS, AUTO, NEVER, Options
+from cpm_bee.train.provenance import RunProvenance
 
 SavedState = tuple[dict[str, Any], dict[str, Any]]  # of the engine, and of the trainer
 

@@ -166,8 +166,8 @@ class TokenIndex:
 
     @property
     def num_segments(self) -> np.ndarray:
-        """The number of segments of each record, int64 [R]."""
-        return self._num_segments[self._arrays["trees"]]
+        """The number of segments of each record, int32 [R]."""
+        return self._num_segments.astype(np.int32)[self._arrays["trees"]]
 
     def record(self, number: int, rng: random.Random | None = None) -> EncodedRecord:
         """A record's tokens; `rng` shuffles the dictionaries of its answer (docs/format.md §3)."""
