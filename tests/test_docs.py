@@ -24,7 +24,8 @@ PAGES, PAGES_ZH = ROOT / "docs", ROOT / "docs" / "zh"
 # Made from the option classes; scripts/make_docs.py --check compares both languages with them.
 GENERATED_PAGES = {"training.md", "errors.md"}
 ENGLISH_ONLY = {"format.md", "architecture.md", "gpu-checklist.md"}
-PAIRS = [(README, README_ZH), (TUTORIAL / "README.md", TUTORIAL / "README_zh.md")]
+TUTORIALS = [TUTORIAL, ROOT / "tutorials" / "own_task"]
+PAIRS = [(README, README_ZH), *((t / "README.md", t / "README_zh.md") for t in TUTORIALS)]
 TRANSLATED = {page.name for page in PAGES_ZH.glob("*.md")}
 PAIRS += [(PAGES / name, PAGES_ZH / name) for name in sorted(TRANSLATED - GENERATED_PAGES)]
 DOCUMENTS = [document for pair in PAIRS for document in pair]
@@ -37,7 +38,7 @@ DOCUMENTS += [p for p in PAGES.glob("*.md") if p.name in ENGLISH_ONLY - {"format
 PLACES = [ROOT, ROOT / "src", TUTORIAL]
 # What is not in a fresh clone: runs, stages and people make it.
 GENERATED = [
-    "*bee_data/*.jsonl", "bee_data/NAME", "*bin_data/*", "meta.bin", "checksums.json",
+    "../bee_data/*", "*bee_data/*.jsonl", "bee_data/NAME", "*bin_data/*", "meta.bin", "checksums.json",
     "*vocab.txt", "bee.txt", "config.json", "*pytorch_model.bin", "ckpts/nothing.bin",
     "src/results*", "results/*", "cpm_bee_finetune-*", "answers.jsonl*", "train.jsonl",
     "valid.jsonl", "examples.jsonl", "chosen.jsonl", "FILE.jsonl", "FILE.py",
@@ -46,6 +47,7 @@ GENERATED = [
     "*my_data*", "mine.py", "data.html", "../bin_data/my_task", "../bin_data/mine",
     "../bin_data/general", "data.json", "data.jsonl",
     "dataset_info.json", "doctor.json", "results_DATE.json", "samples_NAME_DATE.jsonl",
+    "results/*-report.html", "src/ckpts/pytorch_model.bin",
     "first.pt", "second.pt", "adapter_config.json", "model.safetensors.index.json",
 ]  # fmt: skip
 # Words with a slash or an ending that are no paths.

@@ -64,9 +64,9 @@ def test_system_messages_and_earlier_turns_are_fields(server: Served, generator)
         extra_body={"fields": {"question": "b"}, "beam_size": 2},
     )
     record = {
-        "history": {"user_1": "天", "assistant_2": "ab"},
+        "system": "ab\n春",
+        "history": {"1": {"user": "天"}, "2": {"assistant": "ab"}},
         "input": "风",
-        "prompt": "ab\n春",
         "question": "b",
         "<ans>": "",
     }

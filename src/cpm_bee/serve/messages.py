@@ -1,8 +1,9 @@
 """Requests in OpenAI's shape as records (docs/serving.md has the mapping in words).
 
-A chat of one message is {"input": message, "<ans>": ""}. System messages are the "prompt", earlier
-turns the "history", and `fields` of the request are put into the record as they are. All texts are
-plain; `<mask_0>`, `<option_0>` and the like stay special tokens, as with --escape.
+A chat is the record that convert_data.py makes of the same messages (docs/format.md §1), so that a
+model tuned on chats is asked in the form it has learnt. `fields` of the request are put into the
+record as they are. All texts are plain; `<mask_0>`, `<option_0>` and the like stay special tokens,
+as with --escape.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 from cpm_bee import records
+from cpm_bee.data.forms.dialogue import ASSISTANT, SYSTEM, USER, Message, dialogue_records
 from cpm_bee.records import ANSWER, Record
 from cpm_bee.serve.request_body import Body
 
-INPUT, PROMPT, HISTORY = "input", "prompt", "history"
+INPUT = "input"
 _BLANK = "<mask_0>"  # between prompt and suffix of a text completion
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES = {SYSTEM: SYSTEM, "developer": SYSTEM, USER: USER, ASSISTANT: ASSISTANT}
 
 
 def take_chat(body: Body) -> Record:
@@ -26,25 +28,20 @@ def take_chat(body: Body) -> Record:
         body.problem("messages", "a chat has a list of messages, the last one by the user")
         return {}
     turns = [_turn(body, f"messages[{i}].", given) for i, given in enumerate(messages)]
-    system = [text for role, text in turns if role == "system"]
-    spoken = [(role, text) for role, text in turns if role != "system"]
-    if not spoken or spoken[-1][0] != "user":
+    spoken = [turn for turn in turns if turn.role != SYSTEM]
+    if not spoken or spoken[-1].role != USER:
         body.problem("messages", "the last message must be the user's")
         return {}
-    record: dict[str, Any] = {}
-    if spoken[:-1]:
-        record[HISTORY] = {f"{role}_{i}": text for i, (role, text) in enumerate(spoken[:-1], 1)}
-    record[INPUT] = spoken[-1][1]
-    if system:
-        record[PROMPT] = "\n".join(system)
+    # A reply without text, which is to be written; earlier ones are part of the history.
+    [record] = dialogue_records([*turns, Message(ASSISTANT, "")], last_only=True)
+    del record[ANSWER]
     return _completed(body, "messages", record, fields)
 
 
-def _turn(body: Body, path: str, given: Any) -> tuple[str, str]:
-    """The role and the text of a message."""
+def _turn(body: Body, path: str, given: Any) -> Message:
     if not isinstance(given, dict):
         body.problem(path[:-1], "a message is an object with role and content")
-        return "user", ""
+        return Message(USER, "")
     message = Body(given, path)
     role = message.take("role", str, "")
     if role not in _ROLES:
@@ -59,7 +56,7 @@ def _turn(body: Body, path: str, given: Any) -> tuple[str, str]:
     for name in ("refusal", "function_call", "audio", "name", "tool_call_id"):
         message.refuse(name)
     body.include(message)
-    return _ROLES.get(role, "user"), content
+    return Message(_ROLES.get(role, USER), content)
 
 
 def _part(message: Body, path: str, given: Any) -> str:
