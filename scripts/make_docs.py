@@ -1,10 +1,11 @@
-"""Make the pages of docs/ that list flags, in English and Chinese, from the options classes.
+"""Make the pages of docs/ that list flags and error codes, in English and Chinese.
 
     python scripts/make_docs.py            write the pages
     python scripts/make_docs.py --check    exit with status 1 if a page is not up to date
 
 docs/NAME.md is made from scripts/templates/docs/NAME.md.in. A line `<!-- flags of SCRIPT -->` is
-replaced by the heading, description and tables of that script. Needs neither torch nor numpy.
+replaced by the heading, description and tables of that script, from its options class; a line
+`<!-- error codes -->` by the entries of src/cpm_bee/messages. Needs neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 # Works even if the project is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
+from cpm_bee import error_codes
 from cpm_bee.checkpoint.options import ConvertOptions, MergeOptions
 from cpm_bee.cli import ArgumentParser, run_command, shown_default
 from cpm_bee.data.forms.options import ConvertDataOptions
@@ -27,7 +29,7 @@ from cpm_bee.errors import RunError
 from cpm_bee.evaluate.options import EvaluateOptions
 from cpm_bee.files import atomic_file
 from cpm_bee.generate.command_options import TextGenerationOptions
-from cpm_bee.options import DEBUG, GENERAL, CommandOptions, Flag
+from cpm_bee.options import DEBUG, GENERAL, LANG, CommandOptions, Flag
 from cpm_bee.serve.options import ServeOptions
 from cpm_bee.train.options import Options
 
@@ -59,11 +61,30 @@ class Language:
     required: str
     off: str
     separator: str  # between choices
+    labels: tuple[str, ...]  # of the parts of an error's entry
     chinese: bool = False
 
 
-ENGLISH = Language(("Flag", "Default", "Meaning", "Choices"), "required", "off", ", ")
-CHINESE = Language(("参数", "默认值", "含义", "可选值"), "必填", "关", "、", chinese=True)
+ENGLISH = Language(
+    ("Flag", "Default", "Meaning", "Choices"),
+    "required",
+    "off",
+    ", ",
+    ("Cause", "Fix", "Example", "Messages"),
+)
+CHINESE = Language(
+    ("参数", "默认值", "含义", "可选值"), "必填", "关", "、",
+    ("原因", "解决办法", "示例", "消息"), chinese=True,
+)  # fmt: skip
+# The tables of error codes, in the order of the page.
+TOPICS = {
+    "usage": ("Usage", "用法"),
+    "files": ("Files", "文件"),
+    "data": ("Data", "数据"),
+    "model": ("Model, vocabulary and delta", "模型、词表与增量"),
+    "training": ("Training", "训练"),
+    "generation": ("Generation, evaluation and server", "生成、评测与服务"),
+}
 
 
 def shown(flag: Flag, language: Language) -> list[str]:
@@ -82,13 +103,36 @@ def section(options: type[CommandOptions], language: Language) -> str:
     """The heading, the description, and a table for each group of flags."""
     text = options.chinese if language.chinese else options.description
     parts = [f"## {options.script}", text]
-    flags = [*options.flags(), DEBUG]
+    flags = [*options.flags(), DEBUG, LANG]
     for group in (*options.groups, GENERAL):
         title = group.chinese if language.chinese else group.title.capitalize()
         rows = [list(language.header), ["---"] * len(language.header)]
         rows += [shown(flag, language) for flag in flags if flag.group == group]
         parts += [f"### {title}", "\n".join(f"| {' | '.join(row)} |" for row in rows)]
     return "\n\n".join(parts)
+
+
+def codes(language: Language) -> str:
+    """The entries of all error codes, by topic."""
+    index = int(language.chinese)
+    parts = []
+    for topic, titles in TOPICS.items():
+        parts.append(f"## {titles[index]}")
+        for entry in error_codes.entries().values():
+            if entry.topic == topic:
+                parts.append(f"### {entry.code}: {_plain(entry.title[index])}")
+                cause, fix, example, messages = language.labels
+                parts.append(f"**{cause}**: {_plain(entry.cause[index])}")
+                parts.append(f"**{fix}**: {_plain(entry.fix[index])}")
+                parts.append(f"**{example}**:\n\n```text\n{entry.example[index]}\n```")
+                shown_messages = (f"- ``{words[index]}``" for words in entry.messages)
+                parts.append("\n".join([f"**{messages}**:\n", *shown_messages]))
+    return "\n\n".join(parts)
+
+
+def _plain(text: str) -> str:
+    """A text for Markdown in which nothing is markup."""
+    return re.sub(r"([<*_\[\]|`])", r"\\\1", text)
 
 
 def pages(root: Path) -> dict[Path, str]:
@@ -102,7 +146,8 @@ def pages(root: Path) -> dict[Path, str]:
             lambda match, language=language: section(SCRIPTS[match[1]], language),  # type: ignore[misc]
             template.read_text(encoding="utf-8"),
         )
-        note = f"<!-- Made by `{COMMAND}` from {source} and the options classes in src/cpm_bee. -->"
+        text = text.replace("<!-- error codes -->", codes(language))
+        note = f"<!-- Made by `{COMMAND}` from {source} and src/cpm_bee. -->"
         made[template.relative_to(root / TEMPLATES).with_suffix("")] = f"{note}\n\n{text}"
     return made
 
@@ -125,7 +170,9 @@ def make(root: Path, *, check: bool) -> None:
     stale = stale_pages(root)
     if check and stale:
         names = "\n".join(f"  {path}" for path in stale)
-        raise RunError(f"not up to date with the flags or the template:\n{names}\nrun: {COMMAND}")
+        raise RunError(
+            f"not up to date with flags, error codes or template:\n{names}\nrun: {COMMAND}"
+        )
     for path, text in stale.items():
         with atomic_file(root / path) as file:
             file.write(text)
@@ -134,7 +181,8 @@ def make(root: Path, *, check: bool) -> None:
 
 def main() -> None:
     parser = ArgumentParser(
-        prog="scripts/make_docs.py", description="Make the pages of docs/ that list flags."
+        prog="scripts/make_docs.py",
+        description="Make the pages of docs/ that list flags and error codes.",
     )
     parser.add_argument("--check", action="store_true", help="only list the stale pages")
     make(ROOT, check=parser.parse_args().check)

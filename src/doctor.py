@@ -9,14 +9,25 @@ import time
 from typing import Any
 
 from cpm_bee.cli import run_command
-from cpm_bee.doctor import report, steps
-from cpm_bee.doctor.environment import as_dict, examine
-from cpm_bee.doctor.options import DoctorOptions
-from cpm_bee.doctor.runner import run_steps
-from cpm_bee.files import atomic_file
 
 
 def main() -> int:
+    if sys.argv[1:2] != ["explain"]:
+        return examine_machine()
+    from cpm_bee.doctor.explain import explain
+
+    print(explain(sys.argv[2:]))
+    return 0
+
+
+def examine_machine() -> int:
+    # Imported late, so that `explain` works where packages are missing.
+    from cpm_bee.doctor import report, steps
+    from cpm_bee.doctor.environment import as_dict, examine
+    from cpm_bee.doctor.options import DoctorOptions
+    from cpm_bee.doctor.runner import run_steps
+    from cpm_bee.files import atomic_file
+
     options = DoctorOptions.parse()
     chosen = steps.choose(options.steps)
     if options.list:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 # On a busy machine, threads that spin while they wait take the core from those that work. The
 # variable is read when torch is imported; the processes that tests start inherit it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Messages are compared in English, whoever runs the tests.
+os.environ["LC_ALL"] = "C.UTF-8"
 
 import properties
 import pytest
@@ -42,6 +45,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if id(handle) not in limited:  # the cases of a test share it
             limited.add(id(handle))
             handle.inner_test = _time_limit.apply(handle.inner_test)
+    # Processes that share the files begin with the long ones, so that they end at the same time.
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.hookimpl(wrapper=True)

@@ -114,15 +114,18 @@ def test_problems_counts_all_and_shows_the_first() -> None:
     ]  # fmt: skip
 
 
+FULL = "cannot be written: No space"
+
+
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
         (InputError("bad input"), 2, "error: bad input\n"),
         (RunError("bad luck"), 1, "error: bad luck\n"),
-        (FileNotFoundError(2, "No such file", "x.txt"), 2, "error: x.txt: no such file\n"),
+        (FileNotFoundError(2, "No such file", "x"), 2, "error: x: no such file (explain: E201)\n"),
         (OSError(5, "Input error"), 1, "error: input error\n"),
-        (OSError(28, "No space"), 1, "error: standard output: cannot be written: No space\n"),
-        (OSError(28, "No space", "x"), 1, "error: x: cannot be written: No space\n"),
+        (OSError(28, "No space"), 1, f"error: standard output: {FULL} (explain: E205)\n"),
+        (OSError(28, "No space", "x"), 1, f"error: x: {FULL} (explain: E205)\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )

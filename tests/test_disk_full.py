@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import disk_support
+import forked
 import pytest
 import torch
 import train_support
@@ -369,12 +370,15 @@ def test_datasets_that_do_not_fit_are_refused_early(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ standard output, events
 
 
+NO_SPACE = "cannot be written: No space left on device"
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("data_reformat", "error: standard output: cannot be written: No space left on device\n"),
-        ("preprocess", "error: standard output: cannot be written: No space left on device\n"),
-        ("generation", "error: standard output: cannot be written: No space left on device\n"),
+        ("data_reformat", f"error: standard output: {NO_SPACE}\n"),  # which has no codes
+        ("preprocess", f"error: standard output: {NO_SPACE} (explain: E205)\n"),
+        ("generation", f"error: standard output: {NO_SPACE} (explain: E205)\n"),
         ("delta", "warning: standard output cannot be written: No space left on device"),
     ],
 )
@@ -384,7 +388,7 @@ def test_a_full_standard_output(name: str, expected: str, data: Workspace, tmp_p
     if name == "generation":
         flags += ["--output", "-"]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
+        done = forked.run(
             [sys.executable, str(SCRIPTS[stage.script]), *map(str, flags)],
             stdout=full,
             stderr=subprocess.PIPE,
@@ -403,7 +407,7 @@ def test_an_output_device_that_is_full(data: Workspace, tmp_path: Path) -> None:
     flags = [*STAGES["generation"].flags(data, tmp_path), "--output", "/dev/full"]
     done = run_here("text_generation", *flags)
     assert done.status == 1
-    assert done.errors == "error: /dev/full: cannot be written: No space left on device\n"
+    assert done.errors == f"error: /dev/full: {NO_SPACE} (explain: E205)\n"
 
 
 def test_events_that_do_not_fit(data: Workspace, tmp_path: Path) -> None:
@@ -431,7 +435,7 @@ def test_a_dataset_can_be_read_on_a_full_disk(tmp_path: Path) -> None:
         # Two records a block, of three pages.
         preprocess(tmp_path / "bee", folder, "data", seed=0, overwrite=False, block_size=3 * page)
         with room_on_disk(folder, 0):
-            done = subprocess.run(
+            done = forked.run(
                 [sys.executable, "-c", code, str(folder / "train")],
                 env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
                 capture_output=True,

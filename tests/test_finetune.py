@@ -80,7 +80,7 @@ def test_a_signal_saves_and_exits_with_75(
     step = ended.events[-1]["step"]
     assert status == 75
     reason = f"interrupted after step {step}; the same command with --resume goes on from there"
-    assert errors == f"error: {reason}\n"
+    assert errors == f"error: {reason} (explain: E509)\n"
     assert ended.reason == reason and ended.column("step")[-1] == step
     assert f"training ended after {step} steps" in output
     with train_support.one_thread():
@@ -113,7 +113,7 @@ def test_wrong_input_is_one_message_and_debug_shows_the_traceback(
     status, output, errors = run(flags, tmp_path)
     assert (status, output) == (2, "")
     first, *rest = errors.splitlines()
-    assert first == "error: this run cannot start:"
+    assert first == "error: this run cannot start: (explain: E201)"
     assert len(rest) == len(missing)
     assert all(any(name in line for line in rest) for name in missing.values())
     status, _, errors = run([*flags, "--debug"], tmp_path)

@@ -154,7 +154,7 @@ def test_a_script_says_it_and_exits_with_2() -> None:
     done = run_script("src/finetune_cpm_bee.py", "--dataset", "x", "--learning_rate", "1e-4")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines()[0] == (
-        "error: unrecognized arguments: --learning_rate (did you mean --lr?)"
+        "error: unrecognized arguments: --learning_rate (did you mean --lr?) (explain: E101)"
     )
 
 

@@ -70,12 +70,15 @@ def test_data_reformat_runs_without_anything_installed() -> None:
 FLOORS = [
     [
         "errors",
+        "error_codes",
+        "language",
         "checksums",
         "disk",
         "paths",
         "temporary_files",
         "files",
         "progress",
+        "html_pages",
         "cli",
         "options",
         "hints",

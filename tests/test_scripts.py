@@ -294,8 +294,9 @@ def test_copied_script_with_four_processes_and_no_checkpoint(checkout: Path) -> 
         (checkout / "bin_data" / name).mkdir()
     done = bash("copied.sh", cwd=checkout / "src", TMPDIR=str(checkout))
     assert done.returncode != 0
-    message = "error: this run cannot start:\n  --load ckpts/pytorch_model.bin: no such checkpoint"
-    assert done.stderr.startswith(message) and done.stderr.count("error: ") == 1
+    begin = "error: this run cannot start: (explain: E201)\n"
+    assert done.stderr.startswith(f"{begin}  --load ckpts/pytorch_model.bin: no such checkpoint")
+    assert done.stderr.count("error: ") == 1
     # Once more as the root cause in torchrun's report, which names rank 0.
     report = done.stderr.partition("Root Cause")[2]
     assert "rank      : 0 (local_rank: 0)" in report and "exitcode  : 2" in report

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
+from cpm_bee import language
 from cpm_bee.distributed.rank import is_reporting_rank, report_error
 from cpm_bee.distributed.rank import record as record_failure
 from cpm_bee.errors import DISK_FULL, CpmBeeError, InputError, describe, exit_status_of, naming
@@ -26,7 +27,7 @@ DEBUG_HELP, DEBUG_HELP_CHINESE = "show the traceback of an error", "出错时显
 def shown_default(value: object) -> str:
     """A default value as a user would type it."""
     if isinstance(value, tuple):
-        return ",".join(value)
+        return ",".join(map(str, value))
     return str(value).removesuffix(".0")
 
 
@@ -37,16 +38,34 @@ class _HelpFormatter(argparse.HelpFormatter):
         text = action.help or ""
         # Compared by identity: 0 equals False but is a default worth showing.
         no_default = any(action.default is value for value in (None, False, argparse.SUPPRESS))
-        if no_default or "default" in text:
+        if no_default or "default" in text or "默认" in text:
             return text
-        return f"{text} (default: {shown_default(action.default).replace('%', '%%')})"
+        value = shown_default(action.default).replace("%", "%%")
+        return text + (f"（默认：{value}）" if language.is_chinese() else f" (default: {value})")
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        if language.is_chinese():
+            return language.wrapped(text, width)
+        return super()._split_lines(text, width)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if language.is_chinese():
+            lines = language.wrapped(text, width - len(indent))
+            return "\n".join(indent + line for line in lines)
+        return super()._fill_text(text, width, indent)
+
+    def add_usage(self, usage, actions, groups, prefix=None):  # type: ignore[no-untyped-def]
+        if prefix is None and language.is_chinese():
+            prefix = "用法："
+        super().add_usage(usage, actions, groups, prefix)
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with this project's conventions.
 
     Flags are declared with hyphens and accepted with underscores too (`--eval_dataset`,
-    `--eval-dataset`); abbreviations are refused; `--debug` is always defined (see `run_command`).
+    `--eval-dataset`); abbreviations are refused; `--debug` and `--lang` are always defined (see
+    `run_command`). Help is in the user's language when the parser is made.
     The error for an unknown flag suggests the equivalent of another tool's flag, or a flag with a
     similar spelling.
 
@@ -56,9 +75,22 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, *, hints: Mapping[str, str] | None = None, **kwargs: object) -> None:
         kwargs.setdefault("formatter_class", _HelpFormatter)
-        super().__init__(allow_abbrev=False, **kwargs)  # type: ignore[arg-type]
+        super().__init__(allow_abbrev=False, add_help=False, **kwargs)  # type: ignore[arg-type]
         self._hints = hints or {}
-        self.add_argument("--debug", action="store_true", help=DEBUG_HELP)
+        chinese = language.is_chinese()
+        if chinese:
+            self._optionals.title, self._positionals.title = "选项", "位置参数"
+        help_help = "显示本帮助并退出" if chinese else "show this help message and exit"
+        self.add_argument("-h", "--help", action="help", help=help_help)
+        debug_help = DEBUG_HELP_CHINESE if chinese else DEBUG_HELP
+        self.add_argument("--debug", action="store_true", help=debug_help)
+        lang_help = language.LANG_HELP_CHINESE if chinese else language.LANG_HELP
+        self.add_argument(
+            "--lang",
+            choices=language.LANGUAGES,
+            default=language.AUTO,
+            help=lang_help.replace("`", ""),
+        )
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         arguments = sys.argv[1:] if args is None else list(args)
@@ -178,8 +210,9 @@ class _MessageHandler(logging.Handler):
         from cpm_bee.progress import print_above_bar  # tqdm may not be installed
 
         if is_reporting_rank():
-            level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
-            print_above_bar(level + record.getMessage(), file=sys.stderr)
+            level = record.levelname.lower()
+            level = f"{language.said(level)}: " if record.levelno > logging.INFO else ""
+            print_above_bar(level + language.said(record.getMessage()), file=sys.stderr)
 
 
 def _prepare_output() -> None:
@@ -198,8 +231,10 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
     The exit status is what `main` returns (None is 0), 2 for wrong usage or bad input, 1 for a
     failed run or output that cannot be written, and 130 after Ctrl-C. With `--debug` the traceback
-    is shown. Under torchrun an error is printed once (see `distributed.rank`).
+    is shown. Under torchrun an error is printed once (see `distributed.rank`). A message is in the
+    user's language and ends its first line with its code (see `error_codes`).
     """
+    language.choose(sys.argv[1:])
     _prepare_output()
     debug = "--debug" in sys.argv
 
@@ -214,7 +249,9 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
             return result
         except Exception as error:
             if (message := message_of(error)) is not None:
-                report_error(message)
+                from cpm_bee.error_codes import with_code  # loads the tables
+
+                report_error(with_code(message, language.current()))
             raise
 
     status: int | None
@@ -224,7 +261,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         if debug:
             raise
         if is_reporting_rank():
-            print("interrupted", file=sys.stderr)
+            print(language.said("interrupted"), file=sys.stderr)
         status = exit_status_of(interrupt)
     except BrokenPipeError:
         status = 1  # the reader of our output has gone (`... | head`): exit quietly

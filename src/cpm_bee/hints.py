@@ -96,6 +96,7 @@ _CONVERSION = {
     "--turns last": "mask-history",
     "--eval-share": "val-size split-dataset-ratio test-size validation-split eval-ratio",
     "--encoding": "charset",
+    "--sheet": "sheet-name worksheet",
     "--form": "formatting input-format dataset-format",
 }
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -35,6 +36,7 @@ from cpm_bee.cli import (
     whole_number,
 )
 from cpm_bee.errors import InputError
+from cpm_bee.language import AUTO, LANG_HELP, LANG_HELP_CHINESE, LANGUAGES, choose, is_chinese
 
 REQUIRED: Any = dataclasses.MISSING
 Parsed = TypeVar("Parsed", bound="CommandOptions")
@@ -163,7 +165,8 @@ class Flag:
         return self.default is REQUIRED
 
     def add_to(self, parser: argparse._ActionsContainer) -> None:
-        text = self.help.replace("`", "").replace("%", "%%")
+        text = self.chinese if is_chinese() else self.help
+        text = text.replace("`", "").replace("%", "%%")
         if self.is_switch:
             parser.add_argument(self.flag, action="store_true", help=text)
             return
@@ -186,8 +189,9 @@ class Flag:
         )
 
 
-# Every script has this flag; it is not a field because `cli.run_command` looks for it.
+# Every script has these flags; they are no fields because `cli.run_command` looks for them.
 DEBUG = Flag("debug", False, True, GENERAL, DEBUG_HELP, DEBUG_HELP_CHINESE)
+LANG = Flag("lang", AUTO, False, GENERAL, LANG_HELP, LANG_HELP_CHINESE, choices=LANGUAGES)
 
 
 def flags_of(options: Any) -> list[Flag]:
@@ -226,22 +230,25 @@ class CommandOptions:
 
     @classmethod
     def parser(cls) -> ArgumentParser:
-        parser = ArgumentParser(prog=cls.script, description=cls.description, hints=cls.hints)
+        description = (cls.chinese if is_chinese() else cls.description).replace("`", "")
+        parser = ArgumentParser(prog=cls.script, description=description, hints=cls.hints)
         sections: dict[Group, argparse._ActionsContainer] = {GENERAL: parser}
         for group in cls.groups:
-            sections[group] = parser.add_argument_group(group.title)
+            title = group.chinese if is_chinese() else group.title
+            sections[group] = parser.add_argument_group(title)
         for flag in cls.flags():
             flag.add_to(sections[flag.group])
         return parser
 
     @classmethod
     def flags(cls) -> list[Flag]:
-        """Returns the flags by group, without --debug."""
+        """Returns the flags by group, without --debug and --lang."""
         order = [*cls.groups, GENERAL]
         return sorted(flags_of(cls), key=lambda flag: order.index(flag.group))
 
     @classmethod
     def parse(cls: type[Parsed], arguments: Sequence[str] | None = None) -> Parsed:
+        choose(sys.argv[1:] if arguments is None else arguments)
         values = vars(cls.parser().parse_args(arguments))
         for flag in cls.flags():
             if flag.repeated and values[flag.name] is not None:

@@ -374,5 +374,5 @@ def test_it_is_refused_by_exit_status_2(bench: Bench) -> None:
     command += ["--save-name", "a/b"]
     status, output, errors = train_support.finish(train_support.start(command, bench.folder))
     assert (status, output) == (2, "")
-    assert errors.startswith("error: this run cannot start:\n  --save-name a/b")
+    assert errors.startswith("error: this run cannot start: (explain: E109)\n  --save-name a/b")
     assert not bench.save.exists()

@@ -25,6 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from cpm_bee.language import said
+
 # Seconds for the reporting rank to reach an error that all ranks have. A longer time delays the
 # report of an error that only another rank has.
 _PATIENCE = 20.0
@@ -70,7 +72,7 @@ def report_error(message: str) -> None:
     rank = RankInfo.of_this_process().rank
     where = f"rank {rank} on {socket.gethostname()}: " if rank > 0 else ""
     with contextlib.suppress(OSError):  # a full disk, a closed terminal: the exit status remains
-        print(f"error: {where}{message}", file=sys.stderr, flush=True)
+        print(f"{said('error')}: {where}{message}", file=sys.stderr, flush=True)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # torchrun prints "py_callstack", and takes the earliest timestamp for the root cause.
         extra = {"py_callstack": message, "timestamp": str(int(time.time()))}

@@ -22,11 +22,13 @@ class DoctorOptions(CommandOptions):
     description = (
         "Check this machine: Python, PyTorch, driver, memory, disk, threads, and whether a "
         "checkpoint and its vocabulary fit together. Prints a line for each, with the fix where "
-        "something is wrong. The exit status is 1 if there is a fault."
+        "something is wrong. The exit status is 1 if there is a fault. "
+        "`doctor.py explain E201` says what an error code means; without a code it lists all."
     )
     chinese = (
         "检查本机：Python、PyTorch、驱动、内存、磁盘、线程，以及检查点与词表是否匹配。每项一行，"
         "有问题时给出解决办法；存在故障时退出状态为 1。"
+        "`doctor.py explain E201` 说明错误代码的含义；不给代码时列出全部。"
     )
     groups = (MODEL, STEPS)
     hints = hints.DOCTOR
