@@ -51,5 +51,5 @@ def test_all_names_are_allowed(host: str, flag: str | None) -> None:
 
 @pytest.mark.parametrize("flag", ["http://a.example", "a.example:80", "", " , ", "a b"])
 def test_what_is_no_name_is_refused(flag: str) -> None:
-    with pytest.raises(InputError, match="--allowed-hosts .*: give names without http://"):
+    with pytest.raises(InputError, match=r"--allowed-hosts .*: give names without http://"):
         ServeOptions(allowed_hosts=flag)
