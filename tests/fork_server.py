@@ -42,6 +42,7 @@ _PRELOADED = (
     "cpm_bee.generate.loaded_model",
     "cpm_bee.generate.shared_file",
     "cpm_bee.evaluate.run",
+    "cpm_bee.serve.run",
     "cpm_bee.data.preprocess.pipeline",
     "cpm_bee.checkpoint.merge",
     "cpm_bee.checkpoint.convert",

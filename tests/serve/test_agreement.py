@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from serve_support import TINY_BASE, serving
 from support import ROOT, run_script
 
+from cpm_bee.data.bin_dataset import BinaryDataset
+from cpm_bee.data.token_index.reader import TokenIndex
+from cpm_bee.engine.torch_engine import TorchEngine
 from cpm_bee.generate.generator import Generator
 from cpm_bee.generate.loaded_model import load_model
 from cpm_bee.generate.options import GenerationOptions, LoadedModelOptions
+from cpm_bee.pretrained import PretrainedModel
+from cpm_bee.train.data_loader import DataLoader
+from cpm_bee.train.evaluation import Evaluation, evaluate
 
 COUNT = 24
 CHECKPOINT = TINY_BASE / "pytorch_model.bin"
@@ -45,6 +52,19 @@ def tuned(tmp_path_factory) -> Path:
     return folder
 
 
+def evaluated_in_training(tuned: Path, base: PretrainedModel) -> tuple[Evaluation, dict[str, bool]]:
+    """What evaluation in training finds, and for each record whether it counts as correct."""
+    index = TokenIndex.of(BinaryDataset(tuned / "bin" / "eval"), base.tokenizer)
+    engine = TorchEngine(torch.device("cpu"), torch.float32)
+    rows = {"rows": 2, "max_length": 512}
+    loader = DataLoader(index, base.tokenizer, engine, **rows, as_generated=True)
+    found = evaluate(base.model, engine, loader, num_samples=COUNT)
+    numbers = [sample.number for sample in found.samples]
+    assert sorted(numbers) == list(range(COUNT))
+    texts = [json.dumps(loader.record(number)) for number in numbers]
+    return found, {text: own.is_correct for text, own in zip(texts, found.samples, strict=True)}
+
+
 @pytest.mark.slow
 def test_five_ways_to_score_agree_to_the_record(tuned: Path, tmp_path) -> None:
     """Evaluation in training, evaluate.py, generation one by one, in a batch, and the server."""
@@ -66,8 +86,11 @@ def test_five_ways_to_score_agree_to_the_record(tuned: Path, tmp_path) -> None:
     assert one == read(tmp_path / "batch.jsonl") == answer.json()["records"]
     matches = [own["<ans>"] == record["<ans>"] for own, record in zip(one, records, strict=True)]
     assert [bool(sample["exact_match"]) for sample in samples] == matches
+    # Of the run the log has the share; the function that found it also tells of each record.
+    in_training, correct = evaluated_in_training(tuned, loaded.base)
+    assert [correct[json.dumps(record)] for record in records] == matches
     last = [event for event in read(tuned / "out" / "t-log.jsonl") if event["event"] == "eval"][-1]
-    assert last["exact_match"] == sum(matches) / COUNT
+    assert last["exact_match"] == in_training.exact_match == sum(matches) / COUNT
     assert 0 < sum(matches) < COUNT  # all or nothing would say little
     # And choosing: the server's options are those of evaluate.py.
     assert [sample["choice"] for sample in samples] == [own["<ans>"] for own in chosen]

@@ -87,6 +87,31 @@ def test_a_stream_has_the_parts_and_then_the_records(server: Served, settings: d
         assert texts.get((0, 1), "") == (first_answer["b"]["c"] or "")
 
 
+def test_orders_of_options_are_those_of_a_file(server: Served, generator, tmp_path) -> None:
+    """Each record has the orders of its place in the request, as in a file with these records."""
+    records = [
+        {"input": text, "options": OPTIONS, "<ans>": ""} for text in ("春", "天b", "春", "a")
+    ]
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    (tmp_path / "in.jsonl").write_text(lines, encoding="utf-8")
+    model = (generator, read_records(tmp_path / "in.jsonl"))
+    probabilities = []
+    for seed in (0, 5):
+        output = tmp_path / f"out{seed}.jsonl"
+        choices = ChoiceOptions(orders=2, seed=seed)
+        generate_file(*model, GenerationOptions(), str(output), choices=choices)
+        expected = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+        body = {"choices": True, "average_orders": 2, **({"seed": seed} if seed else {})}
+        answered = generated(server, records=records, **body)
+        for own, other in zip(answered, expected, strict=True):
+            assert own["<ans>"] == other["<ans>"]
+            assert own["<choices>"] == pytest.approx(other["<choices>"], rel=1e-5)
+        probabilities.append([own["<choices>"]["<option_0>"] for own in answered])
+    # Or it would show little: equal records in other places have other orders, as have seeds.
+    assert probabilities[0][0] != pytest.approx(probabilities[0][2], rel=1e-5)
+    assert probabilities[0] != pytest.approx(probabilities[1], rel=1e-5)
+
+
 @pytest.mark.parametrize("orders", [1, 2, 6])
 def test_options_with_probabilities(server: Served, generator, orders: int) -> None:
     """The probabilities of a record do not depend on those beside it, also over several orders."""
@@ -95,12 +120,17 @@ def test_options_with_probabilities(server: Served, generator, orders: int) -> N
     together = generated(server, records=records, **body)
     for record, answered in zip(records, together, strict=True):
         [choice] = choose(
-            generator.model, generator.encoder, [record], max_tokens=8192, orders=orders
+            generator.model,
+            generator.encoder,
+            [record],
+            max_tokens=8192,
+            orders=orders,
+            numbers=[records.index(record)],
         )
         assert choice is not None
         assert answered["<choices>"] == pytest.approx(choice.probabilities, rel=1e-5)
         assert answered["<ans>"] == choice.best
         [best] = [answered["<choices>"][choice.best]]
         for below, kept in ((best * 0.99, choice.best), (min(best * 1.01, 1), None)):
-            [abstained] = generated(server, record=record, abstain_below=below, **body)
-            assert abstained["<ans>"] == kept
+            abstained = generated(server, records=records, abstain_below=below, **body)
+            assert abstained[records.index(record)]["<ans>"] == kept

@@ -163,6 +163,76 @@ def test_an_answer_that_ends_stops(server: Served) -> None:
     assert 1 < done.usage.completion_tokens < 400
 
 
+def greedy(server: Served, **settings):
+    return server.openai().completions.create(
+        model="small-model", prompt=LONG, **{"temperature": 0, "max_tokens": 40, **settings}
+    )
+
+
+def middle_of(text: str) -> str:
+    """A part of a text of several tokens that does not appear before."""
+    for start in range(len(text) // 3, len(text) - 4):
+        if text.find(text[start : start + 4]) == start:
+            return text[start : start + 4]
+    raise AssertionError(f"{text!r} repeats itself")
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_a_stop_sequence_ends_the_answer_and_is_no_part_of_it(
+    server: Served, is_alone: bool
+) -> None:
+    """Its tokens count: usage is as if the answer had been cut off behind it."""
+    whole = greedy(server).choices[0].text
+    stop = middle_of(whole)
+    done = greedy(server, stop=stop if is_alone else ["never there", stop, whole[-2:] + "x"])
+    [choice] = done.choices
+    assert choice.text == whole[: whole.index(stop)]
+    assert choice.finish_reason == "stop"
+    written = done.usage.completion_tokens
+    assert 2 < written < 40
+    assert stop in greedy(server, max_tokens=written).choices[0].text
+    assert stop not in greedy(server, max_tokens=written - 1).choices[0].text
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0}, {"temperature": 1, "seed": 3}, {"temperature": None}]
+)
+def test_a_stream_never_shows_a_stop_sequence(server: Served, settings: dict) -> None:
+    whole = greedy(server, **settings).choices[0].text
+    stop = middle_of(whole)
+    plain = greedy(server, stop=stop, **settings)
+    chunks = list(
+        greedy(server, stop=stop, stream=True, stream_options={"include_usage": True}, **settings)
+    )
+    *_, ended, last = chunks
+    text = "".join(chunk.choices[0].text for chunk in chunks[:-1])
+    assert text == plain.choices[0].text and stop not in text
+    assert ended.choices[0].finish_reason == plain.choices[0].finish_reason
+    assert last.usage == plain.usage
+    if settings["temperature"] is not None:  # of beams, another one may be the best then
+        assert text == whole[: whole.index(stop)] and ended.choices[0].finish_reason == "stop"
+
+
+def test_each_of_several_samples_stops_by_itself(server: Served) -> None:
+    settings = {"temperature": 1, "seed": 8, "n": 4}
+    wholes = [choice.text for choice in greedy(server, **settings).choices]
+    letter = max("ab天春风x", key=lambda own: sum(own in text for text in wholes))
+    assert sum(letter in text for text in wholes) > 1
+    done = greedy(server, **settings, stop=letter)
+    # Once a sample has ended, the others draw other numbers than they would beside it.
+    assert not any(letter in choice.text for choice in done.choices)
+    parts = {text.partition(letter)[0] for text in wholes if letter in text}
+    assert min(parts, key=len) in {choice.text for choice in done.choices}
+    assert "stop" in [choice.finish_reason for choice in done.choices]
+
+
+def test_a_stop_sequence_that_never_comes_changes_nothing(server: Served) -> None:
+    for settings in ({}, {"temperature": None}):
+        plain = greedy(server, **settings)
+        done = greedy(server, **settings, stop="never there")
+        assert done.choices == plain.choices and done.usage == plain.usage
+
+
 def test_errors_are_those_of_the_client(server: Served) -> None:
     client = server.openai()
     with pytest.raises(openai.NotFoundError) as missing:
