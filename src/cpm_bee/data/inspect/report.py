@@ -10,6 +10,7 @@ import numpy as np
 
 from cpm_bee.data.inspect.figures import Figures, Overlap, Places
 from cpm_bee.data.inspect.tokens import Segment
+from cpm_bee.language import said, width
 
 _BINS, _WIDTH = 16, 40
 _SHOWN = 12  # characters and labels
@@ -99,14 +100,14 @@ def bars(counts: Sequence[tuple[str, int]], total: int) -> list[str]:
 def text_report(sets: Sequence[Figures], overlap: Overlap | None) -> str:
     lines: list[str] = []
     for figures in sets:
-        lines += [figures.name, *_table(lines_of(figures)), "", "  lengths in tokens"]
+        lines += [figures.name, *_table(lines_of(figures)), "", said("  lengths in tokens")]
         bins = histogram(figures.lengths, figures.max_length)
         lines += bars([(f"{a}–{b}", count) for a, b, count in bins], max(1, figures.records))
         for title, counts in balances(figures):
-            lines += ["", f"  {title}", *bars(counts, sum(c for _, c in counts))]
+            lines += ["", said(f"  {title}"), *bars(counts, sum(c for _, c in counts))]
         lines.append("")
     if overlap is not None:
-        lines += [f"{sets[1].name} compared with {sets[0].name}"]
+        lines += [said(f"{sets[1].name} compared with {sets[0].name}")]
         lines += [*_table(overlap_lines(overlap, sets[1])), ""]
     return "\n".join(lines)
 
@@ -122,8 +123,9 @@ def balances(figures: Figures) -> list[tuple[str, list[tuple[str, int]]]]:
 
 
 def _table(rows: list[tuple[str, str]]) -> list[str]:
-    width = max(len(name) for name, _ in rows)
-    return [f"  {name:<{width}}  {value}" for name, value in rows]
+    rows = [(said(name), said(value)) for name, value in rows]
+    most = max(width(name) for name, _ in rows)
+    return [f"  {name}{' ' * (most - width(name))}  {value}" for name, value in rows]
 
 
 def use_color() -> bool:
@@ -136,7 +138,7 @@ def show_record(where: str, segments: Sequence[Segment], *, color: bool) -> str:
 
     Tokens are separated by `|`. With colours, targets are reversed and unknown words red.
     """
-    lines = [f"{where}: {sum(len(s.tokens) for s in segments)} tokens"]
+    lines = [said(f"{where}: {sum(len(s.tokens) for s in segments)} tokens")]
     for number, segment in enumerate(segments):
         mark = ">" if segment.is_target else " "
         parts = []
