@@ -5,8 +5,9 @@
 
 Runs the small base model on the sample task without a report (A) and with one (B), in turn, and
 prints the time of the calls of the report in B as a share of that of its steps, which a busy
-machine hardly changes. Then it prints the median time of a step in A and in B; their difference
-also holds what the process that draws the curves takes from the training, and the machine's noise.
+machine hardly changes, and the processor time of the processes that draw the curves while the
+training goes on as a share of the training's own: all that they can take from it where every core
+is busy. Then it prints the median time of a step in A and in B; the difference is mostly noise.
 
 Tried, no gain: drawing in the training's own process. Importing matplotlib took 2.2 s there, and
 each of six curves about 0.1 s at every evaluation.
@@ -15,6 +16,7 @@ each of six curves about 0.1 s at every evaluation.
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import subprocess
 import sys
@@ -50,12 +52,20 @@ def make_data(folder: Path) -> Path:
     return data
 
 
+def processor_seconds() -> tuple[float, float]:
+    """Returns those of the processes that have ended, and of this one."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF)]
+    children, own = (usage.ru_utime + usage.ru_stime for usage in usages)
+    return children, own
+
+
 class Meter:
     """Counts the seconds of all steps of a run, and of the calls of its report."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
         self.report = 0.0
+        self.drawing = self.training = 0.0  # processor time until the last step
         self._restores: list[Callable[[], None]] = []
 
     def __enter__(self) -> Meter:
@@ -68,6 +78,15 @@ class Meter:
         self._replace(Reporter, "train_step", train_step)
         for name in CALLS:
             self._replace(ReportWriter, name, self._timed(getattr(ReportWriter, name)))
+        write_end = ReportWriter.write_end
+        drawing, training = processor_seconds()
+
+        def end(own: ReportWriter) -> None:
+            after_drawing, after_training = processor_seconds()
+            self.drawing, self.training = after_drawing - drawing, after_training - training
+            write_end(own)
+
+        self._replace(ReportWriter, "write_end", end)
         return self
 
     def _timed(self, function: Callable[..., None]) -> Callable[..., None]:
@@ -118,7 +137,9 @@ def main() -> None:
                     share = meter.report / sum(meter.steps)
                     print(
                         f"report: {meter.report:.3f} s in {sum(meter.steps):.1f} s of "
-                        f"{len(meter.steps)} steps: {share:.2%}",
+                        f"{len(meter.steps)} steps: {share:.2%}; drawing: {meter.drawing:.2f} s of "
+                        f"the processor, the training {meter.training:.1f} s: "
+                        f"{meter.drawing / meter.training:.2%}",
                         flush=True,
                     )
     for report, found in medians.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if id(handle) not in limited:  # the cases of a test share it
             limited.add(id(handle))
             handle.inner_test = _time_limit.apply(handle.inner_test)
+    # Processes that share the files begin with the long ones, so that they end at the same time.
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.hookimpl(wrapper=True)

@@ -198,13 +198,17 @@ def logits_and_loss(
     weights: Weights,
     records: list[Record],
     tokenizer: Tokenizer,
-    samples: Sequence[Record] = (),
+    samples: Sequence[Sequence[Record]] = (),
 ) -> tuple[torch.Tensor, list[tuple[int, int]], torch.Tensor]:
     """Logits at the targets [N, vocab_size + E], the E extension pairs, and the mean loss.
 
-    Every record has the same in-context samples.
+    `samples` are the in-context samples of each record; without it there are none.
     """
-    encoded = [tokens_of(record, tokenizer, samples=samples) for record in records]
+    samples = samples or [()] * len(records)
+    encoded = [
+        tokens_of(record, tokenizer, samples=own)
+        for record, own in zip(records, samples, strict=True)
+    ]
     pairs = list(dict.fromkeys((t.id, t.sub) for tokens in encoded for t in tokens if t.sub))
     embedding = weights["input_embedding.weight"]
     output = embedding / math.sqrt(config.dim_model)
@@ -212,8 +216,8 @@ def logits_and_loss(
         extension = torch.stack([embed(config, embedding, i, s) for i, s in pairs])
         output = torch.cat([output, extension])
     logits, wanted = [], []
-    for record, tokens in zip(records, encoded, strict=True):
-        h = states(config, weights, record, tokens, samples)
+    for record, own, tokens in zip(records, samples, encoded, strict=True):
+        h = states(config, weights, record, tokens, own)
         for position, (token_id, sub) in targets_of(tokens, tokenizer):
             logits.append(h[position] @ output.T)
             wanted.append(config.vocab_size + pairs.index((token_id, sub)) if sub else token_id)

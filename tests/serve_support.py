@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forked
 import httpx
 import openai
 from support import ROOT
@@ -85,7 +86,7 @@ def serving(folder: Path, *flags: object, **environment: str) -> Iterator[Served
     command = [sys.executable, str(ROOT / "src" / "serve.py"), "--port", "0", *map(str, flags)]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     with open(log, "w", encoding="utf-8") as errors:
-        process = subprocess.Popen(
+        process = forked.Popen(
             command,
             cwd=folder,
             env=variables,

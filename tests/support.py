@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
@@ -18,7 +20,7 @@ def run_script(
     script: str, *arguments: object, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a script of this repository as a user would, in the folder `cwd`."""
-    return subprocess.run(
+    return forked.run(
         [sys.executable, str(ROOT / script), *map(str, arguments)],
         cwd=cwd,
         capture_output=True,

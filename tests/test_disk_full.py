@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import disk_support
+import forked
 import pytest
 import torch
 import train_support
@@ -387,7 +388,7 @@ def test_a_full_standard_output(name: str, expected: str, data: Workspace, tmp_p
     if name == "generation":
         flags += ["--output", "-"]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
+        done = forked.run(
             [sys.executable, str(SCRIPTS[stage.script]), *map(str, flags)],
             stdout=full,
             stderr=subprocess.PIPE,
@@ -434,7 +435,7 @@ def test_a_dataset_can_be_read_on_a_full_disk(tmp_path: Path) -> None:
         # Two records a block, of three pages.
         preprocess(tmp_path / "bee", folder, "data", seed=0, overwrite=False, block_size=3 * page)
         with room_on_disk(folder, 0):
-            done = subprocess.run(
+            done = forked.run(
                 [sys.executable, "-c", code, str(folder / "train")],
                 env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
                 capture_output=True,

@@ -3,10 +3,10 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -16,7 +16,7 @@ RECORDS = 40
 
 
 def run(script, *arguments, cwd):
-    return subprocess.run(
+    return forked.run(
         [sys.executable, str(script), *map(str, arguments)],
         cwd=cwd,
         capture_output=True,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from cpm_bee import files
@@ -143,7 +144,7 @@ def test_kill_9_leaves_no_folder_and_the_next_run_works(root: Path, tmp_path: Pa
         f"with atomic_folder({str(tmp_path / 'set')!r}) as folder:\n"
         "    (folder / 'half').write_text('x'); print('ready', flush=True); sys.stdin.read()\n"
     )
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

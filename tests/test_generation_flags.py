@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +24,7 @@ def environment(folder):
 
 
 def run(*arguments, cwd, stdin=None):
-    return subprocess.run(
+    return forked.run(
         [sys.executable, str(SCRIPT), *map(str, (*MODEL, *SHORT, *arguments))],
         cwd=cwd, input=stdin, capture_output=True, encoding="utf-8", env=environment(cwd),
         timeout=300, stdin=subprocess.DEVNULL if stdin is None else None,
@@ -78,7 +79,7 @@ def test_resuming_goes_on_with_the_same_flags_alone(answered):
     whole = (answered / "mixed.jsonl").read_text("utf-8")
     partial = answered / "again.jsonl.partial"
     flags = ("--input", "in.jsonl", "--output", "again.jsonl", "--resume")
-    settings = subprocess.run(
+    settings = forked.run(
         [sys.executable, "-c", SETTINGS, *map(str, (*MODEL, *SHORT, *FLAGS, *flags))],
         cwd=answered, capture_output=True, encoding="utf-8", env=environment(answered),
     )  # fmt: skip

@@ -78,6 +78,7 @@ FLOORS = [
         "temporary_files",
         "files",
         "progress",
+        "html_pages",
         "cli",
         "options",
         "hints",

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 import support
 import train_support
@@ -34,7 +35,7 @@ with atomic_file(Path(sys.argv[1]), "wb") as file:
 
 
 def start(code: str, *arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    return forked.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(support.ROOT / "src")},
         stdout=subprocess.PIPE,

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +25,7 @@ needs_shared = pytest.mark.skipif(
 
 
 def run(*arguments, cwd, stdin=""):
-    return subprocess.run(
+    return forked.run(
         [sys.executable, str(SCRIPT), *map(str, arguments)],
         cwd=cwd,
         input=stdin,
@@ -181,7 +182,7 @@ def test_an_output_that_is_the_input_is_refused_before_the_model_is_looked_for(t
 
 
 def start(*arguments, cwd):
-    return subprocess.Popen(
+    return forked.Popen(
         [sys.executable, str(SCRIPT), *map(str, arguments)],
         cwd=cwd,
         stdout=subprocess.DEVNULL,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import forked
 import rounding
 import support
 import torch
@@ -267,7 +268,7 @@ def command(*flags: str, ranks: int | None = None, script: Path = SCRIPT) -> lis
 
 
 def start(command: list[str], cwd: Path, **values: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    return forked.Popen(
         command,
         cwd=cwd,
         env=environment(**values),

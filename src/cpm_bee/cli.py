@@ -27,7 +27,7 @@ DEBUG_HELP, DEBUG_HELP_CHINESE = "show the traceback of an error", "出错时显
 def shown_default(value: object) -> str:
     """A default value as a user would type it."""
     if isinstance(value, tuple):
-        return ",".join(value)
+        return ",".join(map(str, value))
     return str(value).removesuffix(".0")
 
 

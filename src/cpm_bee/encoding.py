@@ -129,7 +129,12 @@ class Encoder:
         self._markup: dict[str, tuple[Piece, int]] = {}  # texts that are one unlisted special token
 
     def encode(
-        self, record: Record, *, rng: random.Random | None = None, answers: bool = True
+        self,
+        record: Record,
+        *,
+        rng: random.Random | None = None,
+        answers: bool = True,
+        samples: Sequence[Record] = (),
     ) -> EncodedRecord:
         """Encode a valid record (see `records.validate`).
 
@@ -137,21 +142,29 @@ class Encoder:
             rng: shuffles the dictionaries under `<ans>`, as in training.
             answers: if false, predicted segments keep their number but have no tokens, as in the
                 prompt for generation.
+            samples: in-context samples of this record, after those of all records.
 
         Raises:
             InputError: a special token has a name that is not in the vocabulary, or the record has
                 more than 4,096 segments or 65,535 extension entries.
         """
-        return self.encode_outline(outline(record, rng), answers=answers)[0]
+        own, *more = (outline(each, rng) for each in (record, *samples))
+        return self.encode_outline(own, answers=answers, samples=more)[0]
 
     def encode_outline(
-        self, segments: Outline, *, answers: bool = True, extension: Extension | None = None
+        self,
+        segments: Outline,
+        *,
+        answers: bool = True,
+        extension: Extension | None = None,
+        samples: Sequence[Outline] = (),
     ) -> tuple[EncodedRecord, Extension]:
         """Like `encode`, from segments; also returns the record's extension, for decoding."""
         tokens = TokenLists()
         extension = self.append(segments, tokens, answers=answers, extension=extension)
-        self._append_samples(segments, tokens, extension)
-        trees = tuple(sample.tree for sample in self._samples)
+        samples = [*self._samples, *samples]
+        self._append_samples(segments, tokens, extension, samples)
+        trees = tuple(sample.tree for sample in samples)
         subs = np.zeros(len(tokens.ids), dtype=np.uint16)
         for position, sub in tokens.subs:
             subs[position] = sub
@@ -174,16 +187,22 @@ class Encoder:
     def _prompt_extension(self, segments: Outline) -> Extension:
         """The extension of a record without its answers, and of the in-context samples."""
         extension = self.append(segments, TokenLists(), answers=False)
-        self._append_samples(segments, TokenLists(), extension)
+        self._append_samples(segments, TokenLists(), extension, self._samples)
         return extension
 
-    def _append_samples(self, segments: Outline, tokens: TokenLists, extension: Extension) -> None:
+    def _append_samples(
+        self,
+        segments: Outline,
+        tokens: TokenLists,
+        extension: Extension,
+        samples: Sequence[Outline],
+    ) -> None:
         added = extension.answers_added
-        for sample in self._samples:
+        for sample in samples:
             self.append(sample, tokens, extension=extension)
         extension.answers_added = added
-        count = len(segments.texts) + sum(len(sample.texts) for sample in self._samples)
-        if self._samples and count > MAX_SEGMENTS:
+        count = len(segments.texts) + sum(len(sample.texts) for sample in samples)
+        if samples and count > MAX_SEGMENTS:
             raise InputError(
                 f"the record and its examples have {count:,} fields, more than {MAX_SEGMENTS:,}"
             )

@@ -96,6 +96,7 @@ _CONVERSION = {
     "--turns last": "mask-history",
     "--eval-share": "val-size split-dataset-ratio test-size validation-split eval-ratio",
     "--encoding": "charset",
+    "--sheet": "sheet-name worksheet",
     "--form": "formatting input-format dataset-format",
 }
 
@@ -161,6 +162,7 @@ _SERVE = _MODEL | {
     "--delta": _GENERATE["--delta"],
     "--host": "server-name address bind listen-host ip",
     "--port": "server-port listen-port",
+    "--allowed-hosts": "trusted-hosts host-whitelist",
     "--served-model-name": "alias model-id",
     "--beam-size": _GENERATE["--beam-size"],
     "--max-length": _GENERATE["--max-length"],

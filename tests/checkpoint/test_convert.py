@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import folders
+import forked
 import pytest
 import torch
 from folders import bits, make_base, make_delta, read_json
@@ -229,7 +229,7 @@ def test_the_printed_command_runs(tmp_path: Path) -> None:
     done = run_script("src/convert_checkpoint.py", *arguments)
     assert done.returncode == 0, done.stderr
     record = '{"input": "abc", "<ans>": ""}\n'
-    answered = subprocess.run(
+    answered = forked.run(
         folders.printed_command(done.stdout), input=record, capture_output=True, encoding="utf-8"
     )
     assert answered.returncode == 0, answered.stderr

@@ -5,12 +5,12 @@ import copy
 import json
 import math
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import folders
+import forked
 import pytest
 import rounding
 import tiny
@@ -367,7 +367,7 @@ def test_the_script(tmp_path: Path) -> None:
     first, check, _ = done.stdout.splitlines()
     assert first == f"written: {tmp_path / 'my model'}, 2 deltas merged into 4 layers"
     assert "rounding to float16 explains" in check
-    answered = subprocess.run(
+    answered = forked.run(
         folders.printed_command(done.stdout), input='{"input": "abc", "<ans>": ""}\n',
         capture_output=True, encoding="utf-8",
     )  # fmt: skip

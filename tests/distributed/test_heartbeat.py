@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
@@ -153,7 +154,7 @@ time.sleep(60)
 def test_a_process_that_waits_for_a_lost_one_is_ended(backend: str) -> None:
     """With NCCL at once: the main thread cannot leave the collective by itself."""
     begin = time.monotonic()
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-c", HANGING, str(ended_process()), backend],
         env=train_support.environment(PYTHONPATH=os.pathsep.join(sys.path)),
         capture_output=True,

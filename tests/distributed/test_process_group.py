@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
@@ -115,7 +115,7 @@ run_command(main)
 
 def test_a_process_ends_with_its_status_while_nccl_hangs() -> None:
     begin = time.monotonic()
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-c", ENDING],
         env=train_support.environment(PYTHONPATH=os.pathsep.join(sys.path)),
         capture_output=True,

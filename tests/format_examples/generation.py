@@ -79,10 +79,10 @@ def beam_scores(page: Json) -> Rows:
     rows: Rows = []
 
     class Recording(FinishedHypotheses):
-        def add(self, score: float, tokens: Any, is_whole: bool = True) -> None:
+        def add(self, score: float, tokens: Any, *ending: bool) -> None:
             text = " ".join(VOCABULARY.tokens[i] for i in tokens[1:, ID])
             rows.append(["finished", f"{text} </s>", number(score * len(tokens)), number(score)])
-            super().add(score, tokens, is_whole)
+            super().add(score, tokens, *ending)
 
         def cannot_improve(self, best_log_p: float, step: int) -> bool:
             stops = super().cannot_improve(best_log_p, step)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
+import forked
 import pytest
 import support
 from hypothesis import given
@@ -27,7 +28,7 @@ SECONDS = 120
 
 def fuzz_command(*arguments: object, timeout: float) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join(str(support.ROOT / name) for name in ("src", "tests"))
-    return subprocess.run(
+    return forked.run(
         [sys.executable, "-m", "fuzz.run", *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -7,11 +7,11 @@ import os
 import pty
 import re
 import select
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from support import ROOT
 
@@ -106,7 +106,7 @@ def test_on_a_terminal(tmp_path: Path) -> None:
     env = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "dumb", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "text_generation.py", "--load", "ckpts/cpm-bee-tiny"]
     command += ["--max-length", "4", "--stream"]
-    process = subprocess.Popen(
+    process = forked.Popen(
         command, cwd=ROOT / "src", env=env, stdin=its, stdout=its, stderr=its, close_fds=True
     )
     os.close(its)

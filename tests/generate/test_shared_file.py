@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -92,7 +93,7 @@ def command(*flags: object, ranks: int) -> list[str]:
 
 
 def start(folder: Path, *flags: object, ranks: int) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    return forked.Popen(
         command("--load", TINY, "--device", "cpu", *flags, ranks=ranks),
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)},

@@ -45,7 +45,7 @@ def check(model: CPMBee, records: list[Record], samples: Sequence[Record] = ()) 
         for name, parameter in model.named_parameters()
     }
     logits, pairs, loss = dense_reference.logits_and_loss(
-        model.config, weights, records, tiny.TOKENIZER, samples
+        model.config, weights, records, tiny.TOKENIZER, [samples] * len(records)
     )
     encoder = Encoder(tiny.TOKENIZER, samples)
     encoded = [encoder.encode(record) for record in records]

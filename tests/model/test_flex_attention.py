@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.attention import flex_attention as torch_flex
 
 from cpm_bee.data.batch import Batch, collate
+from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError, RunError
 from cpm_bee.model import flex_attention
 from cpm_bee.model.attention import PaddedAttention, PaddedGroups, align_bias
@@ -30,10 +31,16 @@ RECORDS: list[Record] = [
 class Inputs(nn.Module):
     """What attention works on: the model's bias, and queries, keys and values."""
 
-    def __init__(self, at_targets: bool) -> None:
+    def __init__(self, at_targets: bool, with_samples: bool = False) -> None:
         super().__init__()
         self.model, self.at_targets = tiny.make_model(1), at_targets
-        self.batch = collate(tiny.encode(RECORDS), tiny.TOKENIZER)
+        encoded = tiny.encode(RECORDS)
+        if with_samples:
+            encoder = Encoder(tiny.TOKENIZER)
+            encoded[2] = encoder.encode(RECORDS[2], samples=[RECORDS[1], RECORDS[3]])
+            encoded[0] = encoder.encode(RECORDS[0], samples=[RECORDS[2]])
+        self.batch = collate(encoded, tiny.TOKENIZER)
+        assert self.batch.has_samples == with_samples
         assert self.batch.num_tokens > 2 * 128  # several blocks of the mask
         generator = torch.Generator().manual_seed(2)
         heads = (self.model.config.num_heads, self.model.config.dim_head)
@@ -74,8 +81,12 @@ def padded(inputs: Inputs) -> torch.Tensor:
     return PaddedAttention(groups, bias, torch.float32, 0.0)(0, *inputs.qkv)
 
 
+both = pytest.mark.parametrize("with_samples", [False, True], ids=["alone", "with samples"])
+
+
+@both
 @pytest.mark.parametrize("at_targets", [False, True])
-def test_forward(at_targets: bool) -> None:
+def test_forward(at_targets: bool, with_samples: bool) -> None:
     def output(attend: Attend) -> Compute:
         @torch.no_grad()
         def run(inputs: Inputs) -> dict[str, torch.Tensor]:
@@ -83,11 +94,13 @@ def test_forward(at_targets: bool) -> None:
 
         return run
 
-    rounding.assert_same(Inputs(at_targets), flexible(output(by_flex)), output(padded))
+    inputs = Inputs(at_targets, with_samples)
+    rounding.assert_same(inputs, flexible(output(by_flex)), output(padded))
 
 
+@both
 @pytest.mark.parametrize("at_targets", [False, True])
-def test_gradients(at_targets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients(at_targets: bool, with_samples: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch refuses a backward pass on the CPU, but its plain form has one."""
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
 
@@ -102,7 +115,8 @@ def test_gradients(at_targets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
         return run
 
-    rounding.assert_same(Inputs(at_targets), flexible(gradients(by_flex)), gradients(padded))
+    inputs = Inputs(at_targets, with_samples)
+    rounding.assert_same(inputs, flexible(gradients(by_flex)), gradients(padded))
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ injected here; FlexAttention itself is tried in its plain form.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from cpm_bee.data.batch import Batch
 from cpm_bee.model import flex_attention, flex_probe
 from cpm_bee.model.attention import PaddedAttention, PaddedGroups, PositionBias
 from cpm_bee.model.flex_probe import probe
+from cpm_bee.segments import HIDDEN
 from cpm_bee.train import setup
 from cpm_bee.train.options import Options
 
@@ -52,6 +54,7 @@ def test_three_records_of_several_blocks_a_token_more_and_less() -> None:
     assert batch.lengths == (300, 129, 40)
     assert batch.num_targets == 100 + 43 + 13
     assert batch.relations.view(3, 3, 3).diagonal(dim1=1, dim2=2).max() == 0
+    assert torch.nonzero(batch.relations == HIDDEN).tolist() == [[3]]
 
 
 @dtypes
@@ -59,6 +62,19 @@ def test_the_plain_form_agrees(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(flex_attention, "_compiled", lambda function: function)
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
     assert probe(CONFIG, dtype, CPU, flex_attention.FlexAttention) is None
+
+
+def test_what_in_context_samples_do_not_see_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex_attention, "_compiled", lambda function: function)
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
+
+    def sees_all(batch: Batch, bias: PositionBias, *, at_targets: bool) -> Any:
+        relations = torch.where(batch.relations == HIDDEN, 1, batch.relations)
+        seen = replace(batch, relations=relations, has_samples=False)
+        return flex_attention.FlexAttention(seen, bias, at_targets=at_targets)
+
+    reason = probe(CONFIG, torch.float32, CPU, sees_all)
+    assert str(reason).startswith("its output differs from that of sdpa by ")
 
 
 @dtypes

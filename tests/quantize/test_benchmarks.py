@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import support
 import torch
@@ -32,7 +33,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    return forked.run(
         [sys.executable, str(support.ROOT / script), *map(str, arguments)],
         capture_output=True,
         encoding="utf-8",

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import support
 import tiny
@@ -350,7 +351,7 @@ print(sum(p.double().sum().item() for p in base.model.parameters()))
 def test_of_several_processes_at_once_one_makes_it(checkpoint: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(support.ROOT / "src"), "OMP_NUM_THREADS": "1"}
     processes = [
-        subprocess.Popen(
+        forked.Popen(
             [sys.executable, "-c", LOAD, str(checkpoint)],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from browser import browser, watched_page
 
+from cpm_bee.html_pages import Text
 from cpm_bee.report.charts import charts_of
 from cpm_bee.report.draw import draw
 from cpm_bee.report.drawing import Curves
-from cpm_bee.report.facts import DataFigure, Facts, Setting, Text
+from cpm_bee.report.facts import DataFigure, Facts, Setting
 from cpm_bee.report.history import History
 from cpm_bee.report.page import make_page, state_of
 

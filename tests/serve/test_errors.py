@@ -59,7 +59,11 @@ def error_of(answer: httpx.Response, status: int) -> dict:
         (CHAT, {"messages": HELLO, "n": 4}, "n", "needs beam_size 4"),
         (CHAT, {"messages": HELLO, "n": 9}, "n", "above 8"),
         (CHAT, {"messages": HELLO, "beam_size": 9}, "beam_size", "above 8"),
-        (CHAT, {"messages": HELLO, "stop": ["x"]}, "stop", "not supported"),
+        (CHAT, {"messages": HELLO, "stop": ["x", ""]}, "stop", "none of them empty"),
+        (CHAT, {"messages": HELLO, "stop": 3}, "stop", "a text or a list"),
+        (CHAT, {"messages": HELLO, "stop": ["x"] * 5}, "stop", "up to 4 texts"),
+        (TEXT, {"prompt": "a", "stop": "x" * 101}, "stop", "up to 100 characters"),
+        (RECORDS, {"record": RECORD, "stop": "x"}, "stop", "not known"),
         (CHAT, {"messages": HELLO, "tools": [{}]}, "tools", "not supported"),
         (CHAT, {"messages": HELLO, "logprobs": True}, "logprobs", "not supported (only false"),
         (CHAT, {"messages": HELLO, "logit_bias": {"1": 2}}, "logit_bias", "not supported"),
@@ -105,7 +109,7 @@ def test_a_wrong_request_is_refused_by_name(
 
 
 def test_all_problems_are_named_at_once(server: Served) -> None:
-    answer = server.post(CHAT, messages=HELLO, stop="x", top_k=-5, nonsense=1)
+    answer = server.post(CHAT, messages=HELLO, stop="x" * 999, top_k=-5, nonsense=1)
     message = error_of(answer, 400)["message"]
     assert all(word in message for word in ("stop: ", "top_k: ", "nonsense: "))
 
@@ -145,7 +149,7 @@ def test_a_body_is_counted_where_its_length_is_not_announced(server: Served) -> 
     parts = urlsplit(server.url)
     sent = 0
     with socket.create_connection((parts.hostname, parts.port), timeout=20) as connection:
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
         answer = b""
         with contextlib.suppress(OSError):  # closed, perhaps before the answer was read
@@ -170,6 +174,22 @@ def test_a_body_is_counted_where_its_length_is_not_announced(server: Served) -> 
 )
 def test_paths_and_methods(server: Served, method: str, path: str, status: int, code: str) -> None:
     assert error_of(httpx.request(method, server.url + path), status)["code"] == code
+
+
+@pytest.mark.parametrize("path", ["/", "/v1/models", "/metrics"])
+@pytest.mark.parametrize(
+    "host", ["rebound.example", "rebound.example:8000", "192.168.0.3", "[::2]"]
+)
+def test_another_host_is_refused(server: Served, path: str, host: str) -> None:
+    """A page whose name has been given the address of this machine reads nothing."""
+    error = error_of(httpx.get(server.url + path, headers={"Host": host}), 403)
+    assert error["code"] == "host_not_allowed" and host in error["message"]
+    assert "--allowed-hosts" in error["message"]
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:8000", "[::1]:8000"])
+def test_names_of_this_machine_are_answered(server: Served, host: str) -> None:
+    assert httpx.get(f"{server.url}/health", headers={"Host": host}).status_code == 200
 
 
 def test_refusals_are_counted(server: Served) -> None:

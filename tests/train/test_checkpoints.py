@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import tiny
 from support import ROOT
@@ -39,7 +40,7 @@ with exclusive(sys.argv[1], "is busy"):
 def test_a_second_writer_is_refused_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
     path = tmp_path / "new folder" / ".run.lock"
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    holder = subprocess.Popen(
+    holder = forked.Popen(
         [sys.executable, "-c", HOLD, str(path)], env=environment, stdout=subprocess.PIPE, text=True
     )
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,26 @@ def test_records_are_counted_by_what_can_be_done_with_them(tmp_path: Path) -> No
     assert size == expected == loader_of(index).size
     found = survey(index.dataset, tiny.TOKENIZER, StepShape(2, 40))
     assert (found.size, found.is_exact) == (expected, True)
+
+
+def test_in_context_samples_count(tmp_path: Path) -> None:
+    """Those of the first epoch, exactly where there is an index and estimated where not."""
+    index = index_of(tmp_path, RECORDS * 300)
+    shape = StepShape(2, 40, shuffle_seed=1, in_context=(0.25, 0.75))
+    loader = loader_of(index, shuffle_seed=1, in_context=(0.25, 0.75))
+    size = loader.size
+    found = survey(index.dataset, tiny.TOKENIZER, shape)
+    assert (found.size, found.is_exact) == (size, True)
+    assert found.lengths.tolist() == loader.lengths(0).tolist()
+    tokens = sum(step.tokens for step, _ in loader.batches(0))
+    assert size.min_steps == -(-tokens // 80)
+    [with_one] = size.in_context
+    assert with_one + size.num_shortened > 0.7 * size.num_records and with_one > 0
+    shutil.rmtree(next(index.dataset.folder.glob("*token_index*")))
+    estimate = survey(index.dataset, tiny.TOKENIZER, shape)
+    assert not estimate.is_exact
+    assert estimate.size.in_context[0] == pytest.approx(with_one, rel=0.2)
+    assert estimate.size.min_steps == pytest.approx(size.min_steps, rel=0.1)
 
 
 def test_unanswered_records_are_left_out(tmp_path: Path) -> None:

@@ -217,6 +217,19 @@ def _max_length(lab: Lab) -> None:
 
 
 @case
+def _incontext_weights(lab: Lab) -> None:
+    usual = lab.run(eval_dataset=lab.workspace.eval)
+    run = lab.run(eval_dataset=lab.workspace.eval, incontext_weights="0,1")
+    assert "in-context samples of the first epoch: 5" in lab.printed
+    assert run.losses != usual.losses
+    assert run.column("loss", "eval")[0] == usual.column("loss", "eval")[0]
+    assert max(run.column("tokens")) <= 4 * 64
+    told = lab.refusal(incontext_weights="0.5,-1,x,")
+    assert "-1 is not at least 0" in told and "'x' is not a number" in told and "'' is" in told
+    assert "0.7,0.2 add up to 0.9, not to 1" in lab.refusal(incontext_weights="0.7,0.2")
+
+
+@case
 def _drop_last(lab: Lab) -> None:
     values = {"max_steps": None, "max_length": 48}
     whole, dropped = lab.run(**values), lab.run(drop_last=True, **values)

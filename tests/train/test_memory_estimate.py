@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 
+import forked
 import numpy as np
 import pytest
 import sharded_memory
@@ -114,7 +114,7 @@ def test_peaks_with_fsdp_are_those_of_a_real_step() -> None:
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
     script = ROOT / "tests" / "sharded_memory.py"
     environment = train_support.environment(PYTHONPATH=path)
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, str(script)], env=environment, capture_output=True, encoding="utf-8"
     )
     assert done.returncode == 0, done.stderr

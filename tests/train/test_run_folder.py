@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
+import forked
 import pytest
 from kills import is_killed
 from support import ROOT
@@ -181,7 +181,7 @@ def test_a_process_that_is_killed(tmp_path: Path, count: int) -> None:
         whole_run(tmp_path, text)
     tests = str(ROOT / "tests")
     paths = os.pathsep.join([tests, str(ROOT / "src")])
-    process = subprocess.run(
+    process = forked.run(
         [sys.executable, "-c", DIE, tests, str(tmp_path), str(count)],
         env={**os.environ, "PYTHONPATH": paths},
     )

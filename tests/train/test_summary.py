@@ -57,3 +57,9 @@ def test_records_that_do_not_count_are_counted() -> None:
     assert "warning: 5 training records (5.26%) are longer than" in text
     assert "warning: 7 training records have an answer that can never be generated" in text
     assert data_lines("training", DataSize(90, 0, 10), 512) == ["training: 90 records"]
+    size = DataSize(90, 0, 10, in_context=(12, 5), num_shortened=4)
+    assert data_lines("training", size, 512, about="about ") == [
+        "training: about 90 records",
+        "in-context samples of the first epoch: about 12 with 1, 5 with 2",
+        "about 4 records have fewer than were drawn, as more do not fit into --max-length 512",
+    ]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from cpm_bee.encoding import EncodedRecord
+from cpm_bee.segments import HIDDEN
 from cpm_bee.tokenizer import Tokenizer
 
 Pair = tuple[int, int]
@@ -42,6 +43,7 @@ class Batch:
     # The pairs of each record; without it, the pairs of all records compete at each target, as in
     # the reference's training.
     extension_is_own: torch.Tensor | None = None  # (R, E) bool
+    has_samples: bool = False  # some records have in-context samples: relations are HIDDEN
 
     @property
     def num_tokens(self) -> int:
@@ -91,6 +93,11 @@ class Stream:
             relations=_flat([r.tree.relations.ravel() for r in records], np.uint8),
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence[Stream]) -> Stream:
+        """The records of several streams, in their order; of at least one."""
+        return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
+
     def replace(self, index: int, record: EncodedRecord) -> None:
         """Overwrite record `index` with one that has the same numbers of tokens and segments."""
         begin = int(self.lengths[:index].sum())
@@ -119,6 +126,16 @@ def extension_pairs(records: Sequence[EncodedRecord]) -> list[Pair]:
         own = zip(record.ids[at].tolist(), record.subs[at].tolist(), strict=True)
         pairs.update(dict.fromkeys(own))
     return list(pairs)
+
+
+def pairs_up_to(ids: np.ndarray, largest_subs: Sequence[int]) -> list[Pair]:
+    """The distinct (id, sub > 0) pairs of records with these largest subs, in order of the ids.
+
+    A record with a sub also has all smaller subs of that id (docs/format.md §3), so the largest
+    sub of each id determines which pairs occur.
+    """
+    pairs = zip(ids.tolist(), largest_subs, strict=True)
+    return [(i, sub) for i, largest in pairs for sub in range(1, largest + 1)]
 
 
 def collate(
@@ -176,6 +193,7 @@ def make_batch(
         extension_is_candidate=entries,
         unk=tokenizer.unk,
         extension_is_own=_pairs_of(stream, table, stream.subs > 0) if own_extension else None,
+        has_samples=bool((stream.relations == HIDDEN).any()),
     )
 
 

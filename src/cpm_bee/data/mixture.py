@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cpm_bee.data.batch import Pair, Stream
+from cpm_bee.data.batch import Pair, Stream, pairs_up_to
 from cpm_bee.data.bin_dataset import BinaryDataset
+from cpm_bee.data.in_context import InContextSamples
 from cpm_bee.data.packing import PackedRow, Plan, generator
 from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.errors import InputError
@@ -139,6 +140,11 @@ class MixedIndex:
         # The number of the first record of each dataset, and of all records.
         self.starts = np.cumsum([0, *(len(index) for index in indexes)])
 
+    @property
+    def num_segments(self) -> np.ndarray:
+        """The number of segments of each record, int64."""
+        return np.concatenate([index.num_segments for index in self._indexes])
+
     def part_of(self, numbers: Sequence[int]) -> np.ndarray:
         """The dataset of each record, int64 [len(numbers)]."""
         return np.searchsorted(self.starts, np.asarray(numbers, dtype=np.int64), side="right") - 1
@@ -158,8 +164,7 @@ class MixedIndex:
         return largest.tolist()
 
     def extension_pairs(self, largest_subs: Sequence[int]) -> list[Pair]:
-        ids = self.extension_vocabulary.tolist()
-        return [(i, s) for i, n in zip(ids, largest_subs, strict=True) for s in range(1, n + 1)]
+        return pairs_up_to(self.extension_vocabulary, largest_subs)
 
     def stream(
         self,
@@ -190,12 +195,24 @@ class MixedIndex:
 
 
 class MixedPlan:
-    """The rows of every row stream in every epoch; see `Plan`, which plans each epoch."""
+    """The rows of every row stream in every epoch; see `Plan`, which plans each epoch.
+
+    Args:
+        samples: gives the lengths of records in each epoch, if these have in-context samples.
+    """
 
     def __init__(
-        self, index: MixedIndex, lengths: np.ndarray, *, rows: int, max_length: int, seed: int
+        self,
+        index: MixedIndex,
+        lengths: np.ndarray,
+        *,
+        rows: int,
+        max_length: int,
+        seed: int,
+        samples: InContextSamples | None = None,
     ) -> None:
         self._lengths = lengths
+        self._samples = samples
         self._rows, self._max_length, self._seed = rows, max_length, seed
         usable = lengths <= max_length
         self._records = [
@@ -218,8 +235,9 @@ class MixedPlan:
 
     def steps(self, epoch: int, row_streams: Sequence[int]) -> Iterator[list[PackedRow]]:
         drawn = self.drawn(epoch)
+        lengths = self._lengths if self._samples is None else self._samples.draw(epoch).lengths
         plan = Plan(
-            self._lengths[drawn],
+            lengths[drawn],
             rows=self._rows,
             max_length=self._max_length,
             shuffle_seed=self._seed,

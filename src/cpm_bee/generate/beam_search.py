@@ -21,11 +21,12 @@ import torch
 from cpm_bee.generate.beams import ANSWER, Beams, Choice, Continuations
 from cpm_bee.generate.candidates import best_continuations
 from cpm_bee.generate.decoder import Decoder, Shape
-from cpm_bee.generate.job import Job
+from cpm_bee.generate.job import Job, stops_of
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt
 from cpm_bee.generate.sampling import sample
 from cpm_bee.generate.scoring import check_finite
+from cpm_bee.generate.stop_sequences import NO_STOPS, StopSequences
 
 # More beams at once gain no speed on a CPU: products are as fast with half as many.
 _MAX_BEAMS = 256
@@ -85,6 +86,7 @@ class BeamSearch:
         options: GenerationOptions | None = None,
         number: int = 0,
         most: int | None = None,
+        stop: StopSequences = NO_STOPS,
     ) -> Job:
         """Queue a prompt that has answers to write; it may be waited for in any order.
 
@@ -92,9 +94,9 @@ class BeamSearch:
             options: of this record; they may differ from those of the search in all but the number
                 of hypotheses and whether they are samples, and in the length only downwards.
             number: of the record; samples depend on it and on the seed.
-            most: the most tokens to write, see `Job`.
+            most, stop: see `Job`.
         """
-        job = Job(prompt, options or self._options, number, most)
+        job = Job(prompt, options or self._options, number, most, stop)
         assert job.options.num_beams == self._num_beams and job.last_step <= self._last_step
         assert job.options.is_sampling == self._options.is_sampling
         self._waiting.append(job)
@@ -246,7 +248,8 @@ class BeamSearch:
         check_finite(found.log_p[:, 0])
         num_answers = np.array([len(job.prompt.answers) for job in jobs])
         is_last = self._beams.last[slots] == [job.last_step for job in jobs]
-        choice = self._beams.choose(slots, found, num_answers, is_last)
+        stops = stops_of(jobs, slots, found, self._beams)
+        choice = self._beams.choose(slots, found, num_answers, is_last, stops)
         ended = [
             job
             for row, job in enumerate(jobs)
@@ -300,6 +303,7 @@ class BeamSearch:
             score = job.finished.score(float(found.log_p[row, column]), step + 1)
             tokens = self._beams.hypothesis(slot, found, row, column)
             reached = tokens[-1, ANSWER] + 1 == len(job.prompt.answers)
-            is_whole = bool(reached and choice.closes[row, column])
-            job.finished.add(score, tokens, is_whole)
+            is_stopped = bool(choice.stops[row, column])
+            is_whole = is_stopped or bool(reached and choice.closes[row, column])
+            job.finished.add(score, tokens, is_whole, is_stopped)
         return not choice.taken[row].any()

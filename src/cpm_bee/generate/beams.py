@@ -34,6 +34,7 @@ class Choice(NamedTuple):
 
     finished: np.ndarray  # (R, k) bool, a hypothesis ends with this continuation
     closes: np.ndarray  # (R, k) bool, the continuation is `</s>`
+    stops: np.ndarray  # (R, k) bool, it completes a stop sequence
     taken: np.ndarray  # (R, k) bool, it becomes a beam of the next step
     places: np.ndarray  # (R, k) the number of that beam
 
@@ -86,23 +87,31 @@ class Beams:
         return self.tokens[slots[:, None], :, index, ID].swapaxes(1, 2)
 
     def choose(
-        self, slots: np.ndarray, found: Continuations, num_answers: np.ndarray, is_last: np.ndarray
+        self,
+        slots: np.ndarray,
+        found: Continuations,
+        num_answers: np.ndarray,
+        is_last: np.ndarray,
+        stops: np.ndarray | None = None,
     ) -> Choice:
         """Go through continuations, best first, until `beam_size` of them have become beams.
 
         Args:
             num_answers: of each record, [R].
             is_last: whether this is the last step of a record, which finishes all hypotheses, [R].
+            stops: whether a continuation completes a stop sequence, [R, k]; none by default.
         """
         parents = self.tokens[slots[:, None], found.parents, self.last[slots][:, None]]  # (R, k, 5)
         closes = found.ids == self._eos
         closes_last = closes & (parents[:, :, ANSWER] + 1 == num_answers[:, None])
-        ends = is_last[:, None] | closes_last
+        if stops is None:
+            stops = np.zeros_like(closes)
+        ends = is_last[:, None] | closes_last | stops
         exists = found.log_p > -np.inf
         continues = exists & ~ends
         places = continues.cumsum(axis=1) - continues  # beams that are there before
         free = places < self.log_p.shape[1]
-        return Choice(exists & ends & free, closes, continues & free, places)
+        return Choice(exists & ends & free, closes, stops, continues & free, places)
 
     def hypothesis(self, slot: int, found: Continuations, row: int, column: int) -> np.ndarray:
         """The tokens of a finished hypothesis, (n, 5), with the `<s>` but no `</s>` of answers."""

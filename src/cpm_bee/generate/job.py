@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from cpm_bee.data.batch import Pair
-from cpm_bee.generate.beams import ANSWER, ID, POSITION, SUB
+from cpm_bee.generate.beams import ANSWER, ID, POSITION, SUB, Beams, Continuations
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt
+from cpm_bee.generate.stop_sequences import NO_STOPS, StopSequences
 
 
 class Hypothesis(NamedTuple):
@@ -19,11 +21,20 @@ class Hypothesis(NamedTuple):
         score: mean log probability of the tokens.
         tokens: (n, 5), see `beams`; with the `<s>` of answers.
         is_whole: whether all answers ended; else it was cut off at the limit.
+        is_stopped: whether the last answer ended with a stop sequence, which is in `tokens`, and
+            not with `</s>`, which is not.
     """
 
     score: float
     tokens: np.ndarray
     is_whole: bool
+    is_stopped: bool = False
+
+    @property
+    def num_written(self) -> int:
+        """The number of tokens that the model wrote, the `</s>` of answers included."""
+        # `<s>` of a later answer stands where `</s>` of the one before was written.
+        return len(self.tokens) - 1 + (self.is_whole and not self.is_stopped)
 
 
 class FinishedHypotheses:
@@ -42,8 +53,10 @@ class FinishedHypotheses:
         """The score of a hypothesis with this summed log probability."""
         return log_p / num_tokens**self._length_penalty
 
-    def add(self, score: float, tokens: np.ndarray, is_whole: bool = True) -> None:
-        self.hypotheses.append(Hypothesis(score, tokens, is_whole))
+    def add(
+        self, score: float, tokens: np.ndarray, is_whole: bool = True, is_stopped: bool = False
+    ) -> None:
+        self.hypotheses.append(Hypothesis(score, tokens, is_whole, is_stopped))
         # The sort is stable: among equal scores, the first found stays first.
         self.hypotheses.sort(key=lambda hypothesis: -hypothesis.score)
         del self.hypotheses[self._size :]
@@ -63,15 +76,23 @@ class Job:
         rng: draws its samples.
         most: the most tokens that are written, over all answers, the `</s>` of each included; None
             if `options.max_length` alone is the limit.
+        stop: texts that end an answer (`stop_sequences`); the prompt has one answer then.
     """
 
     def __init__(
-        self, prompt: Prompt, options: GenerationOptions, number: int, most: int | None = None
+        self,
+        prompt: Prompt,
+        options: GenerationOptions,
+        number: int,
+        most: int | None = None,
+        stop: StopSequences = NO_STOPS,
     ) -> None:
         assert most is None or most > 0
+        assert not stop.texts or len(prompt.answers) == 1
         self.prompt = prompt
         self.options = options
         self.most = most
+        self.stop = stop
         self.finished = FinishedHypotheses(options.num_beams, options.length_penalty)
         self.rng = np.random.default_rng([options.seed, number])
         self.has_ended = False
@@ -99,6 +120,13 @@ class Job:
         """The (id, sub) pairs of each answer of the best hypothesis, as `answers_of`."""
         return answers_of(self.best[0].tokens)
 
+    def is_stopped_by(self, tokens: np.ndarray) -> bool:
+        """Whether the newest of the tokens [n, 5] of a hypothesis completes a stop sequence."""
+        # Each token is at least one character, and the `<s>` at the beginning is none.
+        newest = tokens[1:][-self.stop.longest :, [ID, SUB]].tolist()
+        text = self.prompt.text([(token_id, sub) for token_id, sub in newest])
+        return self.stop.end_of(text) is not None
+
     def texts_so_far(self, beams: np.ndarray) -> list[str]:
         """The text of each answer that has begun, as far as it stays, whatever is written yet.
 
@@ -120,6 +148,20 @@ class Job:
                 self._shared_texts[-1] += self.prompt.text([(token[ID], token[SUB])])
         self._num_shared += count
         return list(self._shared_texts)
+
+
+def stops_of(
+    jobs: Sequence[Job], slots: np.ndarray, found: Continuations, beams: Beams
+) -> np.ndarray:
+    """Which continuations [R, k] of records complete a stop sequence."""
+    stops = np.zeros(found.log_p.shape, dtype=bool)
+    for row, job in enumerate(jobs):
+        if job.stop.texts:
+            for column in np.flatnonzero(found.log_p[row] > -np.inf).tolist():
+                # With `</s>`, these are the tokens before it, which complete none.
+                tokens = beams.hypothesis(slots[row], found, row, column)
+                stops[row, column] = job.is_stopped_by(tokens)
+    return stops
 
 
 def answers_of(tokens: np.ndarray) -> list[list[Pair]]:

@@ -4,7 +4,8 @@ FlexAttention (torch.nn.attention.flex_attention) runs over the whole stream [T]
 padding. It compiles two functions of a (query, key) pair into its kernel:
 
 - `mask_mod`: whether the query sees the key: both are in the same record, and the key is context,
-  or the query is predicted and the key is not later. A block mask is made from it once per batch;
+  or the query is predicted and the key is not later; with in-context samples, also whether the
+  relation of their segments is not `HIDDEN`. A block mask is made from it once per batch;
   blocks of 128 x 128 pairs with no visible pair are skipped, so the work grows with the records'
   lengths, not with T².
 - `score_mod`: adds the entry of the bias table, looked up from the distance within a segment or
@@ -34,6 +35,7 @@ import torch.nn.functional as F
 from cpm_bee.data.batch import Batch
 from cpm_bee.errors import InputError, RunError
 from cpm_bee.model.attention import PositionBias
+from cpm_bee.segments import HIDDEN, OTHER_SAMPLE
 
 SDPA, FLEX = "sdpa", "flex"
 
@@ -134,21 +136,35 @@ def _mask_mod(batch: Batch, queries: torch.Tensor) -> Callable[..., torch.Tensor
         seen = context[k] | (~context[position] & (k <= position))
         return seen & (record[position] == record[k])
 
-    return visible
+    if not batch.has_samples:
+        return visible
+    relations, begin = _relations(batch)
+    segments = batch.segments
+
+    def visible_in_sample(b: Any, h: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return visible(b, h, q, k) & (relations[begin[queries[q]] + segments[k]] != HIDDEN)
+
+    return visible_in_sample
+
+
+def _relations(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The relations, and for each token the index of its segment's with segment 0 of its record."""
+    num_segments = torch.tensor(batch.num_segments, device=batch.ids.device)
+    squares = num_segments.square()
+    starts = squares.cumsum(0) - squares
+    record = _records(batch)
+    begin = starts[record] + batch.segments * num_segments[record]
+    # A masked key may belong to a record with more segments: its index must exist.
+    return F.pad(batch.relations.int(), (0, max(batch.num_segments))), begin
 
 
 def _score_mod(
     batch: Batch, bias: PositionBias, queries: torch.Tensor
 ) -> Callable[..., torch.Tensor]:
     device, tokens = batch.ids.device, batch.num_tokens
-    num_segments = torch.tensor(batch.num_segments, device=device)
-    squares = num_segments.square()
-    starts = squares.cumsum(0) - squares
-    record = _records(batch)
-    # For each token, the index of its segment's relation with segment 0 of its record.
-    begin = starts[record] + batch.segments * num_segments[record]
-    # A masked key may belong to a record with more segments: its index must exist.
-    relations = F.pad(batch.relations.int(), (0, max(batch.num_segments)))
+    relations, begin = _relations(batch)
+    if batch.has_samples:  # whatever is masked needs some row
+        relations = torch.where(relations == HIDDEN, OTHER_SAMPLE, relations)
     distances = torch.arange(1 - tokens, tokens, device=device)
     by_distance = bias.position_rows(distances).int()
     table, segments, last_position_row = (

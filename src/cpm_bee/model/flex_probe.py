@@ -3,7 +3,8 @@
 Its kernels are compiled here, for this GPU. Whether that works shows only by trying: the C compiler
 may be missing, a head may not fit the kernel, the compiler may fail, and the numbers may be wrong.
 `probe` attends over three records, of more than two blocks of 128 tokens, of one token more than a
-block, and of less than one, and compares output and gradients with those of SDPA.
+block, and of less than one, and compares output and gradients with those of SDPA. In the first one
+a segment does not see another, as with in-context samples.
 
 The bound: let u be half the eps of the compute type. Both kernels read the same values, multiply
 them exactly and add in fp32. What they round to the compute type is, forward, the weights of the
@@ -32,6 +33,7 @@ from cpm_bee.model import flex_attention
 from cpm_bee.model.attention import PaddedAttention, PaddedGroups, PositionBias
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.model.layers import AttentionFunction
+from cpm_bee.segments import HIDDEN
 
 LENGTHS = (300, 129, 40)
 _SEGMENTS = 3  # of each record, of equal size; the last one is predicted
@@ -129,6 +131,8 @@ def _batch(config: ModelConfig) -> Batch:
     # A segment's relation with itself is 0; all others differ, as far as the table has rows.
     relations = 1 + torch.arange(_SEGMENTS**2) % min(255, config.position_bias_num_segment_buckets)
     relations[:: _SEGMENTS + 1] = 0
+    relations = relations.to(torch.uint8).repeat(len(LENGTHS))
+    relations[_SEGMENTS] = HIDDEN  # the first segment, to the second one
     targets = torch.nonzero(segments == _SEGMENTS - 1).squeeze(1)
     records = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
     nothing = torch.zeros_like(segments)
@@ -139,12 +143,13 @@ def _batch(config: ModelConfig) -> Batch:
         context=segments < _SEGMENTS - 1,
         lengths=LENGTHS,
         num_segments=(_SEGMENTS,) * len(LENGTHS),
-        relations=relations.to(torch.uint8).repeat(len(LENGTHS)),
+        relations=relations,
         target_positions=targets,
         targets=nothing[targets],
         target_records=records[targets],
         extension_ids=nothing[:0],
         extension_subs=nothing[:0],
+        has_samples=True,
     )
 
 

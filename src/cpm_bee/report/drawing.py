@@ -1,8 +1,8 @@
 """Has another process draw the curves while the training goes on.
 
 Drawing takes seconds, most of them for the import of matplotlib. In this process it would stop the
-training; another one, with the lowest priority, takes what the training leaves of the processor. A
-thread waits for it.
+training; another one, with the lowest priority, takes what the training leaves of the processor,
+and rests between drawings. A thread waits for it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 _SOURCE = Path(__file__).resolve().parent.parent.parent
 _TIMEOUT = 120  # seconds
-_REST = 20  # times as long as a drawing took, before the next one begins
+# Times as long as a drawing took, before the next one begins: together, under 1% of a core.
+_REST = 100
 
 
 class Curves(NamedTuple):

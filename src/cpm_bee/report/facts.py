@@ -6,12 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-
-class Text(NamedTuple):
-    """A text in both languages."""
-
-    english: str
-    chinese: str
+from cpm_bee.html_pages import Text
 
 
 class Setting(NamedTuple):

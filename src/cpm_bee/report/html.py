@@ -1,28 +1,8 @@
-"""Pieces of HTML in two languages. All texts that come from elsewhere go through `escape`."""
+"""Pieces of the report's HTML."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Sequence
-
-from cpm_bee.report.facts import Text
-
-
-def escape(text: object) -> str:
-    """A text as HTML that shows it, in an element or in a quoted attribute.
-
-    Half of a surrogate pair, which no file can hold, becomes a question mark.
-    """
-    return html.escape(str(text).encode("utf-8", "replace").decode("utf-8"))
-
-
-def both(english: str, chinese: str) -> str:
-    """A text of our own in both languages, as HTML; the page shows one of them."""
-    return f'<span class="en" lang="en">{english}</span><span class="zh" lang="zh">{chinese}</span>'
-
-
-def escaped(text: Text) -> str:
-    return both(escape(text.english), escape(text.chinese))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:

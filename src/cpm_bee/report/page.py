@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from cpm_bee.html_pages import LANGUAGE_SWITCH, Text, both, document, escape, escaped
 from cpm_bee.report import sections
 from cpm_bee.report.drawing import Curves
-from cpm_bee.report.facts import Facts, Text
+from cpm_bee.report.facts import Facts
 from cpm_bee.report.history import History
-from cpm_bee.report.html import both, escape, escaped
-from cpm_bee.report.style import POLICY, SCRIPT, STYLE
+from cpm_bee.report.style import SCRIPT, STYLE
 
 RUNNING, FINISHED, INTERRUPTED, FAILED = "running", "finished", "interrupted", "failed"
 _STATES = {
@@ -66,34 +66,8 @@ def make_page(
         sections.settings(history, facts),
         sections.environment(facts),
     ]
-    return _SHELL.format(
-        policy=escape(POLICY),
-        title=escape(f"{facts.name} · CPM-Bee"),
-        style=STYLE,
-        script=SCRIPT,
-        content="\n".join(filter(None, parts)),
-    )
-
-
-_SHELL = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<input class="switch" type="radio" name="language" id="en" checked aria-label="English">
-<input class="switch" type="radio" name="language" id="zh" aria-label="中文">
-<main>
-{content}
-</main>
-<script>{script}</script>
-</body>
-</html>
-"""
+    content = "\n".join(filter(None, parts))
+    return document(f"{facts.name} · CPM-Bee", content, style=STYLE, script=SCRIPT)
 
 
 def state_of(end: dict[str, Any] | None) -> str:
@@ -107,12 +81,9 @@ def state_of(end: dict[str, Any] | None) -> str:
 
 def _header(history: History, facts: Facts, written: str) -> str:
     state = state_of(history.end)
-    switch = (
-        '<div class="languages"><label for="en">English</label><label for="zh">中文</label></div>'
-    )
     lines = [
         f'<header><h1>{escape(facts.name)}</h1><span class="state {state}">'
-        f"{escaped(_STATES[state])}</span>{switch}</header>"
+        f"{escaped(_STATES[state])}</span>{LANGUAGE_SWITCH}</header>"
     ]
     if history.end is not None:
         reason = history.end["reason"]

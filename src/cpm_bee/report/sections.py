@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
+from cpm_bee.html_pages import Text, both, escape, escaped
 from cpm_bee.report.charts import GIB
 from cpm_bee.report.drawing import Curves
-from cpm_bee.report.facts import Facts, Text
+from cpm_bee.report.facts import Facts
 from cpm_bee.report.history import History
-from cpm_bee.report.html import both, escape, escaped, folded, section, table
+from cpm_bee.report.html import folded, section, table
 
 _TITLES = {  # of the charts, and what their colors mean
     "loss": (Text("Loss", "损失"), Text("training", "训练"), Text("evaluation", "评测")),

@@ -1,13 +1,6 @@
-"""The style sheet and the script of the report.
-
-The language switch is two radio buttons and works without the script, which only chooses the
-language of the browser at first, remembers the choice, and copies commands.
-"""
+"""The style sheet of the report, and the script that copies commands."""
 
 from __future__ import annotations
-
-import base64
-import hashlib
 
 STYLE = """
 :root {
@@ -30,8 +23,6 @@ body {
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "PingFang SC",
     "Microsoft YaHei", "Noto Sans CJK SC", "WenQuanYi Zen Hei", sans-serif;
 }
-#en:checked ~ main .zh, #zh:checked ~ main .en { display: none; }
-.switch { position: absolute; opacity: 0; pointer-events: none; }
 main { max-width: 1080px; margin: 0 auto; padding: 20px 16px 48px; }
 header { display: flex; flex-wrap: wrap; gap: 6px 14px; align-items: center; }
 h1 { font-size: 22px; margin: 0; overflow-wrap: anywhere; }
@@ -43,12 +34,6 @@ p { margin: 6px 0; }
 .finished { background: var(--good-back); color: var(--good); }
 .failed { background: var(--bad-back); color: var(--bad); }
 .running, .interrupted { background: var(--wait-back); color: var(--c1); }
-.languages { margin-left: auto; display: flex; border: 1px solid var(--line); border-radius: 8px;
-  overflow: hidden; background: var(--card); }
-.languages label { padding: 4px 13px; cursor: pointer; font-size: 14px; }
-#en:checked ~ main label[for=en], #zh:checked ~ main label[for=zh] {
-  background: var(--c1); color: var(--card); }
-#en:focus-visible ~ main label[for=en], #zh:focus-visible ~ main label[for=zh],
 .wide:focus-visible, summary:focus-visible, button:focus-visible {
   outline: 2px solid var(--c2); outline-offset: 2px; }
 section, .figures-top > div { background: var(--card); border: 1px solid var(--line);
@@ -98,24 +83,11 @@ summary { cursor: pointer; color: var(--soft); padding: 4px 0; }
 .mark { color: var(--mark); font-weight: 600; }
 .trail { letter-spacing: 2px; font-size: 13px; white-space: normal; }
 @media (max-width: 520px) { main { padding: 14px 10px 36px; } section { padding: 13px 12px; } }
-@media print { .languages, button { display: none; } section { break-inside: avoid; } }
+@media print { button { display: none; } section { break-inside: avoid; } }
 """
 
 SCRIPT = """
 (function () {
-  var key = "cpm-bee-report-language", saved = null;
-  try { saved = localStorage.getItem(key); } catch (error) { /* no storage for local files */ }
-  var chosen = saved || ((navigator.language || "").indexOf("zh") === 0 ? "zh" : "en");
-  function show(language) { document.documentElement.lang = language === "zh" ? "zh-CN" : "en"; }
-  ["en", "zh"].forEach(function (name) {
-    var radio = document.getElementById(name);
-    if (name === chosen) { radio.checked = true; }
-    radio.addEventListener("change", function () {
-      show(name);
-      try { localStorage.setItem(key, name); } catch (error) { /* not remembered */ }
-    });
-  });
-  show(chosen);
   if (!navigator.clipboard) { return; }
   document.querySelectorAll(".command").forEach(function (box) {
     var button = box.querySelector("button");
@@ -129,11 +101,3 @@ SCRIPT = """
   });
 })();
 """
-
-# Nothing from elsewhere, and no script but ours, whatever a record contains.
-POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
-    "form-action 'none'; script-src 'sha256-"
-    + base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    + "'"
-)

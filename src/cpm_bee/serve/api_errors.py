@@ -48,6 +48,16 @@ def too_large(most: int) -> ApiError:
     )
 
 
+def wrong_host(given: str) -> ApiError:
+    return ApiError(
+        403,
+        f"this server does not answer to the host {given[:80]!r}; whoever runs it can allow it "
+        "with --allowed-hosts",
+        type="invalid_request_error",
+        code="host_not_allowed",
+    )
+
+
 def wrong_key() -> ApiError:
     return ApiError(
         401,

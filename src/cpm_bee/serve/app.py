@@ -20,6 +20,7 @@ from cpm_bee.records import ANSWER, Record, options_of
 from cpm_bee.serve import api_errors, messages, request_body, work
 from cpm_bee.serve.api_errors import ApiError, invalid
 from cpm_bee.serve.body_limit import BodyLimit
+from cpm_bee.serve.host_check import HostCheck, hosts_of
 from cpm_bee.serve.metrics import Metrics
 from cpm_bee.serve.openai_form import Form
 from cpm_bee.serve.options import ServeOptions
@@ -78,6 +79,8 @@ class Api:
         app.add_exception_handler(ClientLeft, self._on_client_left)
         app.add_exception_handler(Exception, self._on_error)
         app.add_middleware(BodyLimit, most=self._options.max_body)
+        hosts = hosts_of(self._options.host, self._options.host_names)
+        app.add_middleware(HostCheck, hosts=hosts, on_error=self._note)
         return app
 
     # ------------------------------------------------------------------ small endpoints
@@ -148,8 +151,11 @@ class Api:
         escape = body.take("escape", bool, False)
         given = _records_given(body)
         records = messages.take_records(body, self._options.max_records, escape=escape)
+        is_seeded = body.peek("seed") is not None
         parameters = take_parameters(body, self._options, openai=False)
-        choosing, abstain_below = _take_choosing(body, records)
+        # Samples have a new seed for each request, orders of options that of the command line.
+        seed = parameters.options.seed if is_seeded else 0
+        choosing, abstain_below = _take_choosing(body, records, seed)
         body.finish()
         request = self._request(records, parameters, "records", choosing)
         name = self._options.model_name
@@ -199,8 +205,9 @@ class Api:
                     "context_length_exceeded",
                 )
             items.append(work.Item(record, prompt, number))
+        limits = parameters.most, parameters.stop
         request = work.Request(
-            items, parameters.options, parameters.most, choosing, follow=parameters.stream
+            items, parameters.options, *limits, choosing, follow=parameters.stream
         )
         for item in items:
             needed = self._scheduler.num_tokens(request, item)
@@ -255,7 +262,9 @@ def _records_given(body: Body) -> list[Record]:
     return [one] if one is not None else several
 
 
-def _take_choosing(body: Body, records: Sequence[Record]) -> tuple[work.Choosing | None, float]:
+def _take_choosing(
+    body: Body, records: Sequence[Record], seed: int
+) -> tuple[work.Choosing | None, float]:
     """How an option is chosen, if it is; and the probability below which none is."""
     choices = body.take("choices", bool, False)
     orders = body.take("average_orders", int, least=1, most=24)
@@ -268,4 +277,4 @@ def _take_choosing(body: Body, records: Sequence[Record]) -> tuple[work.Choosing
     for i, record in enumerate(records):
         if not options_of(record):
             body.problem(f"records[{i}]", "has no options to choose from")
-    return work.Choosing(orders or 1, 0), abstain_below or 0.0
+    return work.Choosing(orders or 1, seed), abstain_below or 0.0

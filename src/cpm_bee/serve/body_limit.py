@@ -11,6 +11,7 @@ from cpm_bee.serve.api_errors import ApiError, too_large
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 class BodyLimit:
@@ -25,7 +26,7 @@ class BodyLimit:
         seconds: for the whole body.
     """
 
-    def __init__(self, app: Any, most: int, seconds: float = 30.0) -> None:
+    def __init__(self, app: App, most: int, seconds: float = 30.0) -> None:
         self._app, self._most, self._seconds = app, most, seconds
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from cpm_bee.generate.generator import Output, growth
 from cpm_bee.generate.job import answers_of
 from cpm_bee.serve.work import Request
-from cpm_bee.tokenizer import unescape
 
 
 class Written(NamedTuple):
@@ -26,10 +25,11 @@ class Written(NamedTuple):
 
 def answers_written(output: Output) -> list[Written]:
     """The answers of a record with one answer leaf, best first."""
-    assert output.job is not None
+    job = output.job
+    assert job is not None
     return [
-        Written(unescape(output.prompt.text(answers_of(own.tokens)[0])), not own.is_whole)
-        for own in output.job.best
+        Written(job.stop.plain(output.prompt.text(answers_of(own.tokens)[0])), not own.is_whole)
+        for own in job.best
     ]
 
 
@@ -103,7 +103,8 @@ class Form:
             if output is None:
                 if count == 1:
                     # Escaped texts grow by whole tokens, so plain ones grow too.
-                    yield from self._grown(i, before, [unescape(text) for text in item.texts])
+                    texts = [request.stop.plain_so_far(text) for text in item.texts]
+                    yield from self._grown(i, before, texts)
                 continue
             answers = answers_written(output)
             for j, written in enumerate(answers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from cpm_bee.options import CommandOptions, Group
 SERVER = Group("server", "服务")
 ANSWERS = Group("answers", "作答")
 LIMITS = Group("limits", "限制")
+_HOST = re.compile(r"\*|[A-Za-z0-9._-]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")
 API_KEY_VARIABLE = "CPM_BEE_API_KEY"
 
 
@@ -53,6 +55,17 @@ class ServeOptions(LoadedModelOptions, CommandOptions):
         f"访问 /v1 的请求必须携带的密钥（`Authorization: Bearer KEY`）。本机其他用户能看到"
         f"命令行参数；环境变量 {API_KEY_VARIABLE} 作用相同。两者都未给出时不要求密钥",
         metavar="KEY",
+    )
+    allowed_hosts: str | None = SERVER.option(
+        None,
+        "other names that requests may be sent to (`Host`), separated by commas; `*` allows all. "
+        "While --host is an address of this machine alone, only localhost, 127.0.0.1 and [::1] are "
+        "allowed, so that no web page reaches the server by a name of its own (DNS rebinding); "
+        "with another --host all are, unless this flag is given",
+        "请求还可以使用的主机名（`Host`），以逗号分隔；`*` 表示全部允许。--host 为仅本机可达的地址"
+        "时，只允许 localhost、127.0.0.1 与 [::1]，使网页无法借自己的域名访问本服务（DNS 重绑定）；"
+        "--host 为其他地址时默认全部允许，除非给出此参数",
+        metavar="NAMES",
     )
     served_model_name: str | None = SERVER.option(
         None,
@@ -129,8 +142,20 @@ class ServeOptions(LoadedModelOptions, CommandOptions):
             problems.append("--api-key: is empty; leave it out where no key is wanted")
         elif self.key and not (self.key.isascii() and self.key.isprintable()):
             problems.append("--api-key: a key has printable ASCII characters only")
+        wrong = [name for name in self.host_names if not _HOST.fullmatch(name)]
+        if wrong or (self.allowed_hosts is not None and not self.host_names):
+            problems.append(
+                f"--allowed-hosts {self.allowed_hosts}: give names without http:// and port, "
+                "separated by commas"
+            )
         if problems:
             raise InputError("\n".join(problems))
+
+    @property
+    def host_names(self) -> tuple[str, ...]:
+        """The names of `allowed_hosts`; an IPv6 address is without brackets."""
+        names = (name.strip().strip("[]") for name in (self.allowed_hosts or "").split(","))
+        return tuple(name for name in names if name)
 
     @property
     def key(self) -> str | None:

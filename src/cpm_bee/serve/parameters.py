@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from cpm_bee.errors import InputError
 from cpm_bee.generate.options import GenerationOptions
+from cpm_bee.generate.stop_sequences import NO_STOPS, StopSequences
 from cpm_bee.serve.options import ServeOptions
 from cpm_bee.serve.request_body import Body
 
@@ -28,13 +29,13 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
-    "stop": ([], ""),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (0,),
     "verbosity": (),
     "web_search_options": (),
 }
+_MOST_STOPS, _LONGEST_STOP = 4, 100
 # They describe the request to whoever keeps it; nothing here depends on them.
 _LABELS = (("user", str), ("metadata", dict), ("store", bool), ("safety_identifier", str))
 
@@ -44,12 +45,14 @@ class Parameters(NamedTuple):
 
     Attributes:
         most: the most tokens of a record's answers; None if `options.max_length` is the limit.
+        stop: texts that end an answer.
         stream: whether texts are sent as they grow.
         include_usage: whether a stream ends with the numbers of tokens.
     """
 
     options: GenerationOptions
     most: int | None
+    stop: StopSequences
     stream: bool
     include_usage: bool
 
@@ -91,6 +94,7 @@ def take_parameters(body: Body, server: ServeOptions, *, openai: bool) -> Parame
         )
     stream = body.take("stream", bool, False)
     include_usage = _include_usage(body, stream=stream) if openai else False
+    stop = _stop(body) if openai else NO_STOPS
     if openai:
         for name, neutral in _UNSUPPORTED.items():
             body.refuse(name, neutral)
@@ -101,7 +105,7 @@ def take_parameters(body: Body, server: ServeOptions, *, openai: bool) -> Parame
     except InputError as error:
         _note(body, str(error), {"num_return": count})
         options = GenerationOptions()
-    return Parameters(options, most, stream, include_usage)
+    return Parameters(options, most, stop, stream, include_usage)
 
 
 def _most(body: Body, server: ServeOptions, *, openai: bool) -> int | None:
@@ -112,6 +116,22 @@ def _most(body: Body, server: ServeOptions, *, openai: bool) -> int | None:
     if len(set(values)) > 1:
         body.problem(names[0], "differs from max_tokens; give one of them")
     return min(values, default=None)
+
+
+def _stop(body: Body) -> StopSequences:
+    given = body.take_any("stop")
+    texts = [given] if isinstance(given, str) else given
+    if given is None or given == "":
+        return NO_STOPS
+    if not (isinstance(texts, list) and all(isinstance(text, str) and text for text in texts)):
+        body.problem("stop", "expected a text or a list of texts, none of them empty")
+    elif len(texts) > _MOST_STOPS or any(len(text) > _LONGEST_STOP for text in texts):
+        body.problem(
+            "stop", f"up to {_MOST_STOPS} texts of up to {_LONGEST_STOP} characters are allowed"
+        )
+    else:
+        return StopSequences(tuple(texts))
+    return NO_STOPS
 
 
 def _include_usage(body: Body, *, stream: bool) -> bool:

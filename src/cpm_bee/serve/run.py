@@ -23,6 +23,7 @@ try:
     import uvicorn
 
     from cpm_bee.serve.app import Api
+    from cpm_bee.serve.host_check import is_loopback
     from cpm_bee.serve.metrics import Metrics
     from cpm_bee.serve.scheduler import Scheduler
 except ImportError as error:
@@ -49,7 +50,7 @@ def serve(options: ServeOptions) -> None:
         settings = json.dumps(loaded.settings, sort_keys=True)
         fingerprint = "fp_" + hashlib.sha256(settings.encode()).hexdigest()[:12]
         api = Api(options, scheduler, loaded.base.tokenizer, metrics, fingerprint)
-        if options.key is None and not _is_loopback(options.host):
+        if options.key is None and not is_loopback(options.host):
             _LOGGER.warning(
                 "--host %s without a key: whoever reaches this machine can use the model; "
                 "set %s or give --api-key",
@@ -149,7 +150,3 @@ def _listen(options: ServeOptions) -> socket.socket:
             f"--host {options.host} --port {options.port}: {reason} (--port 0 takes a free one)"
         ) from None
     return listener
-
-
-def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")

@@ -18,19 +18,19 @@ from collections.abc import Iterable
 from cpm_bee.encoding import Encoder
 from cpm_bee.errors import CpmBeeError
 from cpm_bee.generate.beam_search import BeamSearch
-from cpm_bee.generate.choices import choose
 from cpm_bee.generate.generator import Output
 from cpm_bee.model.network import CPMBee
 from cpm_bee.serve.api_errors import ApiError, failed, queue_full, shutting_down
+from cpm_bee.serve.heap import HeapTrimmer, malloc_trim
 from cpm_bee.serve.lane import Lane, Shape
 from cpm_bee.serve.metrics import Metrics
+from cpm_bee.serve.option_queue import OptionQueue
 from cpm_bee.serve.options import ServeOptions
 from cpm_bee.serve.work import Item, Request
 from cpm_bee.tokenizer import Tokenizer
 
 _LOGGER = logging.getLogger(__name__)
 _LANES = 4  # different shapes at once; the memory for keys and values is divided among them
-_CHOICE_TOKENS = 8192  # tokens of prompts that are chosen for in one batch
 
 
 class Scheduler:
@@ -52,7 +52,6 @@ class Scheduler:
         self._metrics = metrics
         self.max_tokens = max_tokens // _LANES  # of a record, at the most
         self._lanes = [Lane(model, tokenizer, self.max_tokens) for _ in range(_LANES)]
-        self._encoder = Encoder(tokenizer)  # not that of the thread that reads requests
         self._changed = threading.Condition()
         # Under the condition: what other threads ask for.
         self._arrived: list[Request] = []
@@ -61,7 +60,9 @@ class Scheduler:
         self._stopping: ApiError | None = None
         # The thread's own.
         self._queue: deque[tuple[Request, Item]] = deque()
-        self._choices: deque[tuple[Request, Item]] = deque()
+        # Its encoder is not that of the thread that reads requests.
+        self._options_queue = OptionQueue(self._model, Encoder(tokenizer), self._fail)
+        self._heap = HeapTrimmer(malloc_trim())
         self._recent = deque([0.0], maxlen=32)  # seconds that records took in their slots
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
 
@@ -113,8 +114,8 @@ class Scheduler:
 
     def _run(self) -> None:
         while True:
+            self._wait()
             with self._changed:
-                self._changed.wait_for(lambda: self._has_work or self._stopping is not None)
                 arrived, self._arrived = self._arrived, []
                 cancelled, self._cancelled = self._cancelled, []
                 stopping = self._stopping
@@ -123,7 +124,7 @@ class Scheduler:
             for request in cancelled:
                 self._drop(request)
             if stopping is not None:
-                everyone = {r for r, _ in [*self._queue, *self._choices]}
+                everyone = {r for r, _ in self._queue} | self._options_queue.requests
                 everyone |= {r for lane in self._lanes for r, _ in lane.jobs.values()}
                 self._fail(everyone, stopping)
                 return
@@ -133,15 +134,31 @@ class Scheduler:
                 if lane.jobs:
                     self._step(lane)
             self._update_gauges()
+            self._heap.has_worked()
+
+    def _wait(self) -> None:
+        """Wait for something to do."""
+
+        def is_needed() -> bool:
+            return self._has_work or self._stopping is not None
+
+        with self._changed:
+            if self._changed.wait_for(is_needed, self._heap.seconds_to_wait):
+                return
+        self._heap.is_idle()  # without the lock, which others would wait for
+        with self._changed:
+            self._changed.wait_for(is_needed)
 
     @property
     def _has_work(self) -> bool:
-        is_busy = self._queue or self._choices or any(lane.jobs for lane in self._lanes)
+        is_busy = self._queue or self._options_queue or any(lane.jobs for lane in self._lanes)
         return bool(is_busy or self._arrived or self._cancelled)
 
     def _take(self, request: Request) -> None:
-        queue = self._queue if request.choosing is None else self._choices
-        queue.extend((request, item) for item in request.items)
+        if request.choosing is None:
+            self._queue.extend((request, item) for item in request.items)
+        else:
+            self._options_queue.add(request)
 
     def _started(self, request: Request, item: Item) -> None:
         """Note that a record does not wait any more."""
@@ -156,7 +173,7 @@ class Scheduler:
             return
         request.is_cancelled = True
         self._queue = deque(pair for pair in self._queue if pair[0] is not request)
-        self._choices = deque(pair for pair in self._choices if pair[0] is not request)
+        self._options_queue.drop(request)
         for lane in self._lanes:
             for job in [job for job, (own, _) in lane.jobs.items() if own is request]:
                 del lane.jobs[job]
@@ -208,7 +225,8 @@ class Scheduler:
                     return
                 lane.begin(shape)
             self._queue.popleft()
-            job = lane.search.add(item.prompt, request.options, item.number, request.most)
+            limits = request.most, request.stop
+            job = lane.search.add(item.prompt, request.options, item.number, *limits)
             lane.jobs[job] = request, item
 
     def _step(self, lane: Lane) -> None:
@@ -250,42 +268,8 @@ class Scheduler:
     # ------------------------------------------------------------------ options
 
     def _choose_options(self) -> None:
-        """Choose for a batch of the records that wait for it; the next turn takes the next ones."""
-        if not self._choices:
-            return
-        choosing = self._choices[0][0].choosing
-        assert choosing is not None
-        batch: list[tuple[Request, Item]] = []
-        num_tokens = 0
-        while self._choices and self._choices[0][0].choosing == choosing:
-            num_tokens += len(self._choices[0][1].prompt.encoded) * choosing.orders
-            # The orders of options depend on the place of a record in its call: one alone has
-            # always the same.
-            if batch and (num_tokens > _CHOICE_TOKENS or choosing.orders > 1):
-                break
-            batch.append(self._choices.popleft())
-        began = time.monotonic()
-        for request, item in batch:
-            self._started(request, item)
-        try:
-            choices = choose(
-                self._model,
-                self._encoder,
-                [item.record for _, item in batch],
-                max_tokens=_CHOICE_TOKENS,
-                orders=choosing.orders,
-                seed=choosing.seed,
-            )
-        except Exception as error:
-            if not isinstance(error, CpmBeeError):
-                _LOGGER.exception("choosing among options failed")
-            failure = failed(f"choosing among options failed: {error}")
-            self._fail({request for request, _ in batch}, failure)
-            return
-        for (request, item), choice in zip(batch, choices, strict=True):
+        for request, began in self._options_queue.choose(self._started).items():
             self._metrics.started(request, began)
-            item.choice = choice
-        for request in {request for request, _ in batch}:
             self._finish(request)
 
     def _update_gauges(self) -> None:

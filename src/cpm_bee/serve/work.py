@@ -11,6 +11,7 @@ from cpm_bee.generate.choices import Choice
 from cpm_bee.generate.generator import Output
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt
+from cpm_bee.generate.stop_sequences import NO_STOPS, StopSequences
 from cpm_bee.records import Record
 from cpm_bee.serve.api_errors import ApiError
 
@@ -51,7 +52,7 @@ class Request:
     """The records that a client wants to be answered together.
 
     Attributes:
-        most: see `Job`.
+        most, stop: see `Job`.
         choosing: None if text is to be written.
         follow: whether `notify` is called for each growth of a text, not only at the end.
         notify: is called by the scheduler's thread.
@@ -62,6 +63,7 @@ class Request:
     items: Sequence[Item]
     options: GenerationOptions
     most: int | None = None
+    stop: StopSequences = NO_STOPS
     choosing: Choosing | None = None
     follow: bool = False
     notify: Callable[[], None] = lambda: None
@@ -88,5 +90,4 @@ class Request:
             if item.output is not None and item.output.job is not None
             for hypothesis in item.output.job.best
         )
-        # `<s>` of a later answer stands where `</s>` of the one before was written.
-        return sum(len(own.tokens) - 1 + own.is_whole for own in hypotheses)
+        return sum(own.num_written for own in hypotheses)

@@ -24,6 +24,7 @@ from cpm_bee.errors import InputError, Problems, RunError, shown
 from cpm_bee.files import exclusive, refuse_if_held
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.temporary_files import remove_abandoned
+from cpm_bee.train.data_size import IN_CONTEXT, NO_SAMPLES
 from cpm_bee.train.log import best_loss_of
 from cpm_bee.train.run_folder import RunFolder
 from cpm_bee.train.saved_state import check_state, newest_intact
@@ -252,7 +253,8 @@ class RunFiles:
         if metric != before:
             problems.add("--metric-for-best", f"{metric}, it was {shown(before)}")
         for name, value in (settings or {}).items():
-            before = state["settings"].get(name, _NOT_RECORDED)
+            older = NO_SAMPLES if name == IN_CONTEXT else _NOT_RECORDED
+            before = state["settings"].get(name, older)
             if before != value:
                 problems.add(name, f"{value}, it was {before}")
         problems.raise_if_any(f"{path}: --resume needs the same as before:")

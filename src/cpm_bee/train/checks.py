@@ -170,7 +170,11 @@ def step_shapes(options: Options, num_processes: int) -> dict[str, StepShape]:
     """Returns the shapes of training and evaluation steps, by the flag of the data set."""
     rows = options.batch_size * num_processes
     training = StepShape(
-        rows * options.accumulate, options.max_length, options.drop_last, options.seed
+        rows * options.accumulate,
+        options.max_length,
+        options.drop_last,
+        options.seed,
+        options.incontext_weights,
     )
     return {"--dataset": training, "--eval-dataset": StepShape(rows, options.max_length)}
 

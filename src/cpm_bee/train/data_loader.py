@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 
 import numpy as np
 
-from cpm_bee.data.batch import Batch, Pair, make_batch
+from cpm_bee.data.batch import Batch, Pair, Stream, make_batch
+from cpm_bee.data.in_context import InContextEncoder, InContextPlan
 from cpm_bee.data.mixture import MixedIndex, MixedPlan
 from cpm_bee.data.packing import PackedRow, Plan, micro_batches
 from cpm_bee.data.token_index.reader import TokenIndex
-from cpm_bee.encoding import AnswerState
+from cpm_bee.encoding import AnswerState, EncodedRecord
 from cpm_bee.engine import Engine
 from cpm_bee.records import Record
 from cpm_bee.tokenizer import Tokenizer
@@ -37,13 +38,15 @@ class PlannedStep:
     # Of a mixture: the dataset of each share, and the targets of each dataset over all ranks.
     share_parts: Sequence[int] = ()
     part_targets: Sequence[int] = ()
+    # This rank's records that have in-context samples, encoded with them, by number.
+    with_samples: dict[int, EncodedRecord] = field(default_factory=dict, compare=False)
 
 
 class DataLoader:
     """The batches of a data set for one rank.
 
     Args:
-        rows, max_length, drop_last, shuffle_seed: see `StepShape`.
+        rows, max_length, drop_last, shuffle_seed, in_context: see `StepShape`.
         accumulate: the number of micro-batches in a step, each with the same share of its rows.
         max_tokens: the most tokens in a batch; larger micro-batches are split, and a longer record
             is a batch of its own.
@@ -66,6 +69,7 @@ class DataLoader:
         drop_last: bool = False,
         shuffle_seed: int | None = None,
         as_generated: bool = False,
+        in_context: tuple[float, ...] = (),
     ) -> None:
         self._index = index
         self.tokenizer = tokenizer
@@ -77,19 +81,36 @@ class DataLoader:
         self._drop_last = drop_last
         self._seed = shuffle_seed
         self._as_generated = as_generated
-        lengths = usable_lengths(index, max_length)
-        self._plan: Plan | MixedPlan
-        shape = StepShape(rows, max_length, drop_last, shuffle_seed)
+        lengths = usable_lengths(index.lengths, index.answers, max_length)
+        shape = StepShape(rows, max_length, drop_last, shuffle_seed, in_context)
         self.settings = shape.settings(index.dataset.fingerprint)
         self.tokens_per_step = shape.tokens
         self.size = DataSize.of(index.dataset.folder, index.lengths, index.answers, shape)
+        self._samples = samples = shape.samples(lengths, index)
+        self._encoder = None if samples is None else InContextEncoder(index, tokenizer)
+        if samples is not None:
+            self.size = self.size.with_samples(samples.draw(0), shape)
+        self._plan: Plan | MixedPlan | InContextPlan
+        seed = shuffle_seed or 0
         if isinstance(index, MixedIndex):
             plan = MixedPlan(
-                index, lengths, rows=rows, max_length=max_length, seed=shuffle_seed or 0
+                index, lengths, rows=rows, max_length=max_length, seed=seed, samples=samples
             )
-            self._plan, self.size = plan, self.size.mixed(plan.drawn(0), lengths, shape)
+            self._plan = plan
+            self.size = self.size.mixed(plan.drawn(0), self.lengths(0), shape)
+        elif samples is not None:
+            self._plan = InContextPlan(samples, rows=rows, max_length=max_length, seed=seed)
         else:
             self._plan = Plan(lengths, rows=rows, max_length=max_length, shuffle_seed=shuffle_seed)
+
+    @property
+    def num_targets(self) -> np.ndarray:
+        """The number of targets of each record, with or without in-context samples."""
+        return self._index.num_targets
+
+    def lengths(self, epoch: int) -> np.ndarray:
+        """The number of tokens of each record, with its in-context samples in an epoch."""
+        return self._index.lengths if self._samples is None else self._samples.draw(epoch).lengths
 
     @property
     def part_names(self) -> list[str]:
@@ -105,8 +126,12 @@ class DataLoader:
         return self._index.source(number)
 
     def used_lengths(self) -> np.ndarray:
-        """The lengths in tokens of the records of an epoch, int [num_records]."""
-        lengths = usable_lengths(self._index, self._max_length)
+        """The lengths in tokens of the records of an epoch, without in-context samples.
+
+        int [num_records]
+        """
+        index = self._index
+        lengths = usable_lengths(index.lengths, index.answers, self._max_length)
         return lengths[lengths <= self._max_length]
 
     def is_writable(self, numbers: Sequence[int]) -> np.ndarray:
@@ -144,7 +169,8 @@ class DataLoader:
     def _exchange(self, epoch: int, rows: list[PackedRow]) -> PlannedStep:
         """Combine the figures of a step over the ranks, each of which knows only its own rows."""
         index = self._index
-        shares = self._shares(rows)
+        lengths = self.lengths(epoch)
+        shares = self._shares(rows, lengths)
         numbers = [number for share in shares for number in share]
         parts: list[int] = []
         if isinstance(index, MixedIndex):
@@ -154,7 +180,7 @@ class DataLoader:
             [
                 sum(1 for row in rows if row),
                 len(numbers),
-                int(index.lengths[numbers].sum(dtype=np.int64)),
+                int(lengths[numbers].sum(dtype=np.int64)),
                 sum(targets_of),
                 *(
                     sum(n for n, part in zip(targets_of, parts, strict=True) if part == wanted)
@@ -162,9 +188,16 @@ class DataLoader:
                 ),
             ]
         )
-        num_batches, *subs = self._engine.reduce_max([len(shares), *index.largest_subs(numbers)])
+        with_samples: dict[int, EncodedRecord] = {}
+        if self._encoder is None or self._samples is None:
+            own, pairs_of = index.largest_subs(numbers), index.extension_pairs
+        else:
+            draw = self._samples.draw(epoch)
+            with_samples = self._encoder.encode(numbers, draw, self._rng_of(epoch))
+            own = self._encoder.largest_subs(numbers, with_samples)
+            pairs_of = self._encoder.extension_pairs
+        num_batches, *subs = self._engine.reduce_max([len(shares), *own])
         num_rows, records, tokens, targets, *part_targets = map(int, sums)
-        extension = index.extension_pairs(subs)
         return PlannedStep(
             epoch,
             shares,
@@ -173,29 +206,29 @@ class DataLoader:
             records,
             tokens,
             targets,
-            extension,
+            pairs_of(subs),
             parts,
             part_targets,
+            with_samples,
         )
 
-    def _shares(self, rows: list[PackedRow]) -> list[list[int]]:
+    def _shares(self, rows: list[PackedRow], lengths: np.ndarray) -> list[list[int]]:
         shares: list[list[int]] = []
         for i in range(self._accumulate):
             numbers = [n for row in rows[i :: self._accumulate] for n in row]
             for own in self._index.split(numbers) if self.part_names else [numbers]:  # type: ignore[union-attr]
-                lengths = self._index.lengths[own].tolist()
-                shares += micro_batches(own, lengths, self._max_tokens)
+                shares += micro_batches(own, lengths[own].tolist(), self._max_tokens)
         return shares
 
-    def _make(self, step: PlannedStep) -> list[Batch | None]:
-        def rng_of(number: int) -> random.Random:
-            # One generator per record: answers are shuffled the same way on any number of ranks.
-            return random.Random(f"{self._seed}/{step.epoch}/{number}")
+    def _rng_of(self, epoch: int) -> Callable[[int], random.Random]:
+        # One generator per record: answers are shuffled the same way on any number of ranks.
+        return lambda number: random.Random(f"{self._seed}/{epoch}/{number}")
 
-        shuffle = None if self._seed is None else rng_of
+    def _make(self, step: PlannedStep) -> list[Batch | None]:
+        rng_of = self._rng_of(step.epoch)
         batches: list[Batch | None] = [
             make_batch(
-                self._index.stream(share, shuffle, as_generated=self._as_generated),
+                self._stream(share, step.with_samples, rng_of),
                 self.tokenizer,
                 step.extension,
                 as_generated=self._as_generated,
@@ -204,6 +237,17 @@ class DataLoader:
         ]
         missing = step.num_batches - len(batches)
         return batches + [self._filler if missing and self._engine.lockstep else None] * missing
+
+    def _stream(
+        self,
+        share: list[int],
+        with_samples: dict[int, EncodedRecord],
+        rng_of: Callable[[int], random.Random],
+    ) -> Stream:
+        if self._encoder is not None and with_samples:
+            return self._encoder.stream(share, with_samples, rng_of)
+        shuffle = None if self._seed is None else rng_of
+        return self._index.stream(share, shuffle, as_generated=self._as_generated)
 
     @cached_property
     def _filler(self) -> Batch:

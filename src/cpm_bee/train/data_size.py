@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpm_bee.data.bin_dataset import BinaryDataset
+from cpm_bee.data.in_context import Draw, InContextSamples
 from cpm_bee.data.mixture import MixedIndex, Mixture
 from cpm_bee.data.packing import PLAN_VERSION
 from cpm_bee.data.record_pickle import decode
@@ -19,6 +21,7 @@ from cpm_bee.encoding import AnswerState, Encoder
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.tokenizer import Tokenizer
 
+IN_CONTEXT, NO_SAMPLES = "--incontext-weights", "none"  # a setting, which older states lack
 SAMPLE = 1000  # records to read where there is no token index, which takes a fraction of a second
 
 
@@ -30,12 +33,29 @@ class StepShape:
         rows: the rows of `max_length` tokens in a step, over all ranks and micro-batches.
         drop_last: leave out the last steps, which have fewer rows.
         shuffle_seed: the seed for shuffling records and answers; None keeps both in order.
+        in_context: the probability of 0, 1, 2, ... in-context samples; empty: there are none.
     """
 
     rows: int
     max_length: int
     drop_last: bool = False
     shuffle_seed: int | None = None
+    in_context: tuple[float, ...] = ()
+
+    def samples(
+        self, lengths: np.ndarray, index: TokenIndex | MixedIndex | None = None
+    ) -> InContextSamples | None:
+        """Returns what draws in-context samples, from the `usable_lengths`; None if nothing is."""
+        if not any(self.in_context[1:]):
+            return None
+        return InContextSamples(
+            self.in_context,
+            lengths,
+            max_length=self.max_length,
+            seed=self.shuffle_seed or 0,
+            num_segments=None if index is None else index.num_segments,
+            starts=index.starts if isinstance(index, MixedIndex) else None,
+        )
 
     @property
     def tokens(self) -> int:
@@ -50,6 +70,7 @@ class StepShape:
             "--drop-last": self.drop_last,
             "--seed": self.shuffle_seed,
             "version of the plan of steps": PLAN_VERSION,
+            IN_CONTEXT: ",".join(map(str, self.in_context)) or NO_SAMPLES,
         }
 
 
@@ -62,6 +83,10 @@ class DataSize:
     min_steps: int  # in an epoch, if all rows were full: one or two less than there are
     num_unanswered: int = 0
     num_unwritable: int = 0  # of `num_records`, those whose answer generation cannot write
+    # In the first epoch: the records that have 1, 2, ... in-context samples, and those that have
+    # fewer than were drawn.
+    in_context: tuple[int, ...] = ()
+    num_shortened: int = 0
 
     @classmethod
     def of(
@@ -103,6 +128,20 @@ class DataSize:
             num_unwritable=int(np.count_nonzero(used & ((answers & AnswerState.WRITABLE) == 0))),
         )
 
+    def with_samples(self, draw: Draw, shape: StepShape, scale: float = 1) -> DataSize:
+        """Returns the size with the in-context samples that an epoch draws.
+
+        Args:
+            scale: by how much there are more records than the draw is of.
+        """
+        tokens = int(draw.lengths[draw.lengths <= shape.max_length].sum(dtype=np.int64)) * scale
+        return replace(
+            self,
+            min_steps=max(1, math.ceil(tokens / shape.tokens)),
+            in_context=tuple(round(count * scale) for count in draw.counts()),
+            num_shortened=round(draw.num_shortened * scale),
+        )
+
     def mixed(self, drawn: np.ndarray, lengths: np.ndarray, shape: StepShape) -> DataSize:
         """Returns the size of an epoch of a mixture, given the records that one draws.
 
@@ -116,19 +155,17 @@ class DataSize:
         return replace(self, num_records=len(drawn), min_steps=steps)
 
 
-def usable_lengths(index: TokenIndex | MixedIndex, max_length: int) -> np.ndarray:
+def usable_lengths(lengths: np.ndarray, answers: np.ndarray, max_length: int) -> np.ndarray:
     """Returns the lengths of records; those without an answer get one too long to be used."""
-    has_answer = (index.answers & AnswerState.KNOWN) > 0
-    return (
-        index.lengths if has_answer.all() else np.where(has_answer, index.lengths, max_length + 1)
-    )
+    has_answer = (answers & AnswerState.KNOWN) > 0
+    return lengths if has_answer.all() else np.where(has_answer, lengths, max_length + 1)
 
 
 class DataSurvey(NamedTuple):
     """What is known about a data set without writing a token index."""
 
     size: DataSize
-    lengths: np.ndarray  # of the records that were read
+    lengths: np.ndarray  # of the records that were read, with their in-context samples
     num_targets: np.ndarray  # of the same
     is_exact: bool  # all records were read; otherwise the size is an estimate
 
@@ -143,22 +180,33 @@ def survey(dataset: BinaryDataset | Mixture, tokenizer: Tokenizer, shape: StepSh
         return _survey_of_mixture(dataset, tokenizer, replace(shape, drop_last=False))
     index = TokenIndex.open_existing(dataset, tokenizer)
     if index is not None:
-        size = DataSize.of(dataset.folder, index.lengths, index.answers, shape)
-        return DataSurvey(size, index.lengths, index.num_targets, is_exact=True)
-    sample = _sample(dataset, tokenizer)
-    lengths, num_targets, answers = sample["lengths"], sample["num_targets"], sample["answers"]
-    if len(lengths) >= len(dataset):
+        lengths, num_targets, answers = index.lengths, index.num_targets, index.answers
+    else:
+        sample = _sample(dataset, tokenizer)
+        lengths, num_targets, answers = sample["lengths"], sample["num_targets"], sample["answers"]
+    is_exact, scale = len(lengths) >= len(dataset), 1.0
+    if is_exact:
         size = DataSize.of(dataset.folder, lengths, answers, shape)
-        return DataSurvey(size, lengths, num_targets, is_exact=True)
+    else:
+        scale = len(dataset) / len(lengths)
+        size = _estimate(len(dataset), lengths, answers, shape)
+    samples = shape.samples(usable_lengths(lengths, answers, shape.max_length), index)
+    if samples is not None:
+        size = size.with_samples(samples.draw(0), shape, scale)
+        lengths = samples.draw(0).lengths
+    return DataSurvey(size, lengths, num_targets, is_exact)
+
+
+def _estimate(count: int, lengths: np.ndarray, answers: np.ndarray, shape: StepShape) -> DataSize:
+    """Estimates the size of a data set of `count` records from its first ones."""
+    scale = count / len(lengths)
     has_answer = (answers & AnswerState.KNOWN) > 0
     fitting = lengths[has_answer & (lengths <= shape.max_length)]
-    scale = len(dataset) / len(lengths)
     answered = round(scale * np.count_nonzero(has_answer))
     records = min(answered, round(scale * len(fitting)))
     tokens = int(fitting.sum(dtype=np.int64)) * scale
     steps = max(1, round(tokens / shape.tokens))
-    size = DataSize(records, answered - records, steps, len(dataset) - answered)
-    return DataSurvey(size, lengths, num_targets, is_exact=False)
+    return DataSize(records, answered - records, steps, count - answered)
 
 
 def _survey_of_mixture(mixture: Mixture, tokenizer: Tokenizer, shape: StepShape) -> DataSurvey:
@@ -166,12 +214,15 @@ def _survey_of_mixture(mixture: Mixture, tokenizer: Tokenizer, shape: StepShape)
     found = [survey(dataset, tokenizer, shape) for dataset in mixture.datasets]
     weights = [part.weight for part in mixture.parts]
     pairs = list(zip(found, weights, strict=True))
+    counts = [[w * count for count in s.size.in_context] for s, w in pairs]
     size = DataSize(
         num_records=round(sum(s.size.num_records * w for s, w in pairs)),
         num_too_long=sum(s.size.num_too_long for s in found),
         min_steps=max(1, round(sum(s.size.min_steps * w for s, w in pairs))),
         num_unanswered=sum(s.size.num_unanswered for s in found),
         num_unwritable=sum(s.size.num_unwritable for s in found),
+        in_context=tuple(round(sum(column)) for column in zip(*counts, strict=True)),
+        num_shortened=round(sum(s.size.num_shortened * w for s, w in pairs)),
     )
     lengths, num_targets = (
         np.concatenate([getattr(s, name) for s in found]) for name in ("lengths", "num_targets")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 
 from cpm_bee.cli import comma_list, positive, real_number
@@ -13,6 +14,25 @@ AUTO = "auto"
 MODEL = Group("model", "模型")
 DATA = Group("data", "数据")
 DELTA = Group("delta tuning", "增量微调")
+
+# The probabilities of a distribution may be rounded, as in 0.333,0.333,0.333.
+_SUM_TOLERANCE = 0.005
+
+
+def probabilities(text: str) -> tuple[float, ...]:
+    """Converts the probabilities of 0, 1, 2, ... which add up to 1."""
+    faults, values = [], []
+    for piece in text.split(","):
+        try:
+            values.append(real_number(0)(piece.strip()))
+        except argparse.ArgumentTypeError as error:
+            faults.append(str(error))
+    if not faults and abs(sum(values) - 1) > _SUM_TOLERANCE:
+        faults.append(f"{text} add up to {sum(values):g}, not to 1")
+    if faults:
+        raise argparse.ArgumentTypeError("; ".join(faults))
+    return tuple(values)
+
 
 above_zero = real_number(0, exclusive=True)
 
@@ -61,6 +81,16 @@ class ModelOptions:
         "tokens in a row; records are packed into rows, and longer ones are left out and counted",
         "每行的 token 数；记录打包成行，更长的记录会被排除并计数",
         type=positive,
+    )
+    incontext_weights: tuple[float, ...] = DATA.option(
+        (),
+        "in-context samples: with the first probability a record is alone, with the second, third, "
+        "... it follows 1, 2, ... other records of its dataset, answers included, as many as fit "
+        "into `--max-length`; such as `0.7,0.2,0.1`; none when not given",
+        "上下文样例：一条记录以第一个概率单独出现，以第二、第三……个概率附带同一数据集中的 1、2……条"
+        "其他记录（含答案），以 `--max-length` 放得下为限；如 `0.7,0.2,0.1`；不指定则没有样例",
+        type=probabilities,
+        metavar="P,P,...",
     )
     drop_last: bool = DATA.option(
         False, "leave out incomplete steps at the end of an epoch", "舍弃每轮末尾不满的步"

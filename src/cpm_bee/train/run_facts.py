@@ -14,7 +14,8 @@ import torch
 import cpm_bee
 from cpm_bee.cli import shown_default
 from cpm_bee.engine import Engine
-from cpm_bee.report.facts import DataFigure, Facts, Setting, Text
+from cpm_bee.html_pages import Text
+from cpm_bee.report.facts import DataFigure, Facts, Setting
 from cpm_bee.train.checkpoints import RunFiles
 from cpm_bee.train.data_loader import DataLoader
 from cpm_bee.train.model_options import AUTO

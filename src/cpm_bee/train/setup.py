@@ -123,7 +123,7 @@ def set_up(options: Options, inputs: Inputs) -> Iterator[Run]:
         distribution = engine.load_model(inputs.pretrained, options.parallel, options.offload)
         indexes = [open_data(engine, data, tokenizer) for data in inputs.datasets.values()]
         training, evaluation = _loaders(options, engine, indexes, tokenizer)
-        checkpointing = _choose_checkpointing(options, inputs, engine, indexes[0])
+        checkpointing = _choose_checkpointing(options, inputs, engine, training)
         model.encoder.set_checkpointing(checkpointing.checkpointing)
         model.attention, attention_lines = _choose_attention(options, model, engine)
         if engine.device.type == "cpu":
@@ -232,6 +232,7 @@ def _loaders(
             drop_last=shapes[flag].drop_last,
             shuffle_seed=shapes[flag].shuffle_seed,
             as_generated=as_generated,
+            in_context=shapes[flag].in_context,
         )
 
     training = loader(indexes[0], "--dataset", options.accumulate)
@@ -241,7 +242,7 @@ def _loaders(
 
 
 def _choose_checkpointing(
-    options: Options, inputs: Inputs, engine: Engine, index: TokenIndex | MixedIndex
+    options: Options, inputs: Inputs, engine: Engine, training: DataLoader
 ) -> CheckpointingChoice:
     """Whether activations are recomputed, and why; collective, the same on all ranks."""
     own = choose_for_run(
@@ -250,8 +251,8 @@ def _choose_checkpointing(
         inputs.delta_config,
         engine.device,
         engine.dtype,
-        index.lengths,
-        index.num_targets,
+        training.lengths(0),
+        training.num_targets,
         num_processes=engine.world_size,
         is_sharded=engine.lockstep,
     )

@@ -42,6 +42,7 @@ def data_lines(kind: str, size: DataSize, max_length: int, *, about: str = "") -
         about: "about " if the size is an estimate.
     """
     lines = [f"{kind}: {about}{size.num_records} records"]
+    lines += _in_context_lines(size, max_length, about)
     if size.num_unanswered:
         lines.append(
             f'warning: {about}{size.num_unanswered} {kind} records have no answer ("<ans>" is '
@@ -58,6 +59,19 @@ def data_lines(kind: str, size: DataSize, max_length: int, *, about: str = "") -
             f"warning: {size.num_unwritable} {kind} records have an answer that can never be "
             "generated: the vocabulary lacks some of its characters, and exact match counts it as "
             "wrong"
+        )
+    return lines
+
+
+def _in_context_lines(size: DataSize, max_length: int, about: str) -> list[str]:
+    if not size.in_context:
+        return []
+    counts = ", ".join(f"{n} with {k}" for k, n in enumerate(size.in_context, start=1))
+    lines = [f"in-context samples of the first epoch: {about}{counts}"]
+    if size.num_shortened:
+        lines.append(
+            f"{about}{size.num_shortened} records have fewer than were drawn, as more do not fit "
+            f"into --max-length {max_length}"
         )
     return lines
 

@@ -57,6 +57,28 @@ def test_the_script(tmp_path: Path) -> None:
     assert run_here("convert_data", *flags, "--overwrite").status == 0
 
 
+def test_a_sheet_of_an_excel_file(tmp_path: Path) -> None:
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    book.active.append(["notes"])
+    book.active.append(["made by me"])
+    book.create_sheet("data").append(["question", "answer"])
+    book["data"].append(["天是什么颜色？", "蓝"])
+    path = tmp_path / "t.xlsx"
+    book.save(path)
+    flags = ["--input", path, "--output", tmp_path / "out"]
+    done = run_here("convert_data", *flags)
+    assert done.status == 2 and "convert_data.py --sheet NAME" in done.errors
+    assert "'data': question, answer" in done.errors and not (tmp_path / "out").exists()
+    assert run_here("convert_data", *flags, "--sheet", "data").status == 0
+    assert lines(tmp_path / "out" / "t.jsonl") == [{"question": "天是什么颜色？", "<ans>": "蓝"}]
+    done = run_here("convert_data", *flags, "--sheet", "Data", "--overwrite")
+    assert done.status == 2 and "no sheet 'Data'" in done.errors
+    data = write(tmp_path / "a.jsonl", [{"question": "a", "answer": "b"}])
+    with pytest.raises(InputError, match="--sheet x: only Excel files have sheets"):
+        convert(data, tmp_path / "out", sheet="x")
+
+
 def test_the_next_command_can_be_followed(tmp_path: Path) -> None:
     data = write(
         tmp_path / "train.jsonl", [{"text": "好", "label": "1"}, {"text": "坏", "label": "0"}]

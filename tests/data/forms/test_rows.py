@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
 
-from cpm_bee.data.forms.rows import Row, data_files, read_rows
+from cpm_bee.data.forms.rows import data_files, read_rows
+from cpm_bee.data.forms.tables import Row
 from cpm_bee.errors import InputError
 
 TABLE = [["question", "answer"], ["1，什么是\n“海”？", 'a "quoted", cell'], ["天<b>", ""]]
@@ -123,6 +124,54 @@ def test_excel(tmp_path: Path) -> None:
     (tmp_path / "no.xlsx").write_text("text,label")
     with pytest.raises(InputError, match="not an Excel file"):
         list(read_rows(tmp_path / "no.xlsx"))
+
+
+def workbook(path: Path, **sheets: list[list[Any]]) -> Path:
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    book.remove(book.active)
+    for name, rows in sheets.items():
+        sheet = book.create_sheet(name)
+        for cells in rows:
+            sheet.append(cells)
+    book.save(path)
+    return path
+
+
+def test_all_sheets(tmp_path: Path) -> None:
+    """Those that are not empty, whatever the order of their columns."""
+    first, third = [["text", "label"], ["好", 1], ["差", 0]], [["label", "text"], [1, "美"]]
+    path = workbook(tmp_path / "t.xlsx", A=first, empty=[], 三月=third)
+    rows = list(read_rows(path))
+    assert [row.value for row in rows] == [
+        {"text": "好", "label": 1},
+        {"text": "差", "label": 0},
+        {"text": "美", "label": 1},
+    ]
+    assert [row.where for row in rows] == [f"{path}[A]:2", f"{path}[A]:3", f"{path}[三月]:2"]
+    assert values(path, sheet="三月") == [{"text": "美", "label": 1}]
+    assert len(values(path, no_header=True)) == 5
+    assert values(path, sheet="empty") == []
+    with pytest.raises(InputError, match=r"no sheet 'B' .*; there are: 'A', 'empty', '三月'"):
+        list(read_rows(path, sheet="B"))
+
+
+def test_sheets_with_different_columns(tmp_path: Path) -> None:
+    data = [["text", "label"], ["好", 1]]
+    path = workbook(tmp_path / "t.xlsx", data=data, notes=[["made by"], ["me"], ["a", "b"]])
+    with pytest.raises(InputError) as caught:
+        list(read_rows(path))
+    head, *listed = str(caught.value).splitlines()
+    assert "different columns" in head and "--sheet NAME" in head
+    assert listed == ["  'data': text, label", "  'notes': made by"]
+    assert values(path, sheet="data") == [{"text": "好", "label": 1}]
+    [_, bad] = list(read_rows(path, sheet="notes"))
+    assert bad == Row(f"{path}[notes]:3", None, "has 2 cells, there are 1 columns")
+    with pytest.raises(InputError, match="1 without names"):
+        list(read_rows(path, no_header=True))
+    twice = workbook(tmp_path / "twice.xlsx", a=data, b=[["x", "x"]])
+    with pytest.raises(InputError, match=r"twice.xlsx\[b\]: there are two columns named 'x'"):
+        list(read_rows(twice))
 
 
 def test_parquet(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from disk_support import run_here
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.inspect.figures import Figures, Inspector
 from cpm_bee.data.inspect.page import html_page
-from cpm_bee.data.inspect.report import histogram, show_record, text_report
+from cpm_bee.data.inspect.report import histogram, lines_of, overlap_lines, show_record, text_report
 from cpm_bee.data.inspect.tokens import segments_of
 from cpm_bee.data.token_index.reader import TokenIndex
 from cpm_bee.encoding import Encoder
@@ -208,9 +208,26 @@ def test_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+ENGLISH = ("Data before training", "longer than 64", "set1 compared with set0", "The option that",
+           "median", "Records as the model sees them", "target")  # fmt: skip
+CHINESE = ("训练前的数据", "长于 64", "set1 与 set0 的比较", "哪个选项是答案", "中位数",
+           "模型看到的记录", "预测")  # fmt: skip
+
+
+def test_every_figure_has_both_languages(encoder: Encoder) -> None:
+    """Nothing of one language is left in the other, but what comes from the data."""
+    records = [choice("月" * 80, 1), choice("龘", None), choice("海", 0), choice("海", 0)]
+    figures, overlap = inspected(encoder, records, records)
+    for lines in (lines_of(figures[0]), overlap_lines(overlap, figures[1])):
+        for what, value in lines:
+            assert re.search("[\u4e00-\u9fff]", what.chinese) and what.english.isascii()
+            assert not re.search("[a-z]{4}", re.sub("token|set", "", value.chinese))
+
+
 @pytest.mark.slow
 def test_the_page_in_a_browser(encoder: Encoder, tmp_path: Path) -> None:
-    """No fault, no network, all texts as texts, nothing wider than a phone; light and dark."""
+    """No fault, no network, all texts as texts, nothing wider than a phone; light and dark, in
+    both languages."""
     evil = "<script>alert(1)</script>&龘"
     records = [choice(evil.replace("<", "<<"), 1), choice("月" * 80, 0)]
     figures, overlap = inspected(encoder, records, records[:1])
@@ -222,15 +239,22 @@ def test_the_page_in_a_browser(encoder: Encoder, tmp_path: Path) -> None:
         for dark in (False, True):
             page, faults = watched_page(own, width=390 if dark else 1280, dark=dark)
             page.goto(path.as_uri())
-            assert page.title() == "Data: set0"
-            text = page.inner_text("body")
-            for name in ("Data before training", "longer than 64", "set1 compared with set0"):
-                assert name in text
+            assert page.title() == "set0 · CPM-Bee"
+            for language, names, hidden in (
+                ("zh", CHINESE, ENGLISH),
+                ("en", ENGLISH, CHINESE),
+            ):
+                page.locator(f"label[for={language}]").click()
+                text = page.inner_text("body")
+                assert [name for name in names if name not in text] == []
+                assert [name for name in hidden if name in text] == []
+                assert page.evaluate("document.documentElement.lang").startswith(language)
+                assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+                screenshot(page, tmp_path / f"{dark}-{language}.png")
             assert "".join(evil) in page.inner_text(".record").replace("\n", "").replace(":0", "")
             assert page.locator(".target").count() == 1
             assert page.locator(".token.unknown").inner_text() == "龘:0"
             assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
             backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
-            screenshot(page, tmp_path / f"{dark}.png")
             assert faults == []
     assert len(backgrounds) == 2, "dark is another page"

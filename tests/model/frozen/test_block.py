@@ -15,6 +15,7 @@ from properties import examples
 
 from cpm_bee import delta
 from cpm_bee.data.batch import Batch, collate
+from cpm_bee.encoding import Encoder
 from cpm_bee.model.block import TransformerBlock
 from cpm_bee.model.frozen import block as frozen_block
 from cpm_bee.model.network import CPMBee, target_loss
@@ -81,6 +82,12 @@ def test_same_as_plain(
     model = model_with_delta(targets, masks)
     model.encoder.set_checkpointing(checkpointing)
     compare(model, collate(tiny.encode(RECORDS), tiny.TOKENIZER))
+
+
+def test_in_context_samples() -> None:
+    encoder = Encoder(tiny.TOKENIZER)
+    encoded = [encoder.encode(record, samples=RECORDS[:i]) for i, record in enumerate(RECORDS)]
+    compare(model_with_delta(delta.TARGETS), collate(encoded, tiny.TOKENIZER))
 
 
 def test_all_targets_at_once() -> None:

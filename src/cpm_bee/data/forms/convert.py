@@ -8,18 +8,13 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from cpm_bee.data.forms import recognition
-from cpm_bee.data.forms.converter import MAX_LABEL_OPTIONS, Converter
-from cpm_bee.data.forms.dataset_info import describe
 from cpm_bee.data.forms.options import ConversionOptions
-from cpm_bee.data.forms.recognition import expanded
-from cpm_bee.data.forms.rows import Row, data_files, read_rows
-from cpm_bee.data.forms.transform import Transform, load_transform
-from cpm_bee.data.forms.values import BadRow
+from cpm_bee.data.forms.rows import data_files
+from cpm_bee.data.forms.sources import Converted, Source, open_sources
+from cpm_bee.data.forms.transform import load_transform
 from cpm_bee.data.near_duplicates import DuplicateGroups
 from cpm_bee.data.split import Template, choose
 from cpm_bee.disk import open_to_write
@@ -28,35 +23,11 @@ from cpm_bee.files import atomic_file
 from cpm_bee.json_lines import parse_line
 from cpm_bee.paths import unwritable_folder
 from cpm_bee.progress import progress_bar
-from cpm_bee.records import ANSWER, Record, has_answer
+from cpm_bee.records import Record
 
 logger = logging.getLogger(__name__)
 
 TRAIN, EVAL = "train", "eval"
-_MAX_LABELS = 10_000  # more different labels are no labels
-
-
-@dataclass
-class Converted:
-    """What became of a data file.
-
-    Attributes:
-        source: the data file.
-        form: its form, see `recognition`.
-        records: the number of records.
-        skipped: the number of bad rows that were left out.
-        unanswered: the number of records without an answer.
-        first_unanswered: the place of the first of them.
-        unused: the keys that no record has.
-    """
-
-    source: Path
-    form: str = ""
-    records: int = 0
-    skipped: int = 0
-    unanswered: int = 0
-    first_unanswered: str = ""
-    unused: set[str] = field(default_factory=set)
 
 
 def convert_data(
@@ -91,7 +62,7 @@ def convert_data(
     targets = [output / f"{name}.jsonl" for name in names]
     _check_targets(files, output, targets, overwrite)
     problems = Problems()
-    sources = _sources(files, options, transform, escape, problems)
+    sources = open_sources(files, options, transform, escape, problems)
     written: dict[Path, int] = {}
     with contextlib.ExitStack() as stack:
         if share is None:
@@ -129,7 +100,7 @@ def read_records(
     """
     problems = Problems()
     transform = load_transform(options.transform) if options.transform else None
-    for source in _sources(data_files(inputs), options, transform, escape, problems):
+    for source in open_sources(data_files(inputs), options, transform, escape, problems):
         for record, _, where in source.converted(problems):
             yield where, record
     problems.raise_if_any(f"{inputs}: {problems.count} bad lines:")
@@ -189,114 +160,6 @@ def _split(
     return [len(chosen) - count, count]
 
 
-@dataclass
-class _Source:
-    """A data file that is being converted."""
-
-    file: Path
-    options: ConversionOptions
-    transform: Transform | None
-    converter: Converter
-    result: Converted
-
-    def rows(self) -> Iterator[tuple[int, Row]]:
-        """The rows as they are to be converted, with the number of the row that each is made of."""
-        rows = read_rows(
-            self.file, encoding=self.options.encoding, no_header=self.options.no_header
-        )
-        return _transformed(rows, self.transform)
-
-    def converted(self, problems: Problems) -> Iterator[tuple[Record, int, str]]:
-        """Yields (record, number of its row, place of that); bad rows are problems."""
-        bar = progress_bar(self.rows(), description=self.file.name, unit="rows", delay=2)
-        for number, row in bar:
-            try:
-                if row.reason:
-                    raise BadRow(row.reason)
-                found = self.converter.convert(row.value)
-            except BadRow as error:
-                self.result.skipped += 1
-                problems.add(row.where, str(error))
-                continue
-            self.converter.note_unused(row.value)
-            for record in found:
-                self.result.records += 1
-                if not has_answer(record[ANSWER]):
-                    self.result.unanswered += 1
-                    self.result.first_unanswered = self.result.first_unanswered or row.where
-                yield record, number, row.where
-        self.result.unused = self.converter.unused
-
-
-def _transformed(rows: Iterator[Row], transform: Transform | None) -> Iterator[tuple[int, Row]]:
-    for number, row in enumerate(rows):
-        values, reason = [row.value], row.reason
-        if reason is None and transform is not None:
-            try:
-                values = transform(row.value)
-            except BadRow as error:
-                values, reason = [None], str(error)
-        for value in values:
-            for part in [value] if reason else expanded(value):
-                yield number, Row(row.where, part, reason)
-
-
-def _sources(
-    files: list[Path],
-    options: ConversionOptions,
-    transform: Transform | None,
-    escape: bool,
-    problems: Problems,
-) -> list[_Source]:
-    """Recognise the files by their first rows, and read the labels of classifications."""
-    found: list[_Source] = []
-    for file in files:
-        with problems.collecting():
-            description = describe(file)
-            rows = read_rows(file, encoding=options.encoding, no_header=options.no_header)
-            first = next((r for _, r in _transformed(rows, transform) if not r.reason), None)
-            if first is None:
-                reasons = _transformed(
-                    read_rows(file, encoding=options.encoding, no_header=options.no_header),
-                    transform,
-                )
-                before = problems.count
-                for _, row in reasons:
-                    problems.add(row.where, row.reason or "")
-                if problems.count == before:
-                    problems.add(str(file), "holds no rows")
-                continue
-            converter = Converter(
-                first.where,
-                first.value,
-                options,
-                columns=description.columns,
-                tags=description.tags,
-                form=description.form,
-                escape=escape,
-            )
-            result = Converted(file, converter.form)
-            found.append(_Source(file, options, transform, converter, result))
-    problems.raise_if_any("nothing was written:")
-    _name_labels([s for s in found if s.converter.labels is None])
-    return found
-
-
-def _name_labels(sources: list[_Source]) -> None:
-    """Give all classifications the labels that are in any of them, so that their options agree."""
-    sources = [s for s in sources if s.converter.form == recognition.CLASSIFICATION]
-    labels: set[str] = set()
-    for source in sources:
-        for _, row in source.rows():
-            with contextlib.suppress(BadRow):  # it will be a problem when it is converted
-                if isinstance(row.value, dict) and (label := source.converter.label(row.value)):
-                    labels.add(label)
-            if len(labels) > _MAX_LABELS:
-                break
-    for source in sources:
-        source.converter.labels = sorted(labels) if 2 <= len(labels) <= MAX_LABEL_OPTIONS else []
-
-
 def _check_targets(files: list[Path], output: Path, targets: list[Path], overwrite: bool) -> None:
     if reason := unwritable_folder(output):
         raise InputError(f"{output}: {reason}")
@@ -314,7 +177,7 @@ def _check_targets(files: list[Path], output: Path, targets: list[Path], overwri
         )
 
 
-def _refuse(inputs: Path, sources: list[_Source], problems: Problems, skip_bad: bool) -> None:
+def _refuse(inputs: Path, sources: list[Source], problems: Problems, skip_bad: bool) -> None:
     if not skip_bad:
         problems.raise_if_any(
             f"{inputs}: {problems.count} bad lines, nothing was written",

@@ -99,6 +99,13 @@ class ConversionOptions:
         type=encoding,
         metavar="NAME",
     )
+    sheet: str | None = FORM.option(
+        None,
+        "sheet of an Excel file to read; all that are not empty when not given, which need the "
+        "same columns",
+        "要读取的 Excel 工作表；不指定时读取所有非空工作表，它们的列必须相同",
+        metavar="NAME",
+    )
     question: str | None = FORM.option(
         None,
         "question put into records that have none: of classification and choices",

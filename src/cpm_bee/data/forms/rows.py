@@ -7,39 +7,25 @@ streamed: one row (of Parquet: one batch of rows) is in memory at a time.
 from __future__ import annotations
 
 import codecs
-import csv
 import io
 import itertools
 import json
-import re
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
+from cpm_bee.data.forms.excel import excel_rows, is_excel
 from cpm_bee.data.forms.json_values import json_values
+from cpm_bee.data.forms.tables import EXTRA, Row, csv_cells, named_cells, tsv_cells
 from cpm_bee.errors import InputError
 from cpm_bee.json_lines import MAX_LINE, parse_line, probable_encoding
 from cpm_bee.paths import not_a_file, not_a_file_or_folder
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".xlsx", ".parquet")
 DATASET_INFO = "dataset_info.json"  # of LLaMA-Factory; describes data and is none
-_EXTRA = "needs the package {}: pip install -e .[data] -c constraints.txt"
 _BATCH = 256  # rows of a Parquet file
 _PIECE = 1 << 20  # characters of a JSON array that are read at once
 _HEAD = 1 << 16  # bytes by which an encoding is recognised
-
-
-class Row(NamedTuple):
-    """A row and its place (file:line).
-
-    Attributes:
-        reason: why the row cannot be read; None if it can, and then `value` is the row.
-    """
-
-    where: str
-    value: Any
-    reason: str | None = None
 
 
 def data_files(path: Path) -> list[Path]:
@@ -76,12 +62,19 @@ def _listed() -> str:
     return f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 
 
-def read_rows(path: Path, *, encoding: str | None = None, no_header: bool = False) -> Iterator[Row]:
+def read_rows(
+    path: Path,
+    *,
+    encoding: str | None = None,
+    no_header: bool = False,
+    sheet: str | None = None,
+) -> Iterator[Row]:
     """Yields the rows of a file, by its suffix; one of another suffix is JSON.
 
     Args:
         encoding: of a text file; None is UTF-8, with or without a byte order mark.
         no_header: the first row of a table is data; its columns are named "1", "2", ...
+        sheet: of an Excel file; None is all that are not empty.
 
     Raises:
         InputError: the file as a whole cannot be read.
@@ -89,14 +82,14 @@ def read_rows(path: Path, *, encoding: str | None = None, no_header: bool = Fals
     if reason := not_a_file(path):
         raise InputError(f"{path}: {reason}")
     suffix = path.suffix.lower()
-    if suffix == ".xlsx":
-        yield from _named_cells(path, _excel_cells(path), no_header)
+    if is_excel(path):
+        yield from excel_rows(path, no_header=no_header, sheet=sheet)
     elif suffix == ".parquet":
         yield from _parquet_rows(path)
     elif suffix in (".csv", ".tsv"):
         lines = text_lines(path, encoding)
-        cells = _csv_cells(path, lines) if suffix == ".csv" else _tsv_cells(path, lines)
-        yield from _named_cells(path, cells, no_header)
+        cells = csv_cells(path, lines) if suffix == ".csv" else tsv_cells(path, lines)
+        yield from named_cells(path, cells, no_header)
     elif _is_json_lines(path, encoding):
         for number, line in enumerate(text_lines(path, encoding), start=1):
             if not line.isspace():
@@ -176,108 +169,12 @@ def _is_json_lines(path: Path, encoding: str | None) -> bool:
     )
 
 
-# ------------------------------------------------------------------ tables
-
-Cells = tuple[str, "list[Any] | None", "str | None"]  # where, cells, reason
-
-
-def _named_cells(path: Path, rows: Iterator[Cells], no_header: bool) -> Iterator[Row]:
-    """Makes dictionaries of a table's rows."""
-    names: list[str] | None = None
-    for where, cells, reason in rows:
-        if names is None and cells is not None:
-            names = (
-                [str(n) for n in range(1, len(cells) + 1)] if no_header else _header(path, cells)
-            )
-            if not no_header:
-                continue
-        if names is None or cells is None:
-            yield Row(where, None, reason)
-        elif len(cells) != len(names):
-            yield Row(where, None, f"has {len(cells)} cells, there are {len(names)} columns")
-        else:
-            yield Row(where, {name: cell for name, cell in zip(names, cells, strict=True) if name})
-
-
-def _header(path: Path, cells: list[Any]) -> list[str]:
-    names = ["" if cell is None else str(cell).strip() for cell in cells]
-    twice = sorted({name for name in names if name and names.count(name) > 1})
-    if twice:
-        raise InputError(f"{path}: there are two columns named {twice[0]!r}")
-    return names
-
-
-def _csv_cells(path: Path, lines: Iterator[str]) -> Iterator[Cells]:
-    csv.field_size_limit(MAX_LINE)
-    first = next(lines, "")
-    reader = csv.reader(itertools.chain([first], lines), delimiter=_delimiter(first), strict=True)
-    line = 0
-    while True:
-        where = f"{path}:{line + 1}"
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            reason = str(error)
-            if "unexpected end of data" in reason:
-                reason = "a quotation mark opens here and is never closed"
-            yield where, None, f"not valid CSV ({reason})"
-        else:
-            if cells:
-                yield where, list(cells), None
-        line = reader.line_num
-
-
-def _delimiter(header: str) -> str:
-    """The character that separates the names of a header, of those that are in use."""
-    bare = re.sub(r'"[^"]*"', "", header)
-    return max(",;\t|", key=bare.count)
-
-
-def _tsv_cells(path: Path, lines: Iterator[str]) -> Iterator[Cells]:
-    # A quotation mark is text here, unless it surrounds a cell: data sets such as those of CLUE
-    # have single ones, which would otherwise swallow the lines that follow.
-    for number, line in enumerate(lines, start=1):
-        line = line.rstrip("\r\n")
-        if line:
-            cells = [
-                cell[1:-1].replace('""', '"') if re.fullmatch(r'"(?:[^"]|"")*"', cell) else cell
-                for cell in line.split("\t")
-            ]
-            yield f"{path}:{number}", list(cells), None
-
-
-def _excel_cells(path: Path) -> Iterator[Cells]:
-    try:
-        import openpyxl
-    except ImportError:
-        raise InputError(f"{path}: {_EXTRA.format('openpyxl')}") from None
-    try:
-        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
-        raise InputError(f"{path}: not an Excel file ({error})") from None
-    try:
-        sheet = book.worksheets[0]
-        width = 0
-        for number, row in enumerate(sheet.iter_rows(values_only=True), start=1):
-            cells = list(row)
-            while cells and cells[-1] is None:
-                cells.pop()
-            if cells:
-                width = width or len(cells)
-                cells += [None] * (width - len(cells))
-                yield f"{path}:{number}", cells, None
-    finally:
-        book.close()
-
-
 def _parquet_rows(path: Path) -> Iterator[Row]:
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise InputError(f"{path}: {_EXTRA.format('pyarrow')}") from None
+        raise InputError(f"{path}: {EXTRA.format('pyarrow')}") from None
     try:
         number = 0
         with parquet.ParquetFile(path) as file:

@@ -83,7 +83,7 @@ class InspectOptions(CommandOptions):
     )
     html: str | None = OUTPUT.option(
         None,
-        "write everything as one page that opens without network",
-        "把全部内容写成一个无需联网即可打开的网页",
+        "write everything as one page, in English and Chinese, that opens without network",
+        "把全部内容写成一个无需联网即可打开的中英双语网页",
         metavar="FILE",
     )

@@ -1,4 +1,4 @@
-"""The figures of data as text for a terminal."""
+"""The figures of data in words, in both languages, and as text for a terminal."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import numpy as np
 
 from cpm_bee.data.inspect.figures import Figures, Overlap, Places
 from cpm_bee.data.inspect.tokens import Segment
-from cpm_bee.language import said, width
+from cpm_bee.html_pages import Text
+from cpm_bee.language import is_chinese, said, width
 
 _BINS, _WIDTH = 16, 40
 _SHOWN = 12  # characters and labels
+_NONE = Text("none", "无")
 # ANSI: foreground colours of segments in turn; bold and reversed for targets, red for unknown.
 _COLORS = (36, 33, 35, 32, 34)
 
@@ -34,54 +36,86 @@ def histogram(lengths: np.ndarray, max_length: int) -> list[tuple[int, int, int]
     return bins
 
 
-def lines_of(figures: Figures) -> list[tuple[str, str]]:
+def lines_of(figures: Figures) -> list[tuple[Text, Text]]:
     """(what, value) of each figure."""
     lengths = figures.lengths
     middle, high, longest = (
         np.percentile(lengths, [50, 95, 100]).astype(int).tolist() if len(lengths) else (0, 0, 0)
     )
-    found = [
-        ("records", f"{figures.records:,}"),
-        ("tokens", f"{int(lengths.sum()):,}, of them {int(figures.num_targets.sum()):,} targets"),
-        ("length", f"median {middle:,}, 95% up to {high:,}, longest {longest:,}"),
-        (f"longer than {figures.max_length:,}", _places(figures.too_long, figures)),
+    records, tokens = f"{figures.records:,}", f"{int(lengths.sum()):,}"
+    targets, limit = f"{int(figures.num_targets.sum()):,}", f"{figures.max_length:,}"
+    rows, fill = f"{figures.rows:,}", f"{figures.fill:.1%}"
+    return [
+        (Text("records", "记录数"), Text(records, records)),
         (
-            "rows of an epoch",
-            f"{figures.rows:,}, filled to {figures.fill:.1%}" if figures.rows else "none",
+            Text("tokens", "token 数"),
+            Text(f"{tokens}, of them {targets} targets", f"{tokens}，其中要预测的 {targets}"),
         ),
-        ("without an answer", _places(figures.unanswered, figures)),
-        ("answer cannot be generated", _places(figures.unwritable, figures)),
-        ("characters not in the vocabulary", missing_text(figures)),
-        ("same as an earlier record", _places(figures.same, figures)),
-        ("same context, another answer", _places(figures.contradicting, figures)),
-        ("near-duplicate of an earlier record", _places(figures.near, figures)),
+        (
+            Text("length", "长度"),
+            Text(
+                f"median {middle:,}, 95% up to {high:,}, longest {longest:,}",
+                f"中位数 {middle:,}，95% 不超过 {high:,}，最长 {longest:,}",
+            ),
+        ),
+        (Text(f"longer than {limit}", f"长于 {limit}"), _places(figures.too_long, figures)),
+        (
+            Text("rows of an epoch", "每轮行数"),
+            Text(f"{rows}, filled to {fill}", f"{rows}，填充率 {fill}") if figures.rows else _NONE,
+        ),
+        (Text("without an answer", "没有答案"), _places(figures.unanswered, figures)),
+        (
+            Text("answer cannot be generated", "答案无法生成"),
+            _places(figures.unwritable, figures),
+        ),
+        (Text("characters not in the vocabulary", "词表中没有的字符"), missing_text(figures)),
+        (Text("same as an earlier record", "与之前的记录相同"), _places(figures.same, figures)),
+        (
+            Text("same context, another answer", "上下文相同而答案不同"),
+            _places(figures.contradicting, figures),
+        ),
+        (
+            Text("near-duplicate of an earlier record", "与之前的记录近似重复"),
+            _places(figures.near, figures),
+        ),
     ]
-    return found
 
 
-def missing_text(figures: Figures) -> str:
+def missing_text(figures: Figures) -> Text:
     if not figures.missing:
-        return "none"
+        return _NONE
     shown = " ".join(f"{c!r} ({n:,})" for c, n in figures.missing.most_common(_SHOWN))
     more = len(figures.missing) - _SHOWN
-    others = f" and {more:,} more" if more > 0 else ""
-    share = f"{figures.with_missing:,} records ({figures.share(figures.with_missing):.1%})"
-    return f"{len(figures.missing):,} in {share}: {shown}{others}"
+    count, records = f"{len(figures.missing):,}", f"{figures.with_missing:,}"
+    share = f"{figures.share(figures.with_missing):.1%}"
+    return Text(
+        f"{count} in {records} records ({share}): {shown}"
+        + (f" and {more:,} more" if more > 0 else ""),
+        f"{count} 个，出现在 {records} 条记录中（{share}）：{shown}"
+        + (f" 等，另有 {more:,} 个" if more > 0 else ""),
+    )
 
 
-def _places(places: Places, figures: Figures) -> str:
+def _places(places: Places, figures: Figures) -> Text:
     if not places.count:
-        return "none"
+        return _NONE
     more = ", ..." if places.count > len(places.first) else ""
     # A set that is one file need not be named again.
     first = ", ".join(where.removeprefix(figures.name).lstrip("/:") for where in places.first)
-    return f"{places.count:,} ({figures.share(places.count):.1%}), at {first}{more}"
+    count, share = f"{places.count:,}", f"{figures.share(places.count):.1%}"
+    return Text(f"{count} ({share}), at {first}{more}", f"{count}（{share}），位于 {first}{more}")
 
 
-def overlap_lines(overlap: Overlap, evaluation: Figures) -> list[tuple[str, str]]:
+def overlap_lines(overlap: Overlap, evaluation: Figures) -> list[tuple[Text, Text]]:
     return [
-        ("same context as a training record", _places(overlap.same, evaluation)),
-        ("near-duplicate of a training record", _places(overlap.near, evaluation)),
+        (
+            Text("same context as a training record", "与某条训练记录上下文相同"),
+            _places(overlap.same, evaluation),
+        ),
+        (
+            Text("near-duplicate of a training record", "与某条训练记录近似重复"),
+            _places(overlap.near, evaluation),
+        ),
     ]
 
 
@@ -104,7 +138,7 @@ def text_report(sets: Sequence[Figures], overlap: Overlap | None) -> str:
         bins = histogram(figures.lengths, figures.max_length)
         lines += bars([(f"{a}–{b}", count) for a, b, count in bins], max(1, figures.records))
         for title, counts in balances(figures):
-            lines += ["", said(f"  {title}"), *bars(counts, sum(c for _, c in counts))]
+            lines += ["", f"  {_in_words(title)}", *bars(counts, sum(c for _, c in counts))]
         lines.append("")
     if overlap is not None:
         lines += [said(f"{sets[1].name} compared with {sets[0].name}")]
@@ -112,20 +146,25 @@ def text_report(sets: Sequence[Figures], overlap: Overlap | None) -> str:
     return "\n".join(lines)
 
 
-def balances(figures: Figures) -> list[tuple[str, list[tuple[str, int]]]]:
+def balances(figures: Figures) -> list[tuple[Text, list[tuple[str, int]]]]:
     """The distributions of answers that are worth a look."""
     found = []
     if figures.labels:
-        found.append(("answers", figures.labels.most_common()))
+        found.append((Text("answers", "答案"), figures.labels.most_common()))
     if figures.positions:
-        found.append(("the option that is the answer", sorted(figures.positions.items())))
+        title = Text("the option that is the answer", "哪个选项是答案")
+        found.append((title, sorted(figures.positions.items())))
     return found
 
 
-def _table(rows: list[tuple[str, str]]) -> list[str]:
-    rows = [(said(name), said(value)) for name, value in rows]
-    most = max(width(name) for name, _ in rows)
-    return [f"  {name}{' ' * (most - width(name))}  {value}" for name, value in rows]
+def _table(rows: list[tuple[Text, Text]]) -> list[str]:
+    words = [(_in_words(name), _in_words(value)) for name, value in rows]
+    most = max(width(name) for name, _ in words)
+    return [f"  {name}{' ' * (most - width(name))}  {value}" for name, value in words]
+
+
+def _in_words(text: Text) -> str:
+    return text.chinese if is_chinese() else text.english
 
 
 def use_color() -> bool:

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from cpm_bee.data.batch import Pair, Stream
+from cpm_bee.data.batch import Pair, Stream, pairs_up_to
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.token_index.arrays import ARRAYS
 from cpm_bee.data.token_index.soundness import (
@@ -164,6 +164,11 @@ class TokenIndex:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def num_segments(self) -> np.ndarray:
+        """The number of segments of each record, int64 [R]."""
+        return self._num_segments[self._arrays["trees"]]
+
     def record(self, number: int, rng: random.Random | None = None) -> EncodedRecord:
         """A record's tokens; `rng` shuffles the dictionaries of its answer (docs/format.md §3)."""
         a = self._arrays
@@ -271,13 +276,8 @@ class TokenIndex:
         return largest.tolist()
 
     def extension_pairs(self, largest_subs: Sequence[int]) -> list[Pair]:
-        """The distinct (id, sub > 0) pairs, sorted, of records with these largest subs.
-
-        A record with a sub also has all smaller subs of that id (docs/format.md §3), so the largest
-        sub of each id determines which pairs occur.
-        """
-        ids = self.extension_vocabulary.tolist()
-        return [(i, s) for i, n in zip(ids, largest_subs, strict=True) for s in range(1, n + 1)]
+        """The distinct (id, sub > 0) pairs, sorted, of records with these largest subs."""
+        return pairs_up_to(self.extension_vocabulary, largest_subs)
 
 
 def _positions(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
