@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cpm_bee.checkpoint.options import DELTA, PEFT, ConvertOptions, generation_command
 from cpm_bee.cli import run_command
+from cpm_bee.language import said
 
 
 def main() -> None:
@@ -13,8 +14,7 @@ def main() -> None:
     from cpm_bee.checkpoint.convert import convert  # imported late: --help needs no torch
 
     convert(options)
-    print(f"written: {options.output}")
-    print("\n".join(next_step(options)))
+    print(said("\n".join([f"written: {options.output}", *next_step(options)])))
 
 
 def next_step(options: ConvertOptions) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cpm_bee.cli import run_command
 from cpm_bee.data.forms.options import ConvertDataOptions
+from cpm_bee.language import said
 
 
 def main() -> None:
@@ -24,14 +25,14 @@ def main() -> None:
     for result in results:
         skipped = f", {result.skipped:,} bad lines skipped" if result.skipped else ""
         unused = f"; not used: {', '.join(sorted(result.unused))}" if result.unused else ""
-        print(f"{result.source}: {result.form}, {result.records:,} records{skipped}{unused}")
+        print(said(f"{result.source}: {result.form}, {result.records:,} records{skipped}{unused}"))
     for path, count in written.items():
-        print(f"{path}: {count:,} records")
+        print(said(f"{path}: {count:,} records"))
     output = Path(options.output).absolute()
     script = Path(__file__).absolute().with_name("preprocess_dataset.py")
     binary = output.with_name(f"{output.name}_bin")
     flags = ["--input", str(output), "--output_path", str(binary), "--output_name", "data"]
-    print("next:", shlex.join(["python", str(script), *flags]))
+    print(said(f"next: {shlex.join(['python', str(script), *flags])}"))
 
 
 if __name__ == "__main__":

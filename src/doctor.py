@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from cpm_bee.cli import run_command
+from cpm_bee.language import said
 
 
 def main() -> int:
@@ -42,9 +43,8 @@ def examine_machine() -> int:
     found: dict[str, Any] = {"command": shlex.join(sys.argv), "date": time.strftime("%F %T %z")}
     found["facts"] = as_dict(facts)
     if options.gpu and chosen:
-        print(
-            f"\n{len(chosen)} steps on {options.device}, each in a process of its own", flush=True
-        )
+        begin = said(f"{len(chosen)} steps on {options.device}, each in a process of its own")
+        print(f"\n{begin}", flush=True)
         results = run_steps(chosen, options.device, len(facts.torch.get("devices", [])))
         of_steps = [result.finding() for result in results]
         print(f"\n{report.table(of_steps)}")
@@ -54,7 +54,7 @@ def examine_machine() -> int:
     if options.json is not None:
         with atomic_file(options.json) as file:
             json.dump(report.as_json(findings, **found), file, ensure_ascii=False, indent=1)
-        print(f"written: {options.json}")
+        print(said(f"written: {options.json}"))
     return report.exit_status(findings)
 
 

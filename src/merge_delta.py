@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cpm_bee.checkpoint.options import MergeOptions, generation_command
 from cpm_bee.cli import run_command
+from cpm_bee.language import said
 
 
 def main() -> None:
@@ -14,14 +15,16 @@ def main() -> None:
 
     report = merge(options)
     deltas = "1 delta" if len(options.delta) == 1 else f"{len(options.delta)} deltas"
-    print(f"written: {options.output}, {deltas} merged into {report.num_layers} layers")
+    print(said(f"written: {options.output}, {deltas} merged into {report.num_layers} layers"))
     print(
-        f"checked on a record of {report.num_tokens} tokens: the logits differ by "
-        f"{report.error:.1e} of their size from those of base and deltas (rounding to "
-        f"{report.dtypes} explains up to {report.allowed:.1e})"
+        said(
+            f"checked on a record of {report.num_tokens} tokens: the logits differ by "
+            f"{report.error:.1e} of their size from those of base and deltas (rounding to "
+            f"{report.dtypes} explains up to {report.allowed:.1e})"
+        )
     )
     source = Path(__file__).absolute().parent
-    print(generation_command(source, "--load", str(Path(options.output).absolute())))
+    print(said(generation_command(source, "--load", str(Path(options.output).absolute()))))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cpm_bee.cli import run_command
 from cpm_bee.data.preprocess.options import NO_VOCABULARY, PreprocessOptions
+from cpm_bee.language import said
 from cpm_bee.tokenizer import Tokenizer
 
 CHECKPOINTS = Path(__file__).resolve().parent / "ckpts"
@@ -51,8 +52,8 @@ def main() -> None:
         )
     for dataset in datasets:
         nbytes = sum(info.nbytes for info in dataset.files)
-        print(f"{dataset.folder}: {len(dataset):,} records, {nbytes:,} bytes")
-    print(next_step([dataset.folder for dataset in datasets]))
+        print(said(f"{dataset.folder}: {len(dataset):,} records, {nbytes:,} bytes"))
+    print(said(next_step([dataset.folder for dataset in datasets])))
 
 
 def next_step(folders: list[Path]) -> str:

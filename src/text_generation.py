@@ -9,6 +9,7 @@ from cpm_bee.distributed.rank import RankInfo
 from cpm_bee.errors import InputError
 from cpm_bee.generate.command_options import TextGenerationOptions
 from cpm_bee.generate.options import GenerationOptions
+from cpm_bee.language import said
 from cpm_bee.options import flags_of
 
 
@@ -62,7 +63,8 @@ def answer_file(options: TextGenerationOptions, path: str, output: str) -> None:
     )
     if rank.rank == 0:
         messages = sys.stderr if output == STANDARD else sys.stdout
-        print("\n".join([f"{len(records):,} records written", *score.lines()]), file=messages)
+        lines = [f"{len(records):,} records written", *score.lines()]
+        print(said("\n".join(lines)), file=messages)
 
 
 def answer_prompts(options: TextGenerationOptions) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import properties
 import pytest
-from error_sites import messages
+from error_sites import texts
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from sources import SRC, Sources
@@ -31,6 +31,7 @@ AT_RUN_TIME = {
     "{name} has {n} columns; nf4 needs a multiple of {m} (int8 takes any number)",
     "process {pid} on {host}",
 }
+THE_SAME_IN_BOTH = "| Epoch: "  # the line of a step, as in the reference: people search for it
 # Messages that Python and the system make.
 OF_THE_SYSTEM = [
     *map(os.strerror, (1, 2, 5, 6, 13, 17, 20, 21, 27, 28, 30, 36, 40, 98, 99, 122)),
@@ -43,16 +44,26 @@ OF_THE_SYSTEM = [
 ]
 
 
+def _numbered(text: str) -> str:
+    """A text with values in its holes."""
+    parts = text.split(HOLE)
+    return parts[0] + "".join(f"⟨{i}⟩{part}" for i, part in enumerate(parts[1:], start=1))
+
+
 @pytest.fixture(scope="module")
-def lines() -> dict[str, str]:
-    """Each line of a message in the source, with values for its holes, and where it is."""
-    found: dict[str, str] = {}
-    for place, text in messages(Sources()):
+def all_lines() -> dict[tuple[str, bool], str]:
+    """Each line for users in the source, and whether it is of an error; and where it is."""
+    found: dict[tuple[str, bool], str] = {}
+    for place, text, is_error in texts(Sources()):
         for line in text.split("\n"):
-            parts = line.strip().split(HOLE)
-            numbered = [f"⟨{i}⟩" + part for i, part in enumerate(parts[1:], start=1)]
-            found.setdefault(parts[0] + "".join(numbered), place)
+            found.setdefault((_numbered(line.strip()), is_error), place)
     return found
+
+
+@pytest.fixture(scope="module")
+def lines(all_lines: dict[tuple[str, bool], str]) -> dict[str, str]:
+    """The lines of errors, and where they are."""
+    return {line: place for (line, is_error), place in all_lines.items() if is_error}
 
 
 def _says_something(line: str) -> bool:
@@ -67,17 +78,25 @@ def _is_place(text: str) -> bool:
     return any(place.match(text) is not None for place in error_codes.places())
 
 
-def test_every_message_has_chinese_and_every_error_a_code(lines: dict[str, str]) -> None:
-    missing = [
-        f'  {place}\n    ["{_as_pattern(line)}", "…"],'
-        for line, place in lines.items()
-        if _says_something(line) and error_codes.read_line(line) is None
-    ]
-    assert len(lines) > 1000, "the source is not read"
-    assert not missing, (
-        f"{len(missing)} messages are not in src/cpm_bee/messages. Put each, with its Chinese, "
-        "under `messages` of the code with the same cause, or of a new code; into parts.json if "
-        "it is only a part of a message (a header, a hint):\n" + "\n".join(missing)
+def test_every_message_has_chinese_and_every_error_a_code(
+    all_lines: dict[tuple[str, bool], str],
+) -> None:
+    missing: dict[bool, list[str]] = {True: [], False: []}
+    for (line, is_error), place in all_lines.items():
+        if not _says_something(line) or line.startswith(THE_SAME_IN_BOTH):
+            continue
+        if error_codes.read_line(line, lines=not is_error) is None:
+            missing[is_error].append(f'  {place}\n    ["{_as_pattern(line)}", "…"],')
+    assert len(all_lines) > 1000, "the source is not read"
+    assert not missing[True], (
+        f"{len(missing[True])} messages are not in src/cpm_bee/messages. Put each, with its "
+        "Chinese, under `messages` of the code with the same cause, or of a new code; into "
+        "parts.json if it is only a part of a message (a header, a hint):\n"
+        + "\n".join(missing[True])
+    )
+    assert not missing[False], (
+        f"{len(missing[False])} lines are not in src/cpm_bee/messages/lines.json. Put each there, "
+        "with its Chinese:\n" + "\n".join(missing[False])
     )
 
 

@@ -125,10 +125,14 @@ def entries() -> dict[str, Entry]:
 
 
 @functools.cache
-def patterns() -> tuple[Pattern, ...]:
-    """All patterns, those with the most literal characters first."""
+def patterns(*, lines: bool = False) -> tuple[Pattern, ...]:
+    """All patterns of errors, those with the most literal characters first.
+
+    Args:
+        lines: also those of other lines, which are short and would fit some errors.
+    """
     found = [Pattern(words, e.code) for e in entries().values() for words in e.messages]
-    for name in _NO_CODE:
+    for name in _NO_CODE if lines else ("parts",):
         for section, pairs in _tables()[name].items():
             assert isinstance(pairs, list)
             if section != _PLACES:
@@ -151,35 +155,35 @@ class Reading(NamedTuple):
     chinese: str
 
 
-def matches(text: str) -> Iterator[tuple[Pattern, dict[str, str]]]:
+def matches(text: str, *, lines: bool = False) -> Iterator[tuple[Pattern, dict[str, str]]]:
     """All patterns that a text has the form of, without what stands before a colon."""
-    for pattern in patterns():
+    for pattern in patterns(lines=lines):
         if (values := pattern.match(text)) is not None:
             yield pattern, values
 
 
-def read_line(text: str) -> Reading | None:
+def read_line(text: str, *, lines: bool = False) -> Reading | None:
     """Returns what a line says; None if no part of it is known."""
-    return _whole(text) or _after_a_colon(text) or _joined(text)
+    return _whole(text, lines) or _after_a_colon(text, lines) or _joined(text, lines)
 
 
-def _whole(text: str) -> Reading | None:
-    first = next(matches(text), None)
+def _whole(text: str, lines: bool) -> Reading | None:
+    first = next(matches(text, lines=lines), None)
     if first is None:
         return None
     pattern, values = first
     codes: tuple[str, ...] = (pattern.code,) if pattern.code else ()
     for name, value in values.items():
-        if name.startswith(_READ_TOO) and (inner := read_line(value)):
+        if name.startswith(_READ_TOO) and (inner := read_line(value, lines=lines)):
             values[name] = inner.chinese
             codes = codes or inner.codes
     return Reading(codes, pattern.chinese(values))
 
 
-def _after_a_colon(text: str) -> Reading | None:
+def _after_a_colon(text: str, lines: bool) -> Reading | None:
     begin = text.find(": ")
     while begin >= 0:
-        if found := _whole(text[begin + 2 :]):
+        if found := _whole(text[begin + 2 :], lines):
             where = map(_place, text[:begin].split(": "))
             return Reading(found.codes, ": ".join([*where, found.chinese]))
         begin = text.find(": ", begin + 2)
@@ -193,11 +197,11 @@ def _place(text: str) -> str:
     return text
 
 
-def _joined(text: str) -> Reading | None:
+def _joined(text: str, lines: bool) -> Reading | None:
     """Reasons that are joined by semicolons: of one record, of one flag."""
     for begin in (match.start() for match in re.finditer("; ", text)):
-        one = _whole(text[:begin]) or _after_a_colon(text[:begin])
-        rest = read_line(text[begin + 2 :])
+        one = _whole(text[:begin], lines) or _after_a_colon(text[:begin], lines)
+        rest = read_line(text[begin + 2 :], lines=lines)
         if one and rest:
             return Reading(one.codes + rest.codes, f"{one.chinese}；{rest.chinese}")
     return None
@@ -236,14 +240,18 @@ def _chinese_patterns() -> tuple[Pattern, ...]:
     return tuple(sorted(found, key=lambda pattern: -pattern.weight))
 
 
-def translate(message: str) -> str:
-    """A message in Chinese; lines that are not in the tables stay as they are."""
-    return "\n".join(map(_translated, message.split("\n")))
+def translate(message: str, *, lines: bool = False) -> str:
+    """A message in Chinese; lines that are not in the tables stay as they are.
+
+    Args:
+        lines: it is no error, but a result, a hint or a label.
+    """
+    return "\n".join(_translated(line, lines) for line in message.split("\n"))
 
 
-def _translated(line: str) -> str:
+def _translated(line: str, lines: bool) -> str:
     text = line.strip()
-    found = read_line(text) if text else None
+    found = read_line(text, lines=lines) if text else None
     if found is None:
         return line
     return line[: len(line) - len(line.lstrip())] + found.chinese

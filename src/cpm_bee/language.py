@@ -59,7 +59,7 @@ def said(text: str) -> str:
         return text
     from cpm_bee.error_codes import translate  # loads the tables
 
-    return translate(text)
+    return translate(text, lines=True)
 
 
 def width(text: str) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cpm_bee.language import said
+
 OK, WARNING, FAULT = "ok", "warning", "fault"
 # Verdicts of what could not be checked here. They are never counted as "ok".
 NEEDS_CUDA, NEEDS_GPUS, NOT_AVAILABLE = "needs CUDA", "needs 2 GPUs", "not available"
@@ -44,7 +46,7 @@ def table(findings: Sequence[Finding]) -> str:
         first = f"{finding.verdict:<{verdicts}}  {finding.name:<{names}}  "
         lines += _wrapped(first, finding.text, indent)
         if finding.fix:
-            lines += _wrapped(" " * indent, f"fix: {finding.fix}", indent)
+            lines += _wrapped(" " * indent, f"{said('fix')}: {finding.fix}", indent)
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -68,7 +70,7 @@ def summary(findings: Sequence[Finding]) -> str:
         if count or verdict == FAULT:
             word = verdict if count == 1 else plurals.get(verdict, verdict)
             parts.append(f"{count} {word}")
-    return ", ".join(parts)
+    return ", ".join(map(said, parts))
 
 
 def exit_status(findings: Iterable[Finding]) -> int:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Iterable, Sequence
 
 from cpm_bee.evaluate.bootstrap import Comparison, Interval, Statistics
 from cpm_bee.evaluate.classes import Confusion
+from cpm_bee.language import said, width
 
 
 def shown(value: float, is_share: bool) -> str:
@@ -21,16 +21,16 @@ def shown_interval(interval: Interval, is_share: bool) -> str:
     scale = 100 if is_share else 1
     digits = 1 if is_share else 2
     low, high = (f"{scale * bound:.{digits}f}" for bound in interval)
-    return f"{low} to {high}"
+    return f"{low} {said('to')} {high}"
 
 
 def sentence(comparison: Comparison) -> str:
     """The difference and what it means: "+4.2 points, 95 % interval 1.1 to 7.3: better"."""
     is_share = comparison.statistics.is_share
     scale, digits = (100, 1) if is_share else (1, 2)
-    difference = f"{scale * comparison.difference:+.{digits}f}{' points' if is_share else ''}"
+    difference = f"{scale * comparison.difference:+.{digits}f}{said(' points') if is_share else ''}"
     between = shown_interval(comparison.interval, is_share)
-    return f"{difference}, 95 % interval {between}: {comparison.verdict}"
+    return f"{difference}, {said('95 % interval')} {between}: {said(comparison.verdict)}"
 
 
 def figure_lines(
@@ -40,9 +40,13 @@ def figure_lines(
 ) -> list[str]:
     """The table of figures; with `comparisons`, also the baseline and the difference."""
     head = ["figure", "value", "95 % interval", "records"]
-    rows = [head + (["baseline", "difference"] if comparisons else [])]
+    rows = [[said(word) for word in head + (["baseline", "difference"] if comparisons else [])]]
     for i, (own, bounds) in enumerate(zip(statistics, intervals, strict=True)):
-        row = [own.name, shown(own.figure, own.is_share), shown_interval(bounds, own.is_share)]
+        row = [
+            said(own.name),
+            shown(own.figure, own.is_share),
+            shown_interval(bounds, own.is_share),
+        ]
         row.append(f"{own.counted:,}")
         if comparisons:
             row.append(shown(comparisons[i].baseline.figure, own.is_share))
@@ -53,12 +57,12 @@ def figure_lines(
 
 def class_lines(confusion: Confusion) -> list[str]:
     """Precision, recall and F1 of each class, and the confusion table."""
-    rows = [["class", "precision", "recall", "F1", "records"]]
+    rows = [[said(word) for word in ("class", "precision", "recall", "F1", "records")]]
     for own in confusion.figures():
         shares = [shown(v, True) for v in (own.precision, own.recall, own.f1)]
         rows.append([_short(own.name), *shares, f"{own.records:,}"])
     columns = confusion.columns
-    counts = [["right \\ given", *map(_short, columns)]]
+    counts = [[said("right \\ given"), *map(_short, columns)]]
     for right in confusion.classes:
         cells = (f"{confusion.counts[right, given]:,}" for given in columns)
         counts.append([_short(right), *cells])
@@ -70,22 +74,18 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
     A Chinese character is as wide as two letters.
     """
-    widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(width, column)) for column in zip(*rows, strict=True)]
     last = len(widths) - 1
     lines = []
     for row in rows:
         cells = [
-            cell + " " * (width - _width(cell))
+            cell + " " * (most - width(cell))
             if i == 0 or (i == last and last > 4)
-            else " " * (width - _width(cell)) + cell
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            else " " * (most - width(cell)) + cell
+            for i, (cell, most) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
     return lines
-
-
-def _width(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def _short(text: str, most: int = 20) -> str:
@@ -95,4 +95,6 @@ def _short(text: str, most: int = 20) -> str:
 
 def joined(blocks: Iterable[tuple[str, Sequence[str]]]) -> str:
     """Blocks of lines under their titles, with an empty line between them."""
-    return "\n\n".join("\n".join([title, *lines] if title else lines) for title, lines in blocks)
+    return "\n\n".join(
+        "\n".join([said(title), *lines] if title else lines) for title, lines in blocks
+    )

@@ -30,6 +30,7 @@ from cpm_bee.generate.generator import Generator
 from cpm_bee.generate.loaded_model import LoadedModel, load_base
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.scoring import MAX_TOKENS, score_records
+from cpm_bee.language import said
 from cpm_bee.progress import progress_bar
 from cpm_bee.records import ANSWER, Record, has_answer
 
@@ -131,7 +132,7 @@ class Evaluated:
                 for own, bound in zip(statistics, intervals, strict=True)
             ]
             paths = self._write(Path(self.options.output), figures, bounds, comparisons)
-            blocks.append(("", [f"written: {path}" for path in paths]))
+            blocks.append(("", [said(f"written: {path}") for path in paths]))
         return report.joined(blocks)
 
     def _title(self) -> str:
@@ -146,7 +147,8 @@ class Evaluated:
 
     def _conclusion(self, comparisons: Sequence[Comparison]) -> str:
         first = comparisons[1 if self.kinds.choices.all() else 0]
-        return f"{first.statistics.name} against the base model: {report.sentence(first)}"
+        about = said(f"{first.statistics.name} against the base model")
+        return f"{about}: {report.sentence(first)}"
 
     def _confusion(self) -> Confusion:
         given = classes_given(self.outcome, self.kinds)
@@ -160,7 +162,7 @@ class Evaluated:
     def _by_field(self, figures: Figures) -> list[str]:
         values = [text_of(_field(one, self.options.by)) for one in self.answered]
         exact = figures.statistics[0]
-        rows = [["value", "exact match", "95 % interval", "records"]]
+        rows = [[said(word) for word in ("value", "exact match", "95 % interval", "records")]]
         for value in sorted(set(values)):
             at = np.array([own == value for own in values])
             own = exact.of(at)
@@ -177,8 +179,8 @@ class Evaluated:
             where, record = self.answered[i].where, self.answered[i].record
             written = self.outcome.choices[i] or text_of(self.outcome.answers[i])
             lines += [
-                f"{where}: loss {means[i]:.2f} per token",
-                f"  right answer {text_of(record[ANSWER])!r}, the model's {written!r}",
+                said(f"{where}: loss {means[i]:.2f} per token"),
+                said(f"  right answer {text_of(record[ANSWER])!r}, the model's {written!r}"),
             ]
         return lines
 
@@ -188,17 +190,19 @@ class Evaluated:
             (one.record for one in self.answered), (one.record for one in training)
         )
         if not found:
-            return [f"no near-duplicates of records of {path}"]
+            return [said(f"no near-duplicates of records of {path}")]
         lines = [
-            f"warning: {len(found):,} records ({len(found) / len(self.answered):.1%}) are "
-            f"near-duplicates of records of {path}: their figures say little about new texts"
+            said(
+                f"warning: {len(found):,} records ({len(found) / len(self.answered):.1%}) are "
+                f"near-duplicates of records of {path}: their figures say little about new texts"
+            )
         ]
         lines += [
-            f"  {self.answered[own].where} and {training[other].where} ({similarity:.0%})"
+            f"  {self.answered[own].where} {said('and')} {training[other].where} ({similarity:.0%})"
             for own, other, similarity in found[:_MOST_DUPLICATES]
         ]
         more = len(found) - _MOST_DUPLICATES
-        return lines + ([f"  ... and {more:,} more"] if more > 0 else [])
+        return lines + ([said(f"  ... and {more:,} more")] if more > 0 else [])
 
     def _write(
         self,

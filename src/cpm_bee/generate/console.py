@@ -20,6 +20,7 @@ from cpm_bee.generate.generator import Generator, Output, growth
 from cpm_bee.generate.jsonl import ChoiceOptions, answer_all, as_given
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt
+from cpm_bee.language import said
 from cpm_bee.options import flags_of
 from cpm_bee.records import ANSWER, CANDIDATES, CHOICES, CUT
 
@@ -110,7 +111,7 @@ class Console:
         if name in ("quit", "q", "exit"):
             return False
         if name in ("help", "h", "?", ""):
-            print(HELP)
+            print(said(HELP))
         elif name == "instruction":
             self.options = replace(self.options, instruction=rest.strip() or None)
         elif name == "set":
@@ -161,7 +162,7 @@ def _text(answer: Any) -> str:
 
 def converse(console: Console) -> None:
     """Answer what is typed, line by line, until the end of input; a mistake does not end it."""
-    print(f"{HELP}\n")
+    print(f"{said(HELP)}\n")
     with _history():
         while True:
             try:
@@ -178,9 +179,9 @@ def converse(console: Console) -> None:
                 if line and not line.startswith(":"):
                     console.answer(line)
             except KeyboardInterrupt:
-                print("\ninterrupted")
+                print(f"\n{said('interrupted')}")
             except CpmBeeError as error:
-                print(describe(error), file=sys.stderr)
+                print(said(describe(error)), file=sys.stderr)
 
 
 @contextmanager

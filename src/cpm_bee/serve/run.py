@@ -16,6 +16,7 @@ from types import FrameType
 from cpm_bee.errors import InputError
 from cpm_bee.generate.generator import Generator
 from cpm_bee.generate.loaded_model import load_model
+from cpm_bee.language import said
 from cpm_bee.serve.options import API_KEY_VARIABLE, ServeOptions
 
 try:
@@ -90,7 +91,7 @@ class _Server(uvicorn.Server):
         host, port = sockets[0].getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(
-            f"{self._options.model_name} is served at http://{shown}:{port} (Ctrl-C ends it)",
+            said(f"{self._options.model_name} is served at http://{shown}:{port} (Ctrl-C ends it)"),
             flush=True,
         )
 

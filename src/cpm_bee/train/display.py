@@ -6,6 +6,7 @@ import sys
 import time
 from typing import Any
 
+from cpm_bee.language import said
 from cpm_bee.progress import print_above_bar, progress_bar
 
 
@@ -70,7 +71,7 @@ class Display:
             self._bar.refresh()  # `update` shows little that comes within 0.1 s
 
     def line(self, text: str) -> None:
-        print_above_bar(text)
+        print_above_bar(said(text))
 
     def close(self) -> None:
         if self._bar is not None:

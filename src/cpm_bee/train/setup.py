@@ -14,6 +14,7 @@ from cpm_bee.distributed.rank import RankInfo
 from cpm_bee.engine import Engine, OptimizerSettings
 from cpm_bee.engine.select import make_engine
 from cpm_bee.errors import RunError, keeping
+from cpm_bee.language import said
 from cpm_bee.model import flex_probe
 from cpm_bee.model.flex_attention import FLEX, SDPA
 from cpm_bee.model.frozen.buffers import return_freed_memory
@@ -61,7 +62,7 @@ def finetune(options: Options) -> None:
     is_first = RankInfo.of_this_process().rank == 0
     if options.dry_run:
         if is_first:
-            print("\n".join(describe_run(options, inputs)), flush=True)
+            print(said("\n".join(describe_run(options, inputs))), flush=True)
         return
     with (
         keeping("this run had not begun, and what earlier runs saved is kept"),

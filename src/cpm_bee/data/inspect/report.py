@@ -11,6 +11,7 @@ import numpy as np
 from cpm_bee.data.inspect.figures import Figures, Overlap, Places
 from cpm_bee.data.inspect.tokens import Segment
 from cpm_bee.html_pages import Text
+from cpm_bee.language import is_chinese, said, width
 
 _BINS, _WIDTH = 16, 40
 _SHOWN = 12  # characters and labels
@@ -133,14 +134,14 @@ def bars(counts: Sequence[tuple[str, int]], total: int) -> list[str]:
 def text_report(sets: Sequence[Figures], overlap: Overlap | None) -> str:
     lines: list[str] = []
     for figures in sets:
-        lines += [figures.name, *_table(lines_of(figures)), "", "  lengths in tokens"]
+        lines += [figures.name, *_table(lines_of(figures)), "", said("  lengths in tokens")]
         bins = histogram(figures.lengths, figures.max_length)
         lines += bars([(f"{a}–{b}", count) for a, b, count in bins], max(1, figures.records))
         for title, counts in balances(figures):
-            lines += ["", f"  {title.english}", *bars(counts, sum(c for _, c in counts))]
+            lines += ["", f"  {_in_words(title)}", *bars(counts, sum(c for _, c in counts))]
         lines.append("")
     if overlap is not None:
-        lines += [f"{sets[1].name} compared with {sets[0].name}"]
+        lines += [said(f"{sets[1].name} compared with {sets[0].name}")]
         lines += [*_table(overlap_lines(overlap, sets[1])), ""]
     return "\n".join(lines)
 
@@ -157,8 +158,13 @@ def balances(figures: Figures) -> list[tuple[Text, list[tuple[str, int]]]]:
 
 
 def _table(rows: list[tuple[Text, Text]]) -> list[str]:
-    width = max(len(name.english) for name, _ in rows)
-    return [f"  {name.english:<{width}}  {value.english}" for name, value in rows]
+    words = [(_in_words(name), _in_words(value)) for name, value in rows]
+    most = max(width(name) for name, _ in words)
+    return [f"  {name}{' ' * (most - width(name))}  {value}" for name, value in words]
+
+
+def _in_words(text: Text) -> str:
+    return text.chinese if is_chinese() else text.english
 
 
 def use_color() -> bool:
@@ -171,7 +177,7 @@ def show_record(where: str, segments: Sequence[Segment], *, color: bool) -> str:
 
     Tokens are separated by `|`. With colours, targets are reversed and unknown words red.
     """
-    lines = [f"{where}: {sum(len(s.tokens) for s in segments)} tokens"]
+    lines = [said(f"{where}: {sum(len(s.tokens) for s in segments)} tokens")]
     for number, segment in enumerate(segments):
         mark = ">" if segment.is_target else " "
         parts = []
