@@ -38,7 +38,8 @@ DOCUMENTS += [p for p in PAGES.glob("*.md") if p.name in ENGLISH_ONLY - {"format
 PLACES = [ROOT, ROOT / "src", TUTORIAL]
 # What is not in a fresh clone: runs, stages and people make it.
 GENERATED = [
-    "../bee_data/*", "*bee_data/*.jsonl", "bee_data/NAME", "*bin_data/*", "meta.bin", "checksums.json",
+    "../bee_data/*", "*bee_data/*.jsonl", "bee_data/NAME", "*bin_data/*", "meta.bin",
+    "checksums.json",
     "*vocab.txt", "bee.txt", "config.json", "*pytorch_model.bin", "ckpts/nothing.bin",
     "src/results*", "results/*", "cpm_bee_finetune-*", "answers.jsonl*", "train.jsonl",
     "valid.jsonl", "examples.jsonl", "chosen.jsonl", "FILE.jsonl", "FILE.py",
