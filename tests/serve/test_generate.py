@@ -9,8 +9,10 @@ import pytest
 from folders import load
 from serve_support import Served
 
+from cpm_bee.data.record_source import read_records
 from cpm_bee.generate.choices import choose
 from cpm_bee.generate.generator import Generator
+from cpm_bee.generate.jsonl import ChoiceOptions, generate_file
 from cpm_bee.generate.options import GenerationOptions
 
 RECORDS = [
@@ -89,17 +91,15 @@ def test_a_stream_has_the_parts_and_then_the_records(server: Served, settings: d
 
 def test_orders_of_options_are_those_of_a_file(server: Served, generator, tmp_path) -> None:
     """Each record has the orders of its place in the request, as in a file with these records."""
-    records = [
-        {"input": text, "options": OPTIONS, "<ans>": ""} for text in ("春", "天b", "春", "a")
-    ]
+    records = [{"input": text, "options": OPTIONS, "<ans>": ""} for text in ("春", "天b", "春")]
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     (tmp_path / "in.jsonl").write_text(lines, encoding="utf-8")
-    model = (generator, read_records(tmp_path / "in.jsonl"))
+    given = read_records(str(tmp_path / "in.jsonl"))
     probabilities = []
     for seed in (0, 5):
         output = tmp_path / f"out{seed}.jsonl"
         choices = ChoiceOptions(orders=2, seed=seed)
-        generate_file(*model, GenerationOptions(), str(output), choices=choices)
+        generate_file(generator, given, GenerationOptions(), str(output), {}, choices=choices)
         expected = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
         body = {"choices": True, "average_orders": 2, **({"seed": seed} if seed else {})}
         answered = generated(server, records=records, **body)

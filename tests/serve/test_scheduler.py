@@ -18,6 +18,7 @@ from cpm_bee.generate.generator import Generator
 from cpm_bee.generate.options import GenerationOptions
 from cpm_bee.generate.prompt import Prompt
 from cpm_bee.serve.api_errors import ApiError
+from cpm_bee.serve.heap import IDLE_SECONDS, HeapTrimmer
 from cpm_bee.serve.metrics import Metrics
 from cpm_bee.serve.options import ServeOptions
 from cpm_bee.serve.scheduler import Scheduler
@@ -87,6 +88,20 @@ def test_a_failed_step_ends_its_requests_only(model, scheduler, monkeypatch) -> 
     assert again_done.wait(20)
     assert answers(again) == expected(model, again)
     assert answers(good) == expected(model, good)
+
+
+def test_free_memory_is_given_back_when_nothing_is_left_to_do(model, scheduler) -> None:
+    """Once after each time of work, however short."""
+    trimmed = threading.Semaphore(0)
+    scheduler._heap = HeapTrimmer(trimmed.release)
+    scheduler.start()
+    for _ in range(2):
+        request, done = request_of(model, "a")
+        scheduler.submit(request)
+        assert done.wait(20)
+        assert trimmed.acquire(timeout=20)
+    assert not trimmed.acquire(timeout=2 * IDLE_SECONDS)
+    assert answers(request) == expected(model, request)
 
 
 def test_more_shapes_than_lanes_are_answered_in_turn(model, scheduler) -> None:

@@ -350,6 +350,10 @@ def test_files_that_have_moved(workspace: Workspace, tmp_path: Path) -> None:
         (lambda r: r.update(format=9), "has format 9, this version reads 1"),
         (lambda r: r["parts"][0].pop("base"), "/parts/0/base is None"),
         (lambda r: r["parts"][0]["environment"].update(threads=0), "a run with 0 threads"),
+        (lambda r: r["parts"][0]["environment"].update(ranks=10**9), "a run with 1000000000 ranks"),
+        (lambda r: r["parts"][0]["environment"].pop("ranks"), "/parts/0/environment/ranks is None"),
+        (lambda r: r["parts"][0]["data"].update(dataset=[1]), "/parts/0/data/dataset/0 is 1"),
+        (lambda r: r.update(result=[]), "/result is []"),
         (set_setting("new_flag", 1), "new_flag: is a setting that this version does not know"),
         (set_setting("lr", "x"), "--lr: 'x' is not a number"),
         (set_setting("lr", [1]), "--lr: is a list; expected one value"),
@@ -419,8 +423,9 @@ def test_reasons_to_differ(
     dropout: bool,
     reasons: list[str],
 ) -> None:
-    part = {"environment": ONE | environment, "data": {"dataset": [{}] * datasets}}
-    found = reasons_to_differ(part, PLAIN | settings, dropout=dropout)
+    data = {"dataset": [{}] * datasets}
+    part = {"environment": ONE | environment, "data": data, "settings": PLAIN | settings}
+    found = reasons_to_differ(part, dropout=dropout)
     assert len(found) == len(reasons)
     assert all(reason in line for reason, line in zip(reasons, found, strict=True))
 

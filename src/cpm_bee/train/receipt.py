@@ -282,29 +282,41 @@ def read_receipt(path: str | Path) -> dict[str, Any]:
     return values
 
 
-# What a receipt must have to be replayed.
-_PATH_AND_HASH = {"path": str, "fingerprint": str}
+# What a receipt must have to be replayed; `?` marks what may be missing or null.
+_INPUT = {"path": str, "fingerprint": str, "kind?": str, "value?": str}
+_DATASET = {**_INPUT, "records": int}
 _PART = {
     "steps_before": int,
     "folder": str,
     "settings": dict,
-    "code": dict,
+    "code": {"source?": str, "commit?": str, "changed?": bool},
     "environment": {
         **{"threads": int, "ranks": int, "dtype": str, "device": str, "attention": str},
-        **{"sharded": bool, "checkpointing": bool, "variables": dict},
+        **{"sharded": bool, "checkpointing": bool, "variables": dict, "gpu?": str},
     },
-    "data": {"dataset": [{**_PATH_AND_HASH, "weight": float}]},
-    "vocabulary": _PATH_AND_HASH,
-    "base": {"fingerprint": str, "files": [{"name": str, "bytes": int}]},
+    "data": {"dataset": [{**_DATASET, "weight": float}], "eval-dataset?": [_DATASET]},
+    "vocabulary": _INPUT,
+    "base": {
+        **{"path?": str, "fingerprint": str},
+        "files": [{"name": str, "bytes": int, "kind?": str, "value?": str}],
+    },
+    "init_delta?": {"path": str, "sha256": str},
 }
-_SHAPE = {"status": str, "parts": [_PART]}
+_RESULT = {
+    "step?": int,
+    "weights?": {"last?": {"file": str}},
+    "log?": {"bytes": int, "sha256": str},
+}
+_SHAPE = {"status": str, "parts": [_PART], "result?": _RESULT}
 
 
 def _shape_problems(value: Any, shape: Any, where: str) -> Iterator[str]:
     """Yields what a value lacks of a shape: a type, a list of one, or a dictionary of some."""
     if isinstance(shape, dict) and isinstance(value, dict):
         for name, inner in shape.items():
-            yield from _shape_problems(value.get(name), inner, f"{where}/{name}")
+            found = value.get(name.removesuffix("?"))
+            if not (name.endswith("?") and found is None):
+                yield from _shape_problems(found, inner, f"{where}/{name.removesuffix('?')}")
     elif isinstance(shape, list) and isinstance(value, list):
         for number, item in enumerate(value):
             yield from _shape_problems(item, shape[0], f"{where}/{number}")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,7 +39,7 @@ from cpm_bee.train.replay_settings import replay_settings
 from cpm_bee.train.setup import set_up
 from cpm_bee.train.trainer import Trainer
 
-_MOST_THREADS = 1024
+_MOST_THREADS, _MOST_RANKS = 1024, 1 << 16
 # Settings that change nothing in the steps themselves.
 _WITHOUT_EFFECT = {
     *("save", "save_name", "save_interval", "save_minutes", "save_total_limit", "keep_runs"),
@@ -63,6 +63,14 @@ class _Log:
                 self.steps[step] = event
             elif isinstance(step, int) and event.get("event") == "digest":
                 self.digests[step] = str(event.get("sha256"))
+
+
+class _Replay(NamedTuple):
+    """What a replay did: the part of a receipt that describes it, its log, the trained tensors."""
+
+    part: dict[str, Any]
+    log: _Log
+    tensors: dict[str, torch.Tensor]
 
 
 class _Bar(Display):
@@ -91,61 +99,63 @@ def verify(options: ReplayOptions) -> tuple[str, int]:
     if RankInfo.of_this_process().world_size > 1:
         raise InputError("verify.py is one process: start it without torchrun")
     receipt = read_receipt(options.receipt)
-    path, parts = Path(options.receipt), receipt["parts"]
-    if not parts or parts[0]["steps_before"] > 0:
-        raise InputError(
-            f"{path}: how the first steps of this run were done is not in it: they were done "
-            "before it had a receipt"
-        )
+    path, part = Path(options.receipt), first_part(receipt, options.receipt)
     log_path = path.with_name(path.name.removesuffix("-receipt.json") + "-log.jsonl")
     log = _Log(log_path)
-    steps = min(options.steps, _replayable(parts, max(log.steps, default=0)))
-    if steps == 0:
+    steps = min(options.steps, _replayable(receipt["parts"], max(log.steps, default=0)))
+    if steps < 1:
         raise InputError(f"{log_path}: there are no steps in it to compare with")
-    part = parts[0]
     threads = options.threads or part["environment"]["threads"]
-    if not 0 < threads <= _MOST_THREADS:
-        raise InputError(f"{path}: a run with {threads} threads cannot be repeated")
-    lines = [f"{path}: {_status(receipt)}; {steps} steps done again on the CPU"]
     with tempfile.TemporaryDirectory(prefix="cpm_bee-replay-") as folder, _threads(threads):
         again = replay_settings(part, options, steps, folder)
         inputs = check(again, saves=False)
         found = [*_changed_log(receipt, log_path), *_damaged_data(inputs)]
         with _naming(found):
-            now, new_log, tensors = _replay(again, inputs, part, options)
-    found += [*_damaged_base(now), *replay_report.differences(part, now)]
-    lines += [f"different beforehand: {line}" for line in found]
+            replay = _replay(again, inputs, part, options)
+    found += [*_damaged_base(replay.part), *replay_report.differences(part, replay.part)]
+    lines = [
+        f"{path}: {_status(receipt)}; {steps} steps done again on the CPU",
+        *(f"different beforehand: {line}" for line in found),
+        *replay_report.compared_by_fingerprint(part, replay.part),
+    ]
     if not found:
         lines.append("beforehand, inputs, code and environment are those of the run")
-    unread = replay_report.not_compared_in_full(part, now)
-    lines += [f"compared by its fingerprint only: {name}" for name in unread]
-    different = replay_report.compare_steps(log.steps, new_log.steps, steps)
-    agreeing, first = replay_report.compare_digests(log.digests, new_log.digests)
+    different = replay_report.compare_steps(log.steps, replay.log.steps, steps)
     lines += different or [
         "loss, gradient norm, learning rate and tokens: equal bit for bit in all steps"
     ]
-    if agreeing:
-        lines.append(f"trained tensors: equal bit for bit after {_steps(agreeing)}")
-    if first is not None:
-        amount = _distance(receipt, path, tensors) if steps == _last_step(receipt) else ""
-        lines.append(f"trained tensors: different after {first} steps{amount}")
-    if not agreeing and first is None:
-        lines.append("trained tensors: not compared, the log has no digest of them")
-    settings = again.__dict__ | {"accumulate": part["settings"].get("accumulate", 1)}
-    dropout = again.delta_dropout > 0 or inputs.pretrained.model.config.dropout_p > 0
-    reasons = replay_report.reasons_to_differ(part, settings, dropout=dropout)
-    return _with_verdict(lines, bool(different) or first is not None, reasons, steps)
-
-
-def _with_verdict(
-    lines: list[str], differs: bool, reasons: list[str], steps: int
-) -> tuple[str, int]:
-    if not differs:
+    agreeing, first = replay_report.compare_digests(log.digests, replay.log.digests)
+    amount = ""
+    if first is not None and steps == _last_step(receipt):
+        amount = _distance(receipt, path, replay.tensors)
+    lines += replay_report.digest_lines(agreeing, first, amount)
+    if not different and first is None:
         lines.append(f"agrees: the first {steps} steps are those of the run, bit for bit")
         return "\n".join(lines), 0
+    dropout = again.delta_dropout > 0 or inputs.pretrained.model.config.dropout_p > 0
+    reasons = replay_report.reasons_to_differ(part, dropout=dropout)
     lines += [f"bit equality is not to be expected: {reason}" for reason in reasons]
-    lines.append("differs")
-    return "\n".join(lines), 1
+    return "\n".join([*lines, "differs"]), 1
+
+
+def first_part(receipt: dict[str, Any], path: str) -> dict[str, Any]:
+    """The part of a receipt that has how the first steps were done.
+
+    Raises:
+        InputError: there is none, or it cannot be repeated.
+    """
+    part = next(iter(receipt["parts"]), None)
+    if part is None or part["steps_before"] > 0:
+        raise InputError(
+            f"{path}: how the first steps of this run were done is not in it: they were done "
+            "before it had a receipt"
+        )
+    for name, most in (("threads", _MOST_THREADS), ("ranks", _MOST_RANKS)):
+        if not 0 < part["environment"][name] <= most:
+            raise InputError(
+                f"{path}: a run with {part['environment'][name]} {name} cannot be repeated"
+            )
+    return dict(part)
 
 
 def _status(receipt: dict[str, Any]) -> str:
@@ -156,10 +166,6 @@ def _status(receipt: dict[str, Any]) -> str:
 def _last_step(receipt: dict[str, Any]) -> int | None:
     step = (receipt.get("result") or {}).get("step")
     return step if isinstance(step, int) else None
-
-
-def _steps(numbers: list[int]) -> str:
-    return f"{', '.join(map(str, numbers))} steps"
 
 
 def _replayable(parts: list[dict[str, Any]], last: int) -> int:
@@ -233,8 +239,7 @@ def _damaged_base(now: dict[str, Any]) -> Iterator[str]:
 
 def _replay(
     options: Options, inputs: Inputs, part: dict[str, Any], given: ReplayOptions
-) -> tuple[dict[str, Any], _Log, dict[str, torch.Tensor]]:
-    """Returns the part of a receipt that describes the replay, its log, and trained tensors."""
+) -> _Replay:
     evaluation = part["data"].get("eval-dataset")
     datasets: dict[str, BinaryDataset | Mixture] = dict(inputs.datasets)
     folder = given.eval_dataset or (evaluation[0]["path"] if evaluation else None)
@@ -253,7 +258,7 @@ def _replay(
         tensors = run.engine.trained_tensors()
         log = _Log(run.files.log)
     now = {**hashes.current(), "code": code_of(), "environment": environment}
-    return now, log, tensors
+    return _Replay(now, log, tensors)
 
 
 def _distance(receipt: dict[str, Any], path: Path, tensors: dict[str, torch.Tensor]) -> str:

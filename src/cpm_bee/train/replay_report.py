@@ -86,24 +86,22 @@ def _of_code(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     yield f"code: the source of cpm_bee has changed{about if any(commits) else ''}"
 
 
-def not_compared_in_full(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Names what both have only fingerprints of, or hashes of different kinds."""
+def compared_by_fingerprint(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names what one of both has no hash of, or a hash of another kind."""
     pairs = list(zip(then["base"]["files"], now["base"]["files"], strict=False))
     pairs += zip(then["data"]["dataset"], now["data"]["dataset"], strict=False)
     return [
-        str(after.get("path") or after.get("name"))
+        f"compared by its fingerprint only: {after.get('path') or after.get('name')}"
         for before, after in pairs
         if before.get("kind") != after.get("kind") or before.get("kind") is None
     ]
 
 
-def reasons_to_differ(
-    part: dict[str, Any], settings: Mapping[str, Any], *, dropout: bool
-) -> list[str]:
+def reasons_to_differ(part: dict[str, Any], *, dropout: bool) -> list[str]:
     """Why one process on a CPU cannot be expected to repeat a run bit for bit; [] if it can.
 
     Args:
-        settings: of the run.
+        part: of its receipt.
         dropout: whether it has dropout, in the model or in the delta.
     """
     environment, found = part["environment"], []
@@ -115,8 +113,8 @@ def reasons_to_differ(
         found.append(f"each of its {ranks} ranks had dropout masks of its own")
     # Two ranks with one batch each add up two gradients, in whatever order.
     has_single_batches = (
-        settings["accumulate"] == 1
-        and settings["max_tokens"] is None
+        part["settings"].get("accumulate") == 1
+        and part["settings"].get("max_tokens") is None
         and len(part["data"]["dataset"]) == 1
     )
     if ranks > 2 or (ranks == 2 and not has_single_batches):
@@ -169,3 +167,19 @@ def compare_digests(
     both = sorted(then.keys() & now.keys())
     first = next((step for step in both if then[step] != now[step]), None)
     return [step for step in both if first is None or step < first], first
+
+
+def digest_lines(agreeing: list[int], first: int | None, amount: str) -> list[str]:
+    """Returns what digests say of the trained tensors.
+
+    Args:
+        agreeing, first: see `compare_digests`.
+        amount: by how much they differ, if that is known.
+    """
+    lines = []
+    if agreeing:
+        after = ", ".join(map(str, agreeing))
+        lines.append(f"trained tensors: equal bit for bit after {after} steps")
+    if first is not None:
+        lines.append(f"trained tensors: different after {first} steps{amount}")
+    return lines or ["trained tensors: not compared, the log has no digest of them"]
