@@ -1,6 +1,7 @@
 """What a run will need, before it starts: see `python plan.py --help` and docs/memory.md."""
 
 from cpm_bee.cli import run_command
+from cpm_bee.language import said
 from cpm_bee.train.plan.options import PlanOptions
 
 
@@ -8,7 +9,7 @@ def main() -> None:
     options = PlanOptions.parse()
     from cpm_bee.train.plan.run import run_plan  # imported late: --help needs no torch
 
-    print("\n".join(run_plan(options)))
+    print(said("\n".join(run_plan(options))))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Verify a run by its receipt: see `python verify.py --help` and docs/reproducing.md."""
 
 from cpm_bee.cli import run_command
+from cpm_bee.language import said
 from cpm_bee.train.replay_options import ReplayOptions
 
 
@@ -9,7 +10,7 @@ def main() -> int:
     from cpm_bee.train.replay import verify  # imported late: --help needs no torch
 
     report, status = verify(options)
-    print(report)
+    print(said(report))
     return status
 
 

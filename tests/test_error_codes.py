@@ -22,7 +22,7 @@ from cpm_bee.errors import InputError
 ROOT = Path(__file__).resolve().parents[1]
 HAN = re.compile(r"[\u4e00-\u9fff]")
 # What may stand before a colon: a flag and its value, a name.
-_PLACE = re.compile(r"(--[\w-]+ ?)?[\w./-]*(⟨\d+⟩[\w./-]*)*")
+_PLACE = re.compile(r"(--[\w-]+ ?)?[\w./:-]*(⟨\d+⟩[\w./:-]*)*")
 # Words of a language: several, or a long one.
 _WORDS = re.compile(r"[a-z]{2,}[ ,;:.]+[a-z(<'\"{`]|[a-z]{4,}")
 # Texts that are put together at run time, of an exception's text or of values.
@@ -82,11 +82,14 @@ def test_every_message_has_chinese_and_every_error_a_code(
     all_lines: dict[tuple[str, bool], str],
 ) -> None:
     missing: dict[bool, list[str]] = {True: [], False: []}
+    proposed: set[str] = set()
     for (line, is_error), place in all_lines.items():
         if not _says_something(line) or line.startswith(THE_SAME_IN_BOTH):
             continue
-        if error_codes.read_line(line, lines=not is_error) is None:
-            missing[is_error].append(f'  {place}\n    ["{_as_pattern(line)}", "…"],')
+        pattern = _as_pattern(line)
+        if pattern not in proposed and error_codes.read_line(line, lines=not is_error) is None:
+            proposed.add(pattern)
+            missing[is_error].append(f'  {place}\n    ["{pattern}", "…"],')
     assert len(all_lines) > 1000, "the source is not read"
     assert not missing[True], (
         f"{len(missing[True])} messages are not in src/cpm_bee/messages. Put each, with its "

@@ -20,6 +20,7 @@ CUT = "\1"  # where a function calls itself: its other texts are all that it has
 SAID = {"say", "said"}
 # Functions that show a value, whatever it is.
 SHOWS = {"shown", "describe", "quote", "command_line", "shown_bytes"}
+_UNITS = re.compile(rf"({HOLE}|[\W\d]|bytes|[kMGT]i?B|s|min|h|days|\?)*")
 _MOST_FORMS = 400  # of one text
 
 
@@ -111,8 +112,10 @@ class TextFlow:
             is_text = [f for f in functions if _returns_text(f)]
             if not is_text or len(functions) > 3:
                 yield HOLE
-            for function in is_text if len(functions) <= 3 else []:
-                yield from self._returned(function)
+                return
+            found = [text for function in is_text for text in self._returned(function)]
+            # A function that writes a number with its unit shows a value.
+            yield from [HOLE] if all(map(_UNITS.fullmatch, found)) else found
 
     def _returned(self, function: Function) -> Iterator[str]:
         flow = self._in(function, function.module, function.node)
