@@ -38,7 +38,8 @@ DOCUMENTS += [p for p in PAGES.glob("*.md") if p.name in ENGLISH_ONLY - {"format
 PLACES = [ROOT, ROOT / "src", TUTORIAL]
 # What is not in a fresh clone: runs, stages and people make it.
 GENERATED = [
-    "../bee_data/*", "*bee_data/*.jsonl", "bee_data/NAME", "*bin_data/*", "meta.bin", "checksums.json",
+    "../bee_data/*", "*bee_data/*.jsonl", "bee_data/NAME", "*bin_data/*", "meta.bin",
+    "checksums.json",
     "*vocab.txt", "bee.txt", "config.json", "*pytorch_model.bin", "ckpts/nothing.bin",
     "src/results*", "results/*", "cpm_bee_finetune-*", "answers.jsonl*", "train.jsonl",
     "valid.jsonl", "examples.jsonl", "chosen.jsonl", "FILE.jsonl", "FILE.py",
@@ -49,6 +50,9 @@ GENERATED = [
     "dataset_info.json", "doctor.json", "results_DATE.json", "samples_NAME_DATE.jsonl",
     "results/*-report.html", "src/ckpts/pytorch_model.bin",
     "first.pt", "second.pt", "adapter_config.json", "model.safetensors.index.json",
+    # Of the original repository, in docs/moving.md.
+    "requirements.txt", "dataset.json", "tmp/", "quantize_state_dict.py",
+    "finetune_cpm_bee_qlora.py", "text_generation_hf.py", "pretrain_cpm_bee.sh",
 ]  # fmt: skip
 # Words with a slash or an ending that are no paths.
 NOT_PATHS = {
