@@ -632,6 +632,6 @@ def make_targets(folder: Path) -> list[Target]:
         Target("delta-sidecar", bind(make_delta_sidecar, s), one(bind(read_delta_sidecar, s)), 5),
         Target("state", bind(make_state, state), one(bind(read_state, s)), 10),
         Target("quantized", quantized.make, one(quantized.read), 2),
-        Target("settings", make_settings, one(bind(read_settings, s)), 20),
-        Target("receipt", make_receipt, one(bind(read_receipt_file, s)), 20),
+        Target("settings", make_settings, one(bind(read_settings, s)), 5),
+        Target("receipt", make_receipt, one(bind(read_receipt_file, s)), 5),
     ]
