@@ -2,6 +2,7 @@
 # Fine-tune CPM-Bee. Run it from src/:   bash scripts/finetune_cpm_bee.sh [more flags]
 # Every setting can be given in the environment, e.g.   LR=0.001 EPOCH=3 bash scripts/...
 # and any flag of finetune_cpm_bee.py can follow, e.g.  bash scripts/... --delta-rank 16
+# With --config FILE the file has the settings: only those in the environment override it.
 # BMTrain instead of plain PyTorch (GPUs; Python 3.10 or 3.11):  bash scripts/... --engine bmtrain
 # after   python -m pip install --no-deps bmtrain==1.0.1
 set -uo pipefail
@@ -34,9 +35,14 @@ MASTER_PORT="${MASTER_PORT:-$([ "$NNODES" = 1 ] && echo 0 || echo 12345)}"   # 0
 
 RDZV_TIMEOUT="${RDZV_TIMEOUT:-300}"                   # seconds for all machines to connect
 
+has_file=0                                            # of settings
+for argument in "$@"; do
+    case "$argument" in --config | --config=*) has_file=1 ;; esac
+done
+given_load="${LOAD-}"
 LOAD="${LOAD:-ckpts/pytorch_model.bin}"               # base model
 MODEL_CONFIG="${MODEL_CONFIG:-}"                      # default: derived from the checkpoint
-if [ "$LOAD" = ckpts/pytorch_model.bin ] && [ ! -e "$LOAD" ] && [ -d ckpts/cpm-bee-tiny ]; then
+if [ "$has_file" = 0 ] && [ "$LOAD" = ckpts/pytorch_model.bin ] && [ ! -e "$LOAD" ] && [ -d ckpts/cpm-bee-tiny ]; then
     echo "ckpts/pytorch_model.bin does not exist: using the tiny model that comes with this project."
     echo "It shows how things work, but it knows little; for real work, put a CPM-Bee checkpoint there."
     LOAD=ckpts/cpm-bee-tiny
@@ -75,17 +81,28 @@ for setting in "${defaults[@]}"; do                   # the last one of each nam
     [ -n "${settings[$flag]:-}" ] || order+=("$flag")
     settings[$flag]="${setting#*=}"
 done
-OPTS=(
-    --model-config "${MODEL_CONFIG:-auto}"
-    --load "$LOAD"
-    --dataset "${DATASET:-../tutorials/basic_task_finetune/bin_data/train}"
-    --eval_dataset "${EVAL_DATASET:-../tutorials/basic_task_finetune/bin_data/eval}"
-)
+OPTS=()
+if [ "$has_file" = 0 ]; then
+    OPTS=(
+        --model-config "${MODEL_CONFIG:-auto}"
+        --load "$LOAD"
+        --dataset "${DATASET:-../tutorials/basic_task_finetune/bin_data/train}"
+        --eval_dataset "${EVAL_DATASET:-../tutorials/basic_task_finetune/bin_data/eval}"
+    )
+else
+    [ -n "$MODEL_CONFIG" ] && OPTS+=(--model-config "$MODEL_CONFIG")
+    [ -n "$given_load" ] && OPTS+=(--load "$given_load")
+    [ -n "${DATASET-}" ] && OPTS+=(--dataset "$DATASET")
+    [ -n "${EVAL_DATASET-}" ] && OPTS+=(--eval_dataset "$EVAL_DATASET")
+fi
 for flag in "${order[@]}"; do
     name="${flag//-/_}"
     name="${name^^}"
-    OPTS+=("--$flag" "${!name:-${settings[$flag]}}")
+    value="${!name-}"
+    [ "$has_file" = 1 ] || value="${value:-${settings[$flag]}}"
+    [ -n "$value" ] && OPTS+=("--$flag" "$value")
 done
+[ "$has_file" = 1 ] && [ -z "${USE_DELTA-}" ] && USE_DELTA=0     # the file says so, or not
 [ "${USE_DELTA:-1}" = 0 ] || OPTS+=(--use-delta)               # delta tuning (LoRA)
 [ -n "${VOCAB:-}" ] && OPTS+=(--vocab "$VOCAB")                # default: vocab.txt beside LOAD
 

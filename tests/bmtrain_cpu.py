@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
@@ -253,13 +254,12 @@ def run_ranks(script: str, world_size: int, *arguments: object, seconds: float =
     variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": world_size}
     # With 2, bmtrain would pin each process to a core, on which others may be busy.
     variables |= {"LOCAL_WORLD_SIZE": 1000, "OMP_NUM_THREADS": 1}
-    variables["MALLOC_MMAP_THRESHOLD_"] = 1 << 16  # freed memory leaves the process, for measuring
     variables["PYTHONPATH"] = os.pathsep.join([str(_ROOT / "src"), str(_ROOT / "tests")])
     processes: list[subprocess.Popen[str]] = []
     for rank in range(world_size):
         names = {**variables, "RANK": rank, "LOCAL_RANK": rank}
         processes.append(
-            subprocess.Popen(
+            forked.Popen(
                 [sys.executable, str(_ROOT / "tests" / script), *map(str, arguments)],
                 env={**os.environ, **{name: str(value) for name, value in names.items()}},
                 stdout=subprocess.PIPE,

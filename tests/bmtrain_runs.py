@@ -8,8 +8,11 @@ writes the results of bmtrain in one of several processes to the folder (see
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -282,16 +285,28 @@ def _memory(make: Any, bmt: Any, folder: Path) -> dict[str, int]:
 BIG = {"dim_model": 256, "num_heads": 4, "dim_head": 64, "dim_ff": 1024, "num_layers": 12}
 
 
+@contextlib.contextmanager
+def freed_memory_leaves() -> Iterator[None]:
+    """Have the allocator return at once what is freed, which takes time, so that it can be seen."""
+    libc, threshold = ctypes.CDLL(None), -3  # M_MMAP_THRESHOLD
+    assert libc.mallopt(threshold, 1 << 16)
+    try:
+        yield
+    finally:
+        libc.mallopt(threshold, 32 << 20)
+
+
 def main(folder: Path) -> None:
     bmt, make = bmtrain_cpu.engines()
     world_size = make(torch.float32).world_size
     own = f"bmtrain-{world_size}"
     found: dict[str, Any] = {"runs": {}}
+    with freed_memory_leaves():
+        found["memory"] = _memory(make, bmt, folder)
     for name in RUNS if world_size == 1 else ON_TWO:
         engine, path = make(RUNS[name].dtype), state_path(folder, own, name)
         found["runs"][name] = train(engine, RUNS[name], path if name in RESUMED else None)
     make(torch.float32).barrier()  # the first rank has written the states
-    found["memory"] = _memory(make, bmt, folder)
     found["resumed"] = _resume(make, folder)
     found["decay"] = _decay(make)
     found["errors"] = _errors(make)

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import errno
 import os
 import random
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +41,8 @@ from cpm_bee.json_lines import parse_line, read_lines
 from cpm_bee.quantize.cache import cache_path
 from cpm_bee.quantize.formats import FORMATS
 from cpm_bee.records import Record
+from cpm_bee.train.options import Options
+from cpm_bee.train.receipt import Receipt, read_receipt
 
 # Before a stage: what is on its disk, and which of it must be whole afterwards.
 Snapshot = dict[str, bytes]
@@ -76,6 +80,10 @@ def whole(path: Path) -> None:
         assert path.read_bytes()[-1:] in (b"\n", b""), path
     elif path.suffix == ".pt":
         load_tensors(path, "weights")
+    elif path.name.endswith("-receipt.json"):
+        assert read_receipt(path)["format"] == 1
+    elif path.suffix == ".yaml":
+        Options.parse(["--config", str(path)])
 
 
 @dataclass(frozen=True)
@@ -336,6 +344,38 @@ def test_a_quantized_base_that_does_not_fit_is_made_in_memory(tmp_path: Path) ->
         assert "in memory" in done.errors and not cache.exists()
         assert run_here("finetune_cpm_bee", *flags).status == 0
         assert cache.is_file()
+
+
+def test_a_replay_without_room_for_its_log(
+    data: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receipt = data.folder / "tuned" / "cpm_bee_finetune-receipt.json"
+    with disk_support.tmpfs(tmp_path / "disk") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        with room_on_disk(folder, 0):
+            done = run_here("verify", receipt)
+        assert done.status == 1 and f"error: {folder}/" in done.errors, done
+        assert any(reason in done.errors for reason in FULL)
+        assert contents(folder) == {}
+        assert run_here("verify", receipt).status == 0
+
+
+def test_a_run_whose_receipt_cannot_be_written_has_finished(
+    data: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(self: Receipt, status: str, reason: str = "") -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(self._place))
+
+    monkeypatch.setattr(Receipt, "end", end)
+    done = run_here("finetune_cpm_bee", *training_flags(data, tmp_path, max_steps=1))
+    receipt = tmp_path / "results" / "cpm_bee_finetune-receipt.json"
+    assert done.status == 1
+    assert done.errors == (
+        f"error: {receipt}: cannot be written: No space left on device; the run has finished, and "
+        "its weights are saved\n"
+    )
+    assert Run(tmp_path / "results").of("end")[0]["finished"]
+    assert read_receipt(receipt)["status"] == "running"
 
 
 # ------------------------------------------------------------------ known beforehand

@@ -50,6 +50,9 @@ GENERATED = [
     "dataset_info.json", "doctor.json", "results_DATE.json", "samples_NAME_DATE.jsonl",
     "results/*-report.html", "src/ckpts/pytorch_model.bin",
     "first.pt", "second.pt", "adapter_config.json", "model.safetensors.index.json",
+    # Of the original repository, in docs/moving.md.
+    "requirements.txt", "dataset.json", "tmp/", "quantize_state_dict.py",
+    "finetune_cpm_bee_qlora.py", "text_generation_hf.py", "pretrain_cpm_bee.sh",
 ]  # fmt: skip
 # Words with a slash or an ending that are no paths.
 NOT_PATHS = {

@@ -46,6 +46,7 @@ def trained(tmp_path_factory):
     flags = ("--dataset", "bin/eval", "--eval-dataset", "bin/eval", "--use-delta", "--lr", "0.01")
     sizes = ("--batch-size", "2", "--max-length", "512", "--max-steps", "20", "--epoch", "100")
     files = ("--load", TINY / "pytorch_model.bin", "--save", "out", "--save-name", "t")
+    files += ("--report", "tables")
     made = run(SRC / "finetune_cpm_bee.py", *flags, *sizes, *files, cwd=folder)
     assert not made.returncode, made.stderr
     return folder

@@ -180,6 +180,16 @@ def test_one_process_is_started_without_torchrun(calls: Callable) -> None:
     assert done.returncode == 0 and noted[0][1]["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
+@pytest.mark.parametrize("flags", [["--config", "run.yaml"], ["--config=run.yaml"]])
+def test_a_file_of_settings_gets_no_defaults(calls: Callable, flags: list[str]) -> None:
+    assert calls(*flags)[1][0][0] == flags
+    given = {"LOAD": "m", "DATASET": "d", "EVAL_DATASET": "e", "LR": "0.1", "USE_DELTA": "1"}
+    assert calls(*flags, MODEL_CONFIG="c", VOCAB="v", **given)[1][0][0] == [
+        *("--model-config", "c", "--load", "m", "--dataset", "d", "--eval_dataset", "e"),
+        *("--lr", "0.1", "--use-delta", "--vocab", "v", *flags),
+    ]
+
+
 def test_several_processes_start_after_one_dry_run(calls: Callable) -> None:
     ((flags, environment),) = calls("--wrong", GPUS_PER_NODE="3")[1]
     assert flags[-2:] == ["--wrong", "--dry-run"]

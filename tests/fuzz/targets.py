@@ -17,7 +17,7 @@ from typing import Any
 import data_reformat
 import torch
 
-from cpm_bee import delta
+from cpm_bee import checksums, delta
 from cpm_bee.checkpoint import peft_adapter
 from cpm_bee.checkpoint.reader import Checkpoint
 from cpm_bee.checkpoint.sidecar import METADATA
@@ -36,8 +36,14 @@ from cpm_bee.pretrained import load_pretrained, open_pretrained
 from cpm_bee.quantize.cache import cache_path, quantized_entries
 from cpm_bee.quantize.formats import FORMATS
 from cpm_bee.tokenizer import Tokenizer
+from cpm_bee.train import replay_report
 from cpm_bee.train.checkpoints import RunFiles
+from cpm_bee.train.options import Options
 from cpm_bee.train.provenance import RunProvenance
+from cpm_bee.train.receipt import read_receipt
+from cpm_bee.train.replay import first_part
+from cpm_bee.train.replay_options import ReplayOptions
+from cpm_bee.train.replay_settings import replay_settings
 from cpm_bee.train.training_state import TrainingState
 from fuzz import mutate, seeds
 from fuzz.seeds import Seeds
@@ -542,6 +548,60 @@ class QuantizedBase:
         self._entries()
 
 
+# ------------------------------------------------------------------ settings and receipts
+
+_YAML = b"lr: 1e-4\nuse-delta: true\ndelta-targets: [w_0, w_1]\nload: &a model\nvocab: *a\n"
+
+
+def make_settings(rng: random.Random) -> bytes:
+    return mutate.mutate_bytes(rng, _YAML)
+
+
+def read_settings(seed_files: Seeds, content: bytes) -> None:
+    path = seed_files.path("run.yaml", content)
+    Options.parse(["--config", str(path), "--dataset", "x"])
+
+
+_FILE = {"path": "/x", "fingerprint": "a", "kind": "sha256", "value": "b"}
+_PART: dict[str, Any] = {
+    "steps_before": 0,
+    "folder": "/",
+    "settings": {"dataset": "x", "lr": 0.1, "use_delta": True, "delta_targets": ["w_0"]},
+    "code": {"source": "a", "commit": None, "changed": False},
+    "environment": {
+        **{"threads": 1, "ranks": 2, "dtype": "float32", "device": "cpu", "attention": "sdpa"},
+        **{"sharded": False, "checkpointing": False, "variables": {}, "gpu": None},
+    },
+    "data": {"dataset": [{**_FILE, "records": 3, "weight": 1.0}]},
+    "vocabulary": {**_FILE, "tokens": 3},
+    "base": {"path": "/x", "fingerprint": "a", "files": [{"name": "x", "bytes": 1}]},
+    "init_delta": None,
+}
+
+
+def make_receipt(rng: random.Random) -> bytes:
+    """Mostly with a checksum that is right, as one who writes a receipt can make it."""
+    values = {"format": 1, "status": "finished", "parts": [_PART], "result": {"step": 3}}
+    content = mutate.mutate_json(rng, values)
+    try:
+        changed = json.loads(content)
+    except (ValueError, RecursionError):
+        return content
+    if not isinstance(changed, dict) or rng.random() < 0.2:
+        return content
+    return json.dumps(checksums.sealed({**changed, "format": 1})).encode()
+
+
+def read_receipt_file(seed_files: Seeds, content: bytes) -> None:
+    """As verify.py does, up to the files that the receipt names."""
+    path = str(seed_files.path("run-receipt.json", content))
+    part = first_part(read_receipt(path), path)
+    assert all(isinstance(line, str) for line in replay_report.differences(part, _PART))
+    replay_report.compared_by_fingerprint(part, _PART)
+    replay_report.reasons_to_differ(part, dropout=False)
+    replay_settings(part, ReplayOptions(receipt=path), 3, "/nowhere")
+
+
 def make_targets(folder: Path) -> list[Target]:
     """All targets; their files are in `folder`."""
     s = Seeds(folder)
@@ -572,4 +632,6 @@ def make_targets(folder: Path) -> list[Target]:
         Target("delta-sidecar", bind(make_delta_sidecar, s), one(bind(read_delta_sidecar, s)), 5),
         Target("state", bind(make_state, state), one(bind(read_state, s)), 10),
         Target("quantized", quantized.make, one(quantized.read), 2),
+        Target("settings", make_settings, one(bind(read_settings, s)), 5),
+        Target("receipt", make_receipt, one(bind(read_receipt_file, s)), 5),
     ]

@@ -64,7 +64,7 @@ NAMES += [
     "adapter",
     "delta-sidecar",
 ]
-NAMES += ["state", "quantized"]
+NAMES += ["state", "quantized", "settings", "receipt"]
 
 
 def test_all_targets_are_named(targets: dict[str, Target]) -> None:

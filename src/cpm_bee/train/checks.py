@@ -178,7 +178,7 @@ def step_shapes(options: Options, num_processes: int) -> dict[str, StepShape]:
         options.max_length,
         options.drop_last,
         options.seed,
-        options.incontext_weights,
+        options.incontext_weights or (),
     )
     return {"--dataset": training, "--eval-dataset": StepShape(rows, options.max_length)}
 

@@ -82,8 +82,8 @@ class ModelOptions:
         "每行的 token 数；记录打包成行，更长的记录会被排除并计数",
         type=positive,
     )
-    incontext_weights: tuple[float, ...] = DATA.option(
-        (),
+    incontext_weights: tuple[float, ...] | None = DATA.option(
+        None,
         "in-context samples: with the first probability a record is alone, with the second, third, "
         "... it follows 1, 2, ... other records of its dataset, answers included, as many as fit "
         "into `--max-length`; such as `0.7,0.2,0.1`; none when not given",
