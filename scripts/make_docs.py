@@ -1,14 +1,17 @@
-"""Make the pages of docs/ that list flags, in English and Chinese, from the options classes.
+"""Make the pages of docs/ that list flags or memory, in English and Chinese.
 
     python scripts/make_docs.py            write the pages
     python scripts/make_docs.py --check    exit with status 1 if a page is not up to date
 
 docs/NAME.md is made from scripts/templates/docs/NAME.md.in. A line `<!-- flags of SCRIPT -->` is
-replaced by the heading, description and tables of that script. Needs neither torch nor numpy.
+replaced by the heading, description and tables of that script, made from its options class. The
+table of docs/memory.md is made from scripts/templates/memory_table.json, which
+`python -m cpm_bee.train.plan.released` writes. Needs neither torch nor numpy.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -30,10 +33,12 @@ from cpm_bee.generate.command_options import TextGenerationOptions
 from cpm_bee.options import DEBUG, GENERAL, CommandOptions, Flag
 from cpm_bee.serve.options import ServeOptions
 from cpm_bee.train.options import Options
+from cpm_bee.train.plan.options import PLAN, PlanOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python scripts/make_docs.py"
 TEMPLATES = Path("scripts", "templates")
+MEMORY_TABLE = TEMPLATES / "memory_table.json"
 SCRIPTS: dict[str, type[CommandOptions]] = {
     options.script: options
     for options in (
@@ -59,11 +64,31 @@ class Language:
     required: str
     off: str
     separator: str  # between choices
+    memory: tuple[str, ...]  # the header of the table of memory
+    ways: dict[str, str]
+    fits: str
     chinese: bool = False
 
 
-ENGLISH = Language(("Flag", "Default", "Meaning", "Choices"), "required", "off", ", ")
-CHINESE = Language(("参数", "默认值", "含义", "可选值"), "必填", "关", "、", chinese=True)
+ENGLISH = Language(
+    ("Flag", "Default", "Meaning", "Choices"),
+    "required",
+    "off",
+    ", ",
+    ("Model", "Training", "Weights", "Peak", "Peak, full"),
+    {},
+    "yes",
+)
+CHINESE = Language(
+    ("参数", "默认值", "含义", "可选值"),
+    "必填",
+    "关",
+    "、",
+    ("模型", "训练方式", "权重", "峰值", "峰值，full"),
+    {"full": "全参数"},
+    "是",
+    chinese=True,
+)
 
 
 def shown(flag: Flag, language: Language) -> list[str]:
@@ -91,6 +116,26 @@ def section(options: type[CommandOptions], language: Language) -> str:
     return "\n\n".join(parts)
 
 
+def own_flags(language: Language) -> str:
+    """The table of the flags of plan.py that finetune_cpm_bee.py does not have."""
+    rows = [list(language.header), ["---"] * len(language.header)]
+    rows += [shown(flag, language) for flag in PlanOptions.flags() if flag.group == PLAN]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def memory_table(root: Path, language: Language) -> str:
+    """The predicted memory of the released sizes, in GiB, and the cards that are large enough."""
+    rows = json.loads((root / MEMORY_TABLE).read_text(encoding="utf-8"))["rows"]
+    header = [*language.memory, *(f"{card} GB" for card in rows[0]["cards"])]
+    signs = {None: "–", "none": language.fits, "full": "full"}
+    lines = [header, ["---"] * len(header)]
+    for row in rows:
+        sizes = [f"{row[name] / 2**30:.1f}" for name in ("weights", "peak", "peak_full")]
+        cards = [signs[need] for need in row["cards"].values()]
+        lines.append([row["size"], language.ways.get(row["way"], row["way"]), *sizes, *cards])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def pages(root: Path) -> dict[Path, str]:
     """The path of each page, relative to `root`, and the text that it should have."""
     made = {}
@@ -102,6 +147,10 @@ def pages(root: Path) -> dict[Path, str]:
             lambda match, language=language: section(SCRIPTS[match[1]], language),  # type: ignore[misc]
             template.read_text(encoding="utf-8"),
         )
+        tokens = json.loads((root / MEMORY_TABLE).read_text(encoding="utf-8"))["tokens"]
+        text = text.replace("<!-- flags of plan.py alone -->", own_flags(language))
+        text = text.replace("<!-- tokens of memory_table -->", f"{tokens:,}")
+        text = text.replace("<!-- memory_table -->", memory_table(root, language))
         note = f"<!-- Made by `{COMMAND}` from {source} and the options classes in src/cpm_bee. -->"
         made[template.relative_to(root / TEMPLATES).with_suffix("")] = f"{note}\n\n{text}"
     return made
