@@ -45,7 +45,7 @@ GENERATED = [
     "eval.jsonl", "*my_records*", "../shared/golden", ".venv/bin/*",
     "*my_data*", "mine.py", "data.html", "../bin_data/my_task", "../bin_data/mine",
     "../bin_data/general", "data.json", "data.jsonl",
-    "dataset_info.json", "doctor.json", "results_DATE.json", "samples_NAME_DATE.jsonl",
+    "dataset_info.json", "doctor.json", "plan.json", "results_DATE.json", "samples_NAME_DATE.jsonl",
     "first.pt", "second.pt", "adapter_config.json", "model.safetensors.index.json",
 ]  # fmt: skip
 # Words with a slash or an ending that are no paths.
@@ -78,7 +78,7 @@ TAKES_FLAGS = {
     "text_generation.py": "src/text_generation.py", "merge_delta.py": "src/merge_delta.py",
     "convert_data.py": "src/convert_data.py", "inspect_data.py": "src/inspect_data.py",
     "convert_checkpoint.py": "src/convert_checkpoint.py", "doctor.py": "src/doctor.py",
-    "evaluate.py": "src/evaluate.py", "serve.py": "src/serve.py",
+    "evaluate.py": "src/evaluate.py", "serve.py": "src/serve.py", "plan.py": "src/plan.py",
 }  # fmt: skip
 
 

@@ -38,6 +38,7 @@ def test_no_module_imports_bmtrain_or_matplotlib() -> None:
         "convert_checkpoint.py",
         "doctor.py",
         "serve.py",
+        "plan.py",
     ],
 )
 def test_help_is_quick(script: str) -> None:
