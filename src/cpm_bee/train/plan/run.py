@@ -19,7 +19,7 @@ from cpm_bee.train.options import Options
 from cpm_bee.train.plan.changes import Fix, Peaks, possible_changes, smallest_changes
 from cpm_bee.train.plan.disk import DiskUse, disk_use
 from cpm_bee.train.plan.measurement import Measured, measure
-from cpm_bee.train.plan.memory import CARDS, Situation, for_gpu, on_gpu, on_host
+from cpm_bee.train.plan.memory import CARDS, Situation, for_gpu, on_host
 from cpm_bee.train.plan.options import PlanOptions
 from cpm_bee.train.plan.simulation import Peaks as Held
 from cpm_bee.train.plan.text import lines_of
@@ -126,7 +126,8 @@ def make_plan(options: Options, inputs: Inputs) -> RunPlan:
     is_cpu = inputs.device.type == "cpu"
     host = on_host(situation) if is_cpu else None
     gpu_situation = for_gpu(situation)
-    gpu = on_gpu(gpu_situation)
+    peaks = Peaks(options.checkpointing == AUTO)
+    gpu = peaks.of(gpu_situation)
     disk = disk_use(options, inputs)
     total = options.epoch * inputs.surveys["--dataset"].size.min_steps
     steps = min(total, options.max_steps or total)
@@ -155,7 +156,7 @@ def make_plan(options: Options, inputs: Inputs) -> RunPlan:
         evaluation_tokens=evaluation_tokens,
         time=time,
         disk=disk,
-        cards=_cards(gpu_situation, options.checkpointing == AUTO),
+        cards=_cards(gpu_situation, peaks, options.checkpointing == AUTO),
     )
 
 
@@ -209,8 +210,7 @@ def _evaluation_tokens(inputs: Inputs, situation: Situation) -> float:
     return float(lengths.mean()) * found.size.num_records / inputs.num_processes
 
 
-def _cards(situation: Situation, auto_checkpointing: bool) -> list[Card]:
-    peaks = Peaks(auto_checkpointing)
+def _cards(situation: Situation, peaks: Peaks, auto_checkpointing: bool) -> list[Card]:
     changes = possible_changes(situation, auto_checkpointing)
     found = []
     for gigabytes in CARDS:
