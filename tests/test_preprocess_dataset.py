@@ -125,7 +125,7 @@ def test_a_dataset_that_exists(bee: Path, run_script: RunScript) -> None:
     result = run_script(SCRIPT, *arguments, cwd=bee)
     (bee / "bee_data" / "zzz.jsonl").unlink()
     assert result.returncode == 2
-    assert "ValueError: Dataset name exists: bin/train\n" in result.stderr
+    assert "ValueError: Dataset name exists: bin/train (explain: E206)\n" in result.stderr
     assert "--overwrite" in result.stderr
     assert "--output_path" in result.stderr
     assert "Traceback" not in result.stderr

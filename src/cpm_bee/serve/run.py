@@ -23,6 +23,7 @@ try:
     import uvicorn
 
     from cpm_bee.serve.app import Api
+    from cpm_bee.serve.heap import return_large_blocks
     from cpm_bee.serve.host_check import is_loopback
     from cpm_bee.serve.metrics import Metrics
     from cpm_bee.serve.scheduler import Scheduler
@@ -38,6 +39,7 @@ def serve(options: ServeOptions) -> None:
     Raises:
         InputError: the address cannot be used, or as `load_model`.
     """
+    return_large_blocks()
     listener = _listen(options)  # before the model is loaded, which may take minutes
     with listener:
         loaded = load_model(options)
