@@ -28,7 +28,9 @@ try:
     from cpm_bee.serve.metrics import Metrics
     from cpm_bee.serve.scheduler import Scheduler
 except ImportError as error:
-    raise InputError(f"serve.py needs the package {error.name}: pip install -e .[serve]") from None
+    raise InputError(
+        f"serve.py needs the package {error.name}: pip install -e '.[serve]'"
+    ) from None
 
 _LOGGER = logging.getLogger(__name__)
 
