@@ -21,6 +21,7 @@ from cpm_bee.errors import InputError
 from cpm_bee.evaluate.options import EvaluateOptions
 from cpm_bee.generate.command_options import TextGenerationOptions
 from cpm_bee.options import CommandOptions, Flag
+from cpm_bee.train.model_options import probabilities
 from cpm_bee.train.options import Options
 
 
@@ -58,6 +59,8 @@ def values_of(flag: Flag) -> st.SearchStrategy[Any]:
         return st.sampled_from(list(flag.choices))
     if flag.name == "report_to":
         return st.just(()) | st.just(("tensorboard", "wandb"))
+    if flag.type is probabilities:
+        return st.sampled_from([(1.0,), (0.7, 0.2, 0.1), (1e-5, 0.99999), (0.0, 0.0, 1.0)])
     if flag.is_list:
         items = st.text("abc_0\u6625", min_size=1, max_size=4)
         return st.lists(items, max_size=3).map(tuple)

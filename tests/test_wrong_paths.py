@@ -55,6 +55,7 @@ FILES = [  # flags that name a file to read
         for script in (
             *("finetune_cpm_bee", "text_generation", "preprocess_dataset", "evaluate", "serve"),
             *("merge_delta", "convert_checkpoint", "convert_data", "inspect_data", "verify"),
+            "plan",
         )
     ),
 ]

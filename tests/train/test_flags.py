@@ -65,6 +65,9 @@ class Lab:
         self.printed = self._capsys.readouterr().out
         return result
 
+    def errors(self) -> str:
+        return self._capsys.readouterr().err
+
     def refusal(self, **values: Any) -> str:
         save = self.new_folder()
         with pytest.raises(InputError) as caught:
@@ -110,6 +113,16 @@ SLOW = ("compile", "checkpointing", "report")
 def test_flag(lab: Lab, name: str) -> None:
     assert name in CASES, "write a case for this flag below"
     CASES[name](lab)
+
+
+@case
+def _lang(lab: Lab) -> None:
+    arguments = lab.workspace.flags(lab.folder / "none", load=lab.folder / "missing")
+    for language, words in (("zh", "没有这个文件"), ("en", "no such file")):  # English is left
+        lab.patch.setattr(sys, "argv", ["finetune_cpm_bee.py", *arguments, "--lang", language])
+        with pytest.raises(SystemExit) as caught:
+            run_command(lambda: finetune(Options.parse()))
+        assert caught.value.code == 2 and words in lab.errors()
 
 
 @case
@@ -485,7 +498,7 @@ def _inspect_iters(lab: Lab) -> None:
 @case
 def _save(lab: Lab) -> None:
     run = lab.run(save=lab.folder / "a" / "b")
-    assert run.save == lab.folder / "a" / "b" and len(run.files) == 8
+    assert run.save == lab.folder / "a" / "b" and len(run.files) == 10
     path = lab.folder / "file"
     path.write_text("x")
     with pytest.raises(InputError, match="is a file"):

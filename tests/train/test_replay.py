@@ -16,7 +16,7 @@ import train_support
 from train_support import Run, Workspace, after_steps, train
 
 from cpm_bee import checksums
-from cpm_bee.checkpoint import reader
+from cpm_bee.checkpoint import fingerprint
 from cpm_bee.checkpoint.reader import load_tensors, save_tensors
 from cpm_bee.errors import InputError, InterruptedRun
 from cpm_bee.train import hashes
@@ -245,7 +245,7 @@ def test_another_base(workspace: Workspace, run: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have fingerprints cover only a part of the tensors, as they do for models of real size."""
-    monkeypatch.setattr(reader, "_SAMPLED", 4)
+    monkeypatch.setattr(fingerprint, "SAMPLED", 4)
 
 
 def changed_inside(model: Path) -> Path:
