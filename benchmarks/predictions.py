@@ -127,7 +127,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="bee records, one per line")
     parser.add_argument("--vocab", type=Path, required=True, help="vocabulary file")
     parser.add_argument("--only", choices=SETTINGS, help="one of the settings")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="of each run")
     parser.add_argument("--tolerance", type=float, default=0.10)
     arguments = parser.parse_args()
     prepare(arguments.work, arguments.data, arguments.vocab)

@@ -168,6 +168,7 @@ def measure(
     def on_answer(count: int) -> None:
         if count * POINTS >= len(memory) * arguments.answers:
             memory.append(memory_of(server))
+            print(f"{count:,} answers: {memory[-1]:.0f} MiB resident", flush=True)
 
     load = Load(url, records, fields, on_answer)
     began = time.monotonic()

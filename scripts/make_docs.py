@@ -1,15 +1,18 @@
-"""Make the pages of docs/ that list flags and error codes, in English and Chinese.
+"""Make the pages of docs/ that list flags, error codes or memory, in English and Chinese.
 
     python scripts/make_docs.py            write the pages
     python scripts/make_docs.py --check    exit with status 1 if a page is not up to date
 
 docs/NAME.md is made from scripts/templates/docs/NAME.md.in. A line `<!-- flags of SCRIPT -->` is
 replaced by the heading, description and tables of that script, from its options class; a line
-`<!-- error codes -->` by the entries of src/cpm_bee/messages. Needs neither torch nor numpy.
+`<!-- error codes -->` by the entries of src/cpm_bee/messages. The table of docs/memory.md is made
+from scripts/templates/memory_table.json, which `python -m cpm_bee.train.plan.released` writes.
+Needs neither torch nor numpy.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -32,11 +35,13 @@ from cpm_bee.generate.command_options import TextGenerationOptions
 from cpm_bee.options import CONFIG, DEBUG, GENERAL, LANG, CommandOptions, Flag
 from cpm_bee.serve.options import ServeOptions
 from cpm_bee.train.options import Options
+from cpm_bee.train.plan.options import PLAN, PlanOptions
 from cpm_bee.train.replay_options import ReplayOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python scripts/make_docs.py"
 TEMPLATES = Path("scripts", "templates")
+MEMORY_TABLE = TEMPLATES / "memory_table.json"
 SCRIPTS: dict[str, type[CommandOptions]] = {
     options.script: options
     for options in (
@@ -64,6 +69,9 @@ class Language:
     off: str
     separator: str  # between choices
     labels: tuple[str, ...]  # of the parts of an error's entry
+    memory: tuple[str, ...]  # the header of the table of memory
+    ways: dict[str, str]
+    fits: str
     chinese: bool = False
 
 
@@ -73,11 +81,21 @@ ENGLISH = Language(
     "off",
     ", ",
     ("Cause", "Fix", "Example", "Messages"),
+    ("Model", "Training", "Weights", "Peak", "Peak, full"),
+    {},
+    "yes",
 )
 CHINESE = Language(
-    ("参数", "默认值", "含义", "可选值"), "必填", "关", "、",
-    ("原因", "解决办法", "示例", "消息"), chinese=True,
-)  # fmt: skip
+    ("参数", "默认值", "含义", "可选值"),
+    "必填",
+    "关",
+    "、",
+    ("原因", "解决办法", "示例", "消息"),
+    ("模型", "训练方式", "权重", "峰值", "峰值，full"),
+    {"full": "全参数"},
+    "是",
+    chinese=True,
+)
 # The tables of error codes, in the order of the page.
 TOPICS = {
     "usage": ("Usage", "用法"),
@@ -137,6 +155,26 @@ def _plain(text: str) -> str:
     return re.sub(r"([<*_\[\]|`])", r"\\\1", text)
 
 
+def own_flags(language: Language) -> str:
+    """The table of the flags of plan.py that finetune_cpm_bee.py does not have."""
+    rows = [list(language.header), ["---"] * len(language.header)]
+    rows += [shown(flag, language) for flag in PlanOptions.flags() if flag.group == PLAN]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def memory_table(root: Path, language: Language) -> str:
+    """The predicted memory of the released sizes, in GiB, and the cards that are large enough."""
+    rows = json.loads((root / MEMORY_TABLE).read_text(encoding="utf-8"))["rows"]
+    header = [*language.memory, *(f"{card} GB" for card in rows[0]["cards"])]
+    signs = {None: "–", "none": language.fits, "full": "full"}
+    lines = [header, ["---"] * len(header)]
+    for row in rows:
+        sizes = [f"{row[name] / 2**30:.1f}" for name in ("weights", "peak", "peak_full")]
+        cards = [signs[need] for need in row["cards"].values()]
+        lines.append([row["size"], language.ways.get(row["way"], row["way"]), *sizes, *cards])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def pages(root: Path) -> dict[Path, str]:
     """The path of each page, relative to `root`, and the text that it should have."""
     made = {}
@@ -149,6 +187,10 @@ def pages(root: Path) -> dict[Path, str]:
             template.read_text(encoding="utf-8"),
         )
         text = text.replace("<!-- error codes -->", codes(language))
+        tokens = json.loads((root / MEMORY_TABLE).read_text(encoding="utf-8"))["tokens"]
+        text = text.replace("<!-- flags of plan.py alone -->", own_flags(language))
+        text = text.replace("<!-- tokens of memory_table -->", f"{tokens:,}")
+        text = text.replace("<!-- memory_table -->", memory_table(root, language))
         note = f"<!-- Made by `{COMMAND}` from {source} and src/cpm_bee. -->"
         made[template.relative_to(root / TEMPLATES).with_suffix("")] = f"{note}\n\n{text}"
     return made

@@ -28,7 +28,8 @@ make_venv() {
     fi
     if [ "$(cat "$stamp" 2>/dev/null)" != "$fingerprint" ]; then
         echo "installing into $project/.venv (PyTorch is large: this takes a few minutes)"
-        (cd "$project" && .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+        # Not compiled: of 15,000 files, few are ever imported, and those are compiled then.
+        (cd "$project" && .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check \
             -c constraints.txt -e ".${extra:+[$extra]}")
         if [ "$extra" = dev ]; then install_bmtrain; fi
         echo "$fingerprint" > "$stamp"
@@ -47,6 +48,6 @@ sys.exit((p.system(), p.machine()) != ("Linux", "x86_64") or sys.version_info >=
     if "$python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then
         packages+=(nvidia-nccl-cu11)
     fi
-    (cd "$project" && "$python" -m pip install --quiet --disable-pip-version-check --no-deps \
+    (cd "$project" && "$python" -m pip install --quiet --no-compile --disable-pip-version-check --no-deps \
         -c constraints.txt "${packages[@]}")
 }

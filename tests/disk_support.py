@@ -26,6 +26,7 @@ SCRIPTS = {
     "inspect_data": ROOT / "src" / "inspect_data.py",
     "data_reformat": ROOT / "tutorials" / "basic_task_finetune" / "data_reformat.py",
     "preprocess_dataset": ROOT / "src" / "preprocess_dataset.py",
+    "plan": ROOT / "src" / "plan.py",
     "finetune_cpm_bee": ROOT / "src" / "finetune_cpm_bee.py",
     "text_generation": ROOT / "src" / "text_generation.py",
     "evaluate": ROOT / "src" / "evaluate.py",

@@ -79,7 +79,11 @@ class _Server:
         return server
 
     def fork(self, request: dict[str, Any], streams: Sequence[int]) -> int:
-        """Have it fork; returns the process id of what is now a child of this process."""
+        """Have it fork; returns the process id of what is now a child of this process.
+
+        Raises:
+            RuntimeError: the server has died.
+        """
         # Orphans in the tree of a subreaper become its children.
         libc = ctypes.CDLL(None)
         libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -87,6 +91,8 @@ class _Server:
             message = json.dumps(request).encode()
             socket.send_fds(self._socket, [message], streams)
             answer = self._socket.recv(100)
+        except OSError:
+            answer = b""
         finally:
             libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
         if not answer:
@@ -114,19 +120,22 @@ class _Servers:
         if self._owner != os.getpid():  # a fork of ours: what it asks for would not be its child
             return 0
         key = _key(environment)
-        with self._lock:
+        with self._lock, contextlib.suppress(RuntimeError):
             self._asked[key] += 1
             if key not in self._servers:
                 # The first children pay for the server. Variables of one test alone have none.
                 once = self._servers and self._asked[key] == 1
                 if once or len(self._servers) >= _MOST_SERVERS:
                     return 0
-                try:
-                    self._servers[key] = _Server.start(environment)
-                except RuntimeError:
-                    self._servers[key] = None
+                self._servers[key] = None  # in case it cannot be started
+                self._servers[key] = _Server.start(environment)
             server = self._servers[key]
-            return server.fork(request, fds) if server is not None else 0
+            self._servers[key] = None  # in case it dies
+            if server is not None:
+                pid = server.fork(request, fds)
+                self._servers[key] = server
+                return pid
+        return 0
 
     def add(self, environment: dict[str, str], server: _Server) -> None:
         self._servers[_key(environment)] = server

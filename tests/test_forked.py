@@ -15,6 +15,10 @@ import forked
 import pytest
 from support import ROOT
 
+pytestmark = pytest.mark.skipif(
+    os.environ.get("CPM_BEE_TEST_FORK") == "0", reason="NOT RUN: CPM_BEE_TEST_FORK=0 forks nothing"
+)
+
 STATE = """
 import os, sys
 print(ascii([sys.argv, sys.orig_argv, sys.path[:2], __name__, os.getcwd(), {**os.environ}]))
@@ -129,15 +133,31 @@ def test_it_has_imported_torch_and_is_a_child_with_its_own_signals() -> None:
         process = forked.Popen(
             command, stdout=subprocess.PIPE, text=True, start_new_session=session
         )
-        assert process.stdout is not None
-        expected = process.pid if session else os.getsid(0)
-        assert process.stdout.readline().split() == ["True", str(os.getpid()), str(expected)]
-        assert process.poll() is None
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.01)
-        process.send_signal(signal.SIGTERM)
-        assert process.communicate() == ("", None)
-        assert process.returncode == -signal.SIGTERM
+        try:
+            assert process.stdout is not None
+            expected = process.pid if session else os.getsid(0)
+            assert process.stdout.readline().split() == ["True", str(os.getpid()), str(expected)]
+            assert process.poll() is None
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.01)
+            process.send_signal(signal.SIGTERM)
+            assert process.communicate() == ("", None)
+            assert process.returncode == -signal.SIGTERM
+        finally:
+            process.kill()
+
+
+def test_where_the_server_has_died_processes_are_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    servers = forked._Servers()
+    monkeypatch.setattr(forked, "_servers", servers)
+    code = "import sys; print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    assert forked.run(command, capture_output=True, text=True).stdout == "True\n"
+    [server] = servers._servers.values()
+    assert server is not None
+    os.kill(server._pid, signal.SIGKILL)
+    for _ in range(2):
+        assert forked.run(command, capture_output=True, text=True).stdout == "False\n"
 
 
 def test_what_it_leaves_is_not_ours(tmp_path: Path) -> None:

@@ -18,20 +18,15 @@ from cpm_bee.generate.command_options import TextGenerationOptions
 from cpm_bee.options import CommandOptions, Group
 from cpm_bee.serve.options import ServeOptions
 from cpm_bee.train.options import Options
+from cpm_bee.train.plan.options import PlanOptions
 from cpm_bee.train.replay_options import ReplayOptions
 
 SCRIPTS: list[type[CommandOptions]] = [Options, TextGenerationOptions, PreprocessOptions]
 SCRIPTS += [EvaluateOptions, MergeOptions, ConvertOptions, DoctorOptions, ServeOptions]
-SCRIPTS += [ConvertDataOptions, InspectOptions, ReplayOptions]
+SCRIPTS += [ConvertDataOptions, InspectOptions, ReplayOptions, PlanOptions]
 TABLES = [hints.FINETUNE, hints.GENERATE, hints.PREPROCESS, hints.EVALUATE, hints.MERGE]
-TABLES += [
-    hints.CONVERT,
-    hints.DOCTOR,
-    hints.SERVE,
-    hints.CONVERT_DATA,
-    hints.INSPECT,
-    hints.VERIFY,
-]
+TABLES += [hints.CONVERT, hints.DOCTOR, hints.SERVE, hints.CONVERT_DATA, hints.INSPECT]
+TABLES += [hints.VERIFY, hints.PLAN]
 HINTS = [(o, theirs, ours) for o in SCRIPTS for theirs, ours in o.hints.items()]
 
 

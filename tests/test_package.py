@@ -39,6 +39,7 @@ def test_no_module_imports_bmtrain_or_matplotlib() -> None:
         "doctor.py",
         "serve.py",
         "verify.py",
+        "plan.py",
     ],
 )
 def test_help_is_quick(script: str) -> None:

@@ -23,6 +23,7 @@ from cpm_bee.generate.command_options import TextGenerationOptions
 from cpm_bee.options import CONFIG, CommandOptions
 from cpm_bee.serve.options import ServeOptions
 from cpm_bee.train.options import Options
+from cpm_bee.train.plan.options import PlanOptions
 from cpm_bee.train.replay_options import ReplayOptions
 
 FILES = [  # flags that name a file to read
@@ -58,7 +59,7 @@ FILES = [  # flags that name a file to read
     ),
 ]
 FOLDERS = [("finetune_cpm_bee", "--dataset"), ("finetune_cpm_bee", "--eval-dataset")]
-FOLDERS += [("verify", "--dataset"), ("verify", "--eval-dataset")]
+FOLDERS += [("verify", "--dataset"), ("verify", "--eval-dataset"), ("plan", "--dataset")]
 EITHER = [  # a file, or a folder of files
     ("data_reformat", "--input"),
     ("preprocess_dataset", "--input"),
@@ -67,6 +68,7 @@ EITHER = [  # a file, or a folder of files
     ("inspect_data", "--eval"),
     ("text_generation", "--load"),
     ("finetune_cpm_bee", "--load"),
+    ("plan", "--load"),
     ("evaluate", "--load"),
     ("serve", "--load"),
     ("evaluate", "--dataset"),
@@ -87,7 +89,7 @@ OUTPUT_FOLDERS = [
     ("convert_checkpoint", "--output"),
 ]
 OUTPUTS = [*OUTPUT_FOLDERS, ("text_generation", "--output")]
-OUTPUTS += [("inspect_data", "--html"), ("inspect_data", "--picture")]
+OUTPUTS += [("inspect_data", "--html"), ("inspect_data", "--picture"), ("plan", "--json")]
 NAMES = {
     **{"missing": "no such", "below a file": "no such", "link": "is a link to nowhere, which"},
     **{"loop": "too many levels of symbolic links", "long": "file name too long"},
@@ -159,6 +161,12 @@ def usual(place: Workspace, script: str, output: Path) -> dict[str, object]:
             "--load": place.model,
             "--save": output / "results",
             "--max-steps": 1,
+        },
+        "plan": {
+            **train_support.DEFAULTS,
+            "--dataset": place.train,
+            "--load": place.model,
+            "--json": output / "plan.json",
         },
         "text_generation": {
             "--input": folder / "bee" / "train.jsonl",
@@ -272,10 +280,13 @@ ELSEWHERE = {
     *(("doctor", f"--{name}") for name in ("load", "model-config", "vocab", "save", "json")),
     ("doctor", "--config"),  # read as for all others
     ("finetune_cpm_bee", "--resume"),
+    # Checked by the same code for plan.py as for finetune_cpm_bee.py.
+    *(("plan", f"--{name}") for name in ("model-config", "vocab", "eval-dataset", "init-delta")),
+    *(("plan", f"--{name}") for name in ("save", "tensorboard", "resume")),
 }
 SCRIPTS: list[type[CommandOptions]] = [Options, TextGenerationOptions, PreprocessOptions]
 SCRIPTS += [EvaluateOptions, MergeOptions, ConvertOptions, DoctorOptions, ServeOptions]
-SCRIPTS += [ConvertDataOptions, InspectOptions, ReplayOptions]
+SCRIPTS += [ConvertDataOptions, InspectOptions, ReplayOptions, PlanOptions]
 
 
 def test_every_flag_that_names_a_path_is_tried() -> None:

@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("--target", help="only this one, in this process")
     options = parser.parse_args()
     if importlib.util.find_spec("atheris") is None:
-        print("atheris is not installed (pip install -e .[fuzz]): no inputs led by coverage")
+        print("atheris is not installed (pip install -e '.[fuzz]'): no inputs led by coverage")
         return 0
     if options.target is not None:
         read_one(options.target, options.seconds)

@@ -22,7 +22,7 @@ LARGE = (_CHUNK // 512 * 2 + 3, 512)
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None,
-    reason="bitsandbytes is not installed: NF4 is NOT compared with it (pip install -e .[dev])",
+    reason="bitsandbytes is not installed: NF4 is NOT compared with it (pip install -e '.[dev]')",
 )
 
 

@@ -169,7 +169,7 @@ def test_how_it_ended(reason: str | None, finished: bool, state: str) -> None:
 def test_without_curves_there_is_a_table() -> None:
     history = history_of()
     text = Reader(page_of(history, lacks_matplotlib=True)).text
-    assert "Curves need an extra: pip install -e .[report]" in text
+    assert "Curves need an extra: pip install -e '.[report]'" in text
     assert "2.75e-02" in text or "e-02" in text
     assert "could not be drawn: no room" in Reader(page_of(history, failure="no room")).text
     assert "No step has ended yet." in page_of(History(), None)

@@ -121,7 +121,7 @@ def test_a_missing_or_failing_matplotlib_leaves_tables(
     with monkeypatch.context() as patch:
         patch.setattr(writer, "can_draw", lambda: False)
         train(workspace, tmp_path / "missing", **flags)
-    assert "pip install -e .[report]" in page_of(tmp_path / "missing")
+    assert "pip install -e '.[report]'" in page_of(tmp_path / "missing")
     monkeypatch.setattr(drawing.sys, "executable", "/nowhere/python")
     train(workspace, tmp_path / "failing", **flags)
     page = page_of(tmp_path / "failing")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
 from cpm_bee.serve.heap import IDLE_SECONDS, SECONDS, HeapTrimmer, malloc_trim
 
@@ -55,6 +59,37 @@ def test_free_memory_between_blocks_in_use_is_given_back() -> None:
     thread.join()
     before, after = sizes
     assert before - after > count * size // 2
+
+
+def test_large_blocks_are_returned_after_larger_ones_were_freed() -> None:
+    """In a process of its own: the threshold is the process's. Without the call, glibc learns."""
+    code = """if True:
+        import ctypes, re, sys
+        from cpm_bee.serve.heap import return_large_blocks
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+        libc.free.argtypes = [ctypes.c_void_p]
+        if sys.argv[1] == "1" and not return_large_blocks():
+            sys.exit("no glibc")
+        libc.free(libc.malloc(20 << 20))
+        blocks = [libc.malloc(4 << 20) for _ in range(20)]
+        for block in blocks:
+            ctypes.memset(block, 1, 4 << 20)
+        for block in blocks[:-1]:  # the last one holds the end of the heap
+            libc.free(block)
+        print(re.search(r"VmRSS:\\s*(\\d+)", open("/proc/self/status").read())[1])
+    """
+
+    def kilobytes(is_called: int) -> int:
+        command = [sys.executable, "-c", code, str(is_called)]
+        variables = {n: v for n, v in os.environ.items() if not n.startswith(("MALLOC_", "GLIBC_"))}
+        variables["PYTHONPATH"] = str(ROOT / "src")
+        done = subprocess.run(command, env=variables, capture_output=True, encoding="utf-8")
+        if done.stderr.strip() == "no glibc":
+            pytest.skip("this C library has no mallopt")
+        return int(done.stdout)
+
+    assert kilobytes(0) - kilobytes(1) > 60 << 10
 
 
 def test_a_busy_server_trims_now_and_then() -> None:

@@ -170,5 +170,5 @@ def test_a_missing_package_is_said_in_one_line() -> None:
     code += f"runpy.run_path({str(script)!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     assert done.returncode == 2
-    message = "serve.py needs the package uvicorn: pip install -e .[serve] (explain: E111)"
+    message = "serve.py needs the package uvicorn: pip install -e '.[serve]' (explain: E111)"
     assert done.stderr == f"error: {message}\n"

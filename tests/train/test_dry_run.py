@@ -332,7 +332,7 @@ def test_a_state_of_another_run_is_refused(bench: Bench) -> None:
 def test_a_missing_extra_is_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert bench.problems(tensorboard=bench.folder / "events") == [
-        "  --tensorboard: needs an extra: pip install -e .[tensorboard]"
+        "  --tensorboard: needs an extra: pip install -e '.[tensorboard]'"
     ]
 
 

@@ -611,7 +611,7 @@ def _report_to(lab: Lab) -> None:
     run = lab.run(report_to="tensorboard", eval_dataset=lab.workspace.eval)
     [folder] = (run.save / "cpm_bee_finetune-tensorboard").iterdir()
     assert scalars(folder)["task/train/loss"] == pytest.approx(run.losses, rel=1e-6)
-    assert "pip install -e .[wandb]" in lab.refusal(report_to="wandb")
+    assert "pip install -e '.[wandb]'" in lab.refusal(report_to="wandb")
 
 
 @case
@@ -640,7 +640,7 @@ def _tensorboard(lab: Lab) -> None:
     lab.patch.setattr(
         importlib.util, "find_spec", lambda n, *a: None if n == "tensorboard" else real(n, *a)
     )
-    assert "pip install -e .[tensorboard]" in lab.refusal(tensorboard=lab.folder / "none")
+    assert "pip install -e '.[tensorboard]'" in lab.refusal(tensorboard=lab.folder / "none")
 
 
 @case

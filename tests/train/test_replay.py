@@ -161,6 +161,24 @@ def test_steps_after_a_resume_with_other_settings_are_left_out(
 
 
 @pytest.mark.slow
+def test_two_ranks_with_parts_of_the_model(workspace: Workspace, tmp_path: Path) -> None:
+    flags = workspace.flags(
+        tmp_path / "run", use_delta=True, batch_size=2, max_steps=3, parallel="fsdp"
+    )
+    command = train_support.command(*flags, ranks=2)
+    status, output, errors = train_support.finish(train_support.start(command, tmp_path))
+    assert status == 0, output + errors
+    receipt = json.loads(receipt_of(tmp_path / "run").read_text())
+    environment = receipt["parts"][0]["environment"]
+    assert (environment["ranks"], environment["sharded"]) == (2, True)
+    lines, status = again(tmp_path / "run")
+    reason = "bit equality is not to be expected: its weights were sharded, and norms summed"
+    assert status == 0 or any(line.startswith(reason) for line in lines), lines
+    losses = [line for line in lines if line.startswith("loss: ")]
+    assert all(float(line.partition("at most by ")[2].split()[0]) < 1e-3 for line in losses)
+
+
+@pytest.mark.slow
 def test_two_ranks_agree_with_one_process(workspace: Workspace, tmp_path: Path) -> None:
     flags = workspace.flags(tmp_path / "run", use_delta=True, batch_size=2, max_steps=4)
     command = train_support.command(*flags, ranks=2)

@@ -20,7 +20,7 @@ import numpy as np
 from cpm_bee.errors import InputError
 from cpm_bee.evaluate.bootstrap import Statistics, share
 
-_PACKAGES = "figures for free text need the packages sacrebleu and jieba: pip install -e .[eval]"
+_PACKAGES = "figures for free text need the packages sacrebleu and jieba: pip install -e '.[eval]'"
 
 
 def text_statistics(

@@ -77,7 +77,7 @@ def key_figures(history: History, metric: str) -> str:
 def curves(history: History, drawn: Curves | None, *, lacks_matplotlib: bool, failure: str) -> str:
     notes = []
     if lacks_matplotlib:
-        command = "<code>pip install -e .[report]</code>"
+        command = "<code>pip install -e '.[report]'</code>"
         notes.append(both(f"Curves need an extra: {command}", f"曲线需要安装附加依赖：{command}"))
     if failure:
         why = escape(failure)

@@ -2,20 +2,41 @@
 
 Batches have any number of tokens, so their tensors have any size. glibc's malloc keeps what is
 freed for later, but blocks of other sizes seldom fit: they are cut from its end, and the heap grows
-though the memory in use does not. It also learns from large blocks that are freed to take such
-blocks from the heap too (up to 32 MiB) instead of asking the system for each of them.
-`malloc_trim` gives back all whole pages that are free, also between blocks in use. It takes some
-hundredths of a second, and the pages that are needed again some more: too much for each step.
+though the memory in use does not. It begins with a system call for each block from 128 KiB on, and
+learns from those that are freed to take larger and larger ones, up to 32 MiB, from the heap.
+
+`return_large_blocks` keeps it from learning that. The pages of a large block are then zeroed anew
+each time, which a small model notices (a third of its speed) and a large one does not.
+`malloc_trim` gives back all whole pages of the heap that are free, also between blocks in use. It
+takes some hundredths of a second: too much for each step.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from collections.abc import Callable
 
+LARGE = 1 << 20  # bytes
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 SECONDS = 10.0  # between two trims of a server that is busy
 IDLE_SECONDS = 1.0  # without work, after which a server trims once
+
+
+def return_large_blocks() -> bool:
+    """Have blocks from `LARGE` on returned to the system when they are freed, in this process.
+
+    Returns whether it is so: not with another C library, nor where the user has set a threshold.
+    """
+    if _THRESHOLD in os.environ:
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # TypeError: Windows
+        return False
+    return bool(mallopt(_M_MMAP_THRESHOLD, LARGE))
 
 
 def malloc_trim() -> Callable[[], object] | None:

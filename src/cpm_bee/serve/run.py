@@ -23,11 +23,14 @@ try:
     import uvicorn
 
     from cpm_bee.serve.app import Api
+    from cpm_bee.serve.heap import return_large_blocks
     from cpm_bee.serve.host_check import is_loopback
     from cpm_bee.serve.metrics import Metrics
     from cpm_bee.serve.scheduler import Scheduler
 except ImportError as error:
-    raise InputError(f"serve.py needs the package {error.name}: pip install -e .[serve]") from None
+    raise InputError(
+        f"serve.py needs the package {error.name}: pip install -e '.[serve]'"
+    ) from None
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -38,6 +41,7 @@ def serve(options: ServeOptions) -> None:
     Raises:
         InputError: the address cannot be used, or as `load_model`.
     """
+    return_large_blocks()
     listener = _listen(options)  # before the model is loaded, which may take minutes
     with listener:
         loaded = load_model(options)

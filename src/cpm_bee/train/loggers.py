@@ -70,7 +70,7 @@ def missing_loggers(options: Options) -> list[tuple[str, str]]:
     if options.tensorboard is not None and TENSORBOARD not in options.report_to:
         asked.append(("--tensorboard", TENSORBOARD))
     return [
-        (flag, f"needs an extra: pip install -e .[{name}]")
+        (flag, f"needs an extra: pip install -e '.[{name}]'")
         for flag, name in asked
         if not is_installed(name)
     ]

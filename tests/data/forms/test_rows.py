@@ -197,7 +197,7 @@ def test_a_missing_package_is_one_line_with_its_extra(
     path.write_bytes(b"")
     with pytest.raises(InputError) as caught:
         list(read_rows(path))
-    extra = f"{path}: needs the package {package}: pip install -e .[data] -c constraints.txt"
+    extra = f"{path}: needs the package {package}: pip install -e '.[data]' -c constraints.txt"
     assert str(caught.value) == extra
 
 

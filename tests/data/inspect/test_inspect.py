@@ -201,7 +201,7 @@ def test_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     picture = tmp_path / "new" / "lengths.png"
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     done = run_here("inspect_data", *flags, "--picture", picture)
-    assert done.status == 2 and "pip install -e .[report]" in done.errors and not picture.exists()
+    assert done.status == 2 and "pip install -e '.[report]'" in done.errors and not picture.exists()
     monkeypatch.undo()
     pytest.importorskip("matplotlib")
     assert run_here("inspect_data", *flags, "--picture", picture).status == 0

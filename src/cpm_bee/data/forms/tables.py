@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from cpm_bee.errors import InputError
 from cpm_bee.json_lines import MAX_LINE
 
-EXTRA = "needs the package {}: pip install -e .[data] -c constraints.txt"
+EXTRA = "needs the package {}: pip install -e '.[data]' -c constraints.txt"
 
 
 class Row(NamedTuple):

@@ -108,7 +108,7 @@ def _figure_class():  # type: ignore[no-untyped-def]
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError(
-            "--picture needs the package matplotlib: pip install -e .[report] -c constraints.txt"
+            "--picture needs the package matplotlib: pip install -e '.[report]' -c constraints.txt"
         ) from None
     return Figure
 

@@ -41,21 +41,27 @@ class BufferPool:
     def __init__(self) -> None:
         self._storages: list[torch.UntypedStorage] = []
         self._make: Callable[[int], torch.UntypedStorage] = torch.UntypedStorage
+        self._forget: Callable[[], None] = lambda: None
         self._is_simulated = False
 
     @contextlib.contextmanager
-    def simulated(self, make: Callable[[int], torch.UntypedStorage]) -> Iterator[None]:
+    def simulated(
+        self,
+        make: Callable[[int], torch.UntypedStorage],
+        forget: Callable[[], None] = lambda: None,
+    ) -> Iterator[None]:
         """Serve tensors without values, to predict memory; begins with no storages.
 
         Args:
             make: returns a storage without memory of a number of bytes.
+            forget: drops what else refers to a storage that is replaced.
         """
-        before = self._storages, self._make, self._is_simulated
-        self._storages, self._make, self._is_simulated = [], make, True
+        before = self._storages, self._make, self._forget, self._is_simulated
+        self._storages, self._make, self._forget, self._is_simulated = [], make, forget, True
         try:
             yield
         finally:
-            self._storages, self._make, self._is_simulated = before
+            self._storages, self._make, self._forget, self._is_simulated = before
 
     def empty(self, like: torch.Tensor, *shape: int) -> torch.Tensor:
         """Returns an uninitialised tensor with a shape, and the dtype and device of `like`."""
@@ -78,6 +84,7 @@ class BufferPool:
         if too_small is not None:  # replaced, to bound the number of storages
             self._storages.remove(too_small)
             del too_small
+            self._forget()
         self._storages.append(self._make(size))
         return self._storages[-1]
 

@@ -17,6 +17,7 @@ import numpy as np
 from cpm_bee.delta import DeltaConfig
 from cpm_bee.errors import InputError
 from cpm_bee.train.plan.memory import Situation, fits, on_gpu, quantizable
+from cpm_bee.train.plan.simulation import Peaks as Held
 
 _MOST_CHANGES = 3
 _SHARDS = (2, 4, 8)
@@ -50,12 +51,12 @@ class Peaks:
 
     def __init__(self, auto_checkpointing: bool) -> None:
         self._auto = auto_checkpointing
-        self._known: dict[str, int] = {}
+        self._known: dict[str, Held] = {}
 
-    def of(self, situation: Situation) -> int:
+    def of(self, situation: Situation) -> Held:
         key = repr(replace(situation, training=None, evaluation=None))  # type: ignore[arg-type]
         if key not in self._known:
-            self._known[key] = on_gpu(situation).peak
+            self._known[key] = on_gpu(situation)
         return self._known[key]
 
     def fits(self, situation: Situation, card: int) -> int | None:
@@ -65,7 +66,7 @@ class Peaks:
             ways.append(replace(situation, checkpointing=True))
         for way in ways:
             try:
-                peak = self.of(way)
+                peak = self.of(way).peak
             except InputError:  # no record is short enough
                 return None
             if fits(peak, card):

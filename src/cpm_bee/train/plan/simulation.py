@@ -114,7 +114,14 @@ def _simulate(config: ModelConfig, training: TrainingSetup, work: Workload, on_g
     model = meta_model(config, training)
     if on_gpu:
         _dequantize_whole(model)
-    pool = contextlib.nullcontext() if on_gpu else buffer_pool.simulated(storage)
+    pool = (
+        contextlib.nullcontext()
+        if on_gpu
+        else buffer_pool.simulated(
+            storage,
+            FakeTensorMode.cache_clear,  # whose keys refer to storages
+        )
+    )
     with LiveStorages(fake) as live, pool:
         set_parameters(model, training, make)
         run = _Run(model, training, live, config.half, on_gpu)
