@@ -147,7 +147,7 @@ class Evaluated:
 
     def _conclusion(self, comparisons: Sequence[Comparison]) -> str:
         first = comparisons[1 if self.kinds.choices.all() else 0]
-        about = said(f"{first.statistics.name} against the base model")
+        about = said(f"{said(first.statistics.name)} against the base model")
         return f"{about}: {report.sentence(first)}"
 
     def _confusion(self) -> Confusion:
