@@ -287,7 +287,14 @@ def _lines(values: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[str]:
             plain = {name: list(value) if is_list else value}
             # None: a list is written in one line, and only a list is.
             flow = None if is_list else False
+            texts = [text for text in (value if is_list else [value]) if isinstance(text, str)]
+            # YAML takes these for ends of lines, except in double quotes, where they are escaped.
+            style = '"' if set("\x85\u2028\u2029") & set("".join(texts)) else None
             dumped = yaml.safe_dump(
-                plain, allow_unicode=True, width=1 << 20, default_flow_style=flow
+                plain,
+                allow_unicode=True,
+                width=1 << 20,
+                default_flow_style=flow,
+                default_style=style,
             )
             yield dumped.rstrip("\n")

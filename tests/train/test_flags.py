@@ -118,7 +118,10 @@ def test_flag(lab: Lab, name: str) -> None:
 @case
 def _lang(lab: Lab) -> None:
     arguments = lab.workspace.flags(lab.folder / "none", load=lab.folder / "missing")
-    for language, words in (("zh", "没有这个文件"), ("en", "no such file")):  # English is left
+    for language, words in (
+        ("zh", "没有这个检查点"),
+        ("en", "no such checkpoint"),
+    ):  # English is left
         lab.patch.setattr(sys, "argv", ["finetune_cpm_bee.py", *arguments, "--lang", language])
         with pytest.raises(SystemExit) as caught:
             run_command(lambda: finetune(Options.parse()))
