@@ -103,8 +103,9 @@ def test_phases_are_those_of_a_real_run(way: str) -> None:
     found = simulate(CONFIG, WAYS[way], WORK)
     assert found.phases.keys() == expected.keys()
     for phase, peak in expected.items():
-        # Small tensors of kernels and norms differ; so do temporaries of decoding NF4.
-        assert found.phases[phase] == pytest.approx(peak, rel=0.03), (phase, found.phases, expected)
+        # The codes of real NF4 have temporaries, those of the simulated one do not.
+        bound = 0.15 if "nf4" in way else 0.001
+        assert found.phases[phase] == pytest.approx(peak, rel=bound), phase
     assert found.peak == max(found.phases.values()) == found.phases[found.worst]
 
 
