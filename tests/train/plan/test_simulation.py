@@ -130,7 +130,7 @@ def test_an_evaluation_leaves_its_buffers_for_the_rest_of_the_run() -> None:
     kept = 256 * CONFIG.vocab_size * 4  # the logits of a piece of targets
     assert with_it.phases[SAVING] >= without.phases[SAVING] + kept // 2
     on_gpu = [simulate(CONFIG, LORA, w, on_gpu=True).phases[STEP] for w in (WORK, large)]
-    assert on_gpu[0] == on_gpu[1]  # where nothing is kept
+    assert on_gpu[1] - on_gpu[0] < kept // 100  # where no logits are kept
 
 
 def test_a_half_checkpoint_is_copied_twice_in_full_fine_tuning() -> None:

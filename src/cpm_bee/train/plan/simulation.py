@@ -95,10 +95,9 @@ def simulate(
     feed_forwards = sum(map(config.has_ffn, layers)) - 2
 
     def at_depth(of: Callable[[Peaks], int]) -> int:
-        more = attentions * (of(attention) - of(base)) + feed_forwards * (
-            of(feed_forward) - of(base)
-        )
-        return of(base) + more
+        least = of(base)
+        more = attentions * (of(attention) - least) + feed_forwards * (of(feed_forward) - least)
+        return least + more
 
     return Peaks(
         at_depth(lambda p: p.weights),
