@@ -29,6 +29,7 @@ from cpm_bee.records import Record
 from cpm_bee.tokenizer import REQUIRED
 from cpm_bee.train.log import Reporter
 from cpm_bee.train.options import Options
+from cpm_bee.train.plan.measurement import Measured, StepTime
 from cpm_bee.train.setup import finetune
 
 LETTERS = "abcdefgh"
@@ -331,3 +332,10 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def pretend_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have plans take fixed figures instead of those of a process that measures a step."""
+    step = StepTime(tokens=100, train=0.5, evaluate=0.1, train_cpu=0.4, evaluate_cpu=0.1)
+    found = Measured(200 << 20, 100 << 20, 2.0, 1.5, 1e9, 2e8, step)
+    monkeypatch.setattr("cpm_bee.train.plan.run.measure", lambda *_: found)

@@ -18,3 +18,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 def one_thread() -> Iterator[None]:
     with train_support.one_thread():
         yield
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of a plan as if they were measured, which takes seconds."""
+    train_support.pretend_measured(monkeypatch)

@@ -66,7 +66,7 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Bench:
+def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str], measured: None) -> Bench:
     return Bench(tmp_path, capsys)
 
 

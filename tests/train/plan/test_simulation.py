@@ -103,8 +103,9 @@ def test_phases_are_those_of_a_real_run(way: str) -> None:
     found = simulate(CONFIG, WAYS[way], WORK)
     assert found.phases.keys() == expected.keys()
     for phase, peak in expected.items():
-        # Small tensors of kernels and norms differ; so do temporaries of decoding NF4.
-        assert found.phases[phase] == pytest.approx(peak, rel=0.03), (phase, found.phases, expected)
+        # The codes of real NF4 have temporaries, those of the simulated one do not.
+        bound = 0.15 if "nf4" in way else 0.001
+        assert found.phases[phase] == pytest.approx(peak, rel=bound), phase
     assert found.peak == max(found.phases.values()) == found.phases[found.worst]
 
 
@@ -129,7 +130,7 @@ def test_an_evaluation_leaves_its_buffers_for_the_rest_of_the_run() -> None:
     kept = 256 * CONFIG.vocab_size * 4  # the logits of a piece of targets
     assert with_it.phases[SAVING] >= without.phases[SAVING] + kept // 2
     on_gpu = [simulate(CONFIG, LORA, w, on_gpu=True).phases[STEP] for w in (WORK, large)]
-    assert on_gpu[0] == on_gpu[1]  # where nothing is kept
+    assert on_gpu[1] - on_gpu[0] < kept // 100  # where no logits are kept
 
 
 def test_a_half_checkpoint_is_copied_twice_in_full_fine_tuning() -> None:

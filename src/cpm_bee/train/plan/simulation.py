@@ -5,15 +5,16 @@ pass, clipping, AdamW, and the copies of what is saved, in the order of `Trainer
 includes the storages that `buffer_pool` keeps: those that an evaluation has made stay for the rest
 of the run, beside those of the training steps.
 
-Every layer but the first and the last takes the same memory, so a deep model is simulated with two
-smaller numbers of layers, and the peak of each phase continued linearly.
+Attention blocks between the first and the last layer take the same memory each, and so do
+feed-forward blocks. So a deep model is simulated with few layers, and the peak of each phase is
+continued linearly in both numbers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,7 +35,6 @@ from cpm_bee.train.memory_estimate import TrainingSetup, meta_model, set_paramet
 
 EVALUATION, SAVING, STEP = "evaluation", "saving", "training step"
 _WHOLE = 12  # layers of a model that is simulated as it is
-_SHALLOW = (4, 6)
 
 
 @dataclass(frozen=True)
@@ -83,20 +83,33 @@ def simulate(
         on_gpu: count what is on the GPU. Its allocator keeps no storages as `buffer_pool` does,
             weights are dequantized whole, and what is saved is copied to the host.
     """
-    deep = config.num_layers
-    if deep <= _WHOLE or config.mask_modules:
+    if config.num_layers <= _WHOLE:
         return _simulate(config, training, work, on_gpu)
-    near, far = (_simulate(replace(config, num_layers=n), training, work, on_gpu) for n in _SHALLOW)
+    # A whole layer below and one above, and between them nothing, attention, or feed-forward.
+    middles = ((), ((False, True),), ((True, False),))
+    base, attention, feed_forward = (
+        _simulate(_stack(config, middle), training, work, on_gpu) for middle in middles
+    )
+    layers = range(config.num_layers)
+    attentions = sum(map(config.has_attention, layers)) - 2
+    feed_forwards = sum(map(config.has_ffn, layers)) - 2
 
-    def at_depth(first: int, second: int) -> int:
-        return second + (second - first) * (deep - _SHALLOW[1]) // (_SHALLOW[1] - _SHALLOW[0])
+    def at_depth(of: Callable[[Peaks], int]) -> int:
+        least = of(base)
+        more = attentions * (of(attention) - least) + feed_forwards * (of(feed_forward) - least)
+        return least + more
 
     return Peaks(
-        at_depth(near.weights, far.weights),
-        at_depth(near.gradients, far.gradients),
-        at_depth(near.moments, far.moments),
-        {name: at_depth(near.phases[name], far.phases[name]) for name in far.phases},
+        at_depth(lambda p: p.weights),
+        at_depth(lambda p: p.gradients),
+        at_depth(lambda p: p.moments),
+        {name: at_depth(lambda p, name=name: p.phases[name]) for name in base.phases},  # type: ignore[misc]
     )
+
+
+def _stack(config: ModelConfig, middle: tuple[tuple[bool, bool], ...]) -> ModelConfig:
+    masks = ((False, False), *middle, (False, False))
+    return replace(config, num_layers=len(masks), mask_modules=masks)
 
 
 def _simulate(config: ModelConfig, training: TrainingSetup, work: Workload, on_gpu: bool) -> Peaks:
