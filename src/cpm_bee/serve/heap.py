@@ -6,7 +6,8 @@ though the memory in use does not. It begins with a system call for each block f
 learns from those that are freed to take larger and larger ones, up to 32 MiB, from the heap.
 
 `return_large_blocks` keeps it from learning that. The pages of a large block are then zeroed anew
-each time, which a small model notices (a third of its speed) and a large one does not.
+each time. A small model notices it (a third of its speed), a larger one less: it computes more for
+each of them.
 `malloc_trim` gives back all whole pages of the heap that are free, also between blocks in use. It
 takes some hundredths of a second: too much for each step.
 """
