@@ -65,11 +65,11 @@ def next_step(folders: list[Path]) -> str:
     usual = (src.parent / "bin_data").resolve()
     if (training.resolve(), evaluation.resolve()) == (usual / "train", usual / "eval"):
         return "next, in src: bash scripts/finetune_cpm_bee.sh"
-    dataset, eval_dataset = (shlex.quote(str(folder)) for folder in (training, evaluation))
-    return (
-        f"next: cd {shlex.quote(str(src))} && DATASET={dataset} EVAL_DATASET={eval_dataset} "
-        "bash scripts/finetune_cpm_bee.sh"
-    )
+    variables = {"DATASET": str(training), "EVAL_DATASET": str(evaluation)}
+    if training.parent.name not in ("", usual.name):  # a task's own name: results of others stay
+        variables["SAVE_NAME"] = training.parent.name
+    given = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
+    return f"next: cd {shlex.quote(str(src))} && {given} bash scripts/finetune_cpm_bee.sh"
 
 
 if __name__ == "__main__":

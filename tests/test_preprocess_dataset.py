@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import preprocess_dataset
 import pytest
 import tiny
 from preprocess_support import assert_same_index, bee_data, make, numbers, read, record, tree, write
@@ -259,3 +260,15 @@ def test_the_usual_vocabulary_is_that_of_the_base(
     result = run_script(SCRIPT, *arguments, cwd=bee)
     assert (result.returncode, result.stderr) == (0, "")
     assert_same_index(bee / "bin" / "eval", bee, Tokenizer.load(usual))
+
+
+def test_the_next_command_keeps_the_results_of_other_tasks_apart(
+    root: Path, tmp_path: Path
+) -> None:
+    usual = [root / "bin_data" / name for name in ("train", "eval")]
+    assert preprocess_dataset.next_step(usual) == ("next, in src: bash scripts/finetune_cpm_bee.sh")
+    own = [tmp_path / "my task" / name for name in ("eval", "train")]
+    assert preprocess_dataset.next_step(own) == (
+        f"next: cd {root / 'src'} && DATASET='{own[1]}' EVAL_DATASET='{own[0]}' "
+        "SAVE_NAME='my task' bash scripts/finetune_cpm_bee.sh"
+    )
