@@ -9,12 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-import preprocess_dataset
 import pytest
 import tiny
 from preprocess_support import assert_same_index, bee_data, make, numbers, read, record, tree, write
 from support import RunScript
 
+import preprocess_dataset
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.token_index.writer import folder_name
 from cpm_bee.errors import InputError
