@@ -132,7 +132,7 @@ _DOCTOR = {
 
 _PLAN = _FINETUNE | {
     "--processes": "num-processes nproc-per-node num-gpus gpus devices world-size",
-    "--json": _DOCTOR["--json"],
+    "--json": "json-file",
 }
 
 _MERGE = {

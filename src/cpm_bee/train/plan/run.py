@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from cpm_bee.engine.select import expected_distribution
 from cpm_bee.errors import InputError
@@ -16,61 +14,14 @@ from cpm_bee.train.activation_checkpointing import choose_for_run
 from cpm_bee.train.checks import Inputs, check
 from cpm_bee.train.model_options import AUTO
 from cpm_bee.train.options import Options
-from cpm_bee.train.plan.changes import Fix, Peaks, possible_changes, smallest_changes
-from cpm_bee.train.plan.disk import DiskUse, disk_use
-from cpm_bee.train.plan.measurement import Measured, measure
+from cpm_bee.train.plan.changes import Peaks, possible_changes, smallest_changes
+from cpm_bee.train.plan.disk import disk_use
+from cpm_bee.train.plan.measurement import measure
 from cpm_bee.train.plan.memory import CARDS, Situation, for_gpu, on_host
 from cpm_bee.train.plan.options import PlanOptions
-from cpm_bee.train.plan.simulation import Peaks as Held
+from cpm_bee.train.plan.result import Card, RunPlan
 from cpm_bee.train.plan.text import lines_of
-from cpm_bee.train.plan.times import RunTime, run_time
-
-
-@dataclass(frozen=True)
-class Card:
-    """A GPU of so many GB: the predicted peak if the run fits it, else what makes it fit."""
-
-    gigabytes: int
-    peak: int | None
-    fixes: list[Fix]
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """What a run will need. Sizes in bytes, of each process; times in seconds.
-
-    Attributes:
-        host: the tensors of a run on the CPU; None on a GPU.
-        gpu: the tensors of a run on a GPU, in 16 bit.
-        host_peak: resident memory of a process, at its peak.
-        steps: of the whole run, about.
-    """
-
-    host: Held | None
-    gpu: Held
-    measured: Measured
-    host_peak: int
-    processes: int
-    steps: int
-    step_tokens: float
-    evaluation_tokens: float
-    time: RunTime | None
-    disk: DiskUse
-    cards: list[Card]
-
-    def as_json(self) -> dict[str, Any]:
-        values = asdict(self)
-        for name in ("disk", "time"):
-            part = getattr(self, name)
-            values[name] = None if part is None else part._asdict()
-        if self.time is not None:
-            values["time"]["total"] = self.time.total
-        values["disk"]["results"] = self.disk.results
-        for name in ("host", "gpu"):
-            held = getattr(self, name)
-            if held is not None:
-                values[name] |= {"peak": held.peak, "worst": held.worst, "rest": held.rest}
-        return values
+from cpm_bee.train.plan.times import run_time
 
 
 def run_plan(options: PlanOptions) -> list[str]:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from cpm_bee.disk import shown_bytes
+from cpm_bee.train.plan.result import Card, RunPlan
 from cpm_bee.train.plan.simulation import Peaks
 from cpm_bee.train.plan.times import duration
-
-if TYPE_CHECKING:
-    from cpm_bee.train.plan.run import Card, RunPlan
 
 _GIB, _MIB = 2**30, 2**20
 
