@@ -134,8 +134,11 @@ fi
 
 # With many processes, all would report a mistake, and other machines would wait for the one that
 # has it. So one process on each machine checks first, with the environment of rank 0.
-RANK=0 LOCAL_RANK=0 WORLD_SIZE="$PROCESSES" python "$SCRIPT" "${OPTS[@]}" "$@" --dry-run || exit $?
-case " $* " in *" --dry-run "* | *" --dry_run "* | *" --help "* | *" -h "*) exit ;; esac
+checks_only=1
+case " $* " in *" --dry-run "* | *" --dry_run "* | *" --help "* | *" -h "*) checks_only="" ;; esac
+RANK=0 LOCAL_RANK=0 WORLD_SIZE="$PROCESSES" CPM_BEE_CHECKS_ONLY="$checks_only" \
+    python "$SCRIPT" "${OPTS[@]}" "$@" --dry-run || exit $?
+[ -n "$checks_only" ] || exit 0
 
 flags="$(PYTHONPATH="$project/src" python -m cpm_bee.distributed.rendezvous \
     "$MASTER_ADDR" "$MASTER_PORT" "$NNODES" "$RDZV_TIMEOUT")" || exit $?

@@ -96,7 +96,8 @@ def test_tutorial_word_for_word(checkout: Path) -> None:
     events = read_log(results / "cpm_bee_finetune-log.jsonl")
     evaluation = ["eval", "samples"]
     kinds = [e["event"] for e in events]
-    assert kinds == ["start", *evaluation, "train", "train", *evaluation, "end"]
+    steps = ["digest", "train", "digest", "train", "digest"]
+    assert kinds == ["start", *evaluation, *steps, *evaluation, "end"]
     assert events[1]["records"] == 20
     written = sorted(p.name for p in (checkout / "bin_data" / "train").iterdir())
     assert written[:3] == ["ccpm_data", "checksums.json", "meta.bin"]
@@ -304,7 +305,7 @@ def test_copied_script_with_four_processes_and_no_checkpoint(checkout: Path) -> 
         (checkout / "bin_data" / name).mkdir()
     done = bash("copied.sh", cwd=checkout / "src", TMPDIR=str(checkout))
     assert done.returncode != 0
-    begin = "error: this run cannot start: (explain: E201)\n"
+    begin = "error: this run cannot start: (explain: E201, E315)\n"
     assert done.stderr.startswith(f"{begin}  --load ckpts/pytorch_model.bin: no such checkpoint")
     assert done.stderr.count("error: ") == 1
     # Once more as the root cause in torchrun's report, which names rank 0.

@@ -19,7 +19,7 @@ from train_support import TOKENS, train
 from cpm_bee.checkpoint.reader import load_tensors, save_tensors
 from cpm_bee.data.bin_dataset import BinaryDataset
 from cpm_bee.data.token_index.reader import TokenIndex
-from cpm_bee.errors import InputError
+from cpm_bee.errors import InputError, RunError
 from cpm_bee.files import exclusive
 from cpm_bee.tokenizer import Tokenizer
 from cpm_bee.train import data_size
@@ -54,7 +54,10 @@ class Bench:
             finetune(Options.parse(flags))
         finally:
             assert snapshot(self.folder) == before
-        return self._capsys.readouterr().out.splitlines()
+        lines = self._capsys.readouterr().out.splitlines()
+        # The plan, which ends with the last line but one, has tests of its own.
+        begin = next(i for i, line in enumerate(lines) if line.startswith("plan: "))
+        return [*lines[:begin], lines[-1]]
 
     def problems(self, **values: Any) -> list[str]:
         """The lines of its refusal, without the header."""
@@ -121,6 +124,25 @@ def test_it_plans_for_all_processes(bench: Bench, monkeypatch: pytest.MonkeyPatc
     told = bench.run(parallel="fsdp", offload=True)
     fsdp = "parallel fsdp, each process with a part of every tensor, in host memory: as requested"
     assert fsdp in told
+
+
+def test_only_the_checks_where_a_run_follows(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = bench.run()
+    monkeypatch.setenv("CPM_BEE_CHECKS_ONLY", "1")
+    told = bench.run()
+    assert told == [line for line in planned if line in told]
+    assert not any(line.startswith("plan:") for line in told)
+    assert len(planned) > len(told) + 3
+
+
+def test_a_plan_that_cannot_be_made_is_no_mistake_of_the_run(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RunError("a step could not be measured: no room")
+
+    monkeypatch.setattr("cpm_bee.train.dry_run.plan_lines", fail)
+    assert "no plan: a step could not be measured: no room" in bench.run()
 
 
 def test_it_joins_no_process_and_reads_no_weights(

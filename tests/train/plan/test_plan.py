@@ -105,7 +105,7 @@ def test_it_measures_the_process_and_a_step(workspace: Workspace, tmp_path: Path
 
 @pytest.mark.slow
 def test_a_real_run_has_about_the_predicted_peak(workspace: Workspace, tmp_path: Path) -> None:
-    """Larger models: benchmarks/predictions.py. Here nearly all is the process itself."""
+    """Nearly all of it is the process itself; benchmarks/planned_runs.py has larger models."""
     values = {"use_delta": True, "eval_dataset": workspace.eval, "max_steps": 3}
     _, plan = planned(workspace, tmp_path, **values)
     code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='x')"

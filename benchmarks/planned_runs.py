@@ -1,6 +1,6 @@
 """Compare what plan.py predicts with runs: peak memory, and the time of a step and of the whole.
 
-    python benchmarks/predictions.py --work FOLDER --data TRAIN.jsonl --vocab bee.txt [--only NAME]
+    python benchmarks/planned_runs.py --work FOLDER --data TRAIN.jsonl --vocab bee.txt [--only NAME]
 
 Writes a checkpoint of random weights and datasets to FOLDER once. For each setting it plans, then
 runs finetune_cpm_bee.py, and reads the peak resident memory (VmHWM) of that process from the kernel
