@@ -12,7 +12,7 @@ from serve_support import Served
 from cpm_bee.data.record_source import read_records
 from cpm_bee.generate.choices import choose
 from cpm_bee.generate.generator import Generator
-from cpm_bee.generate.jsonl import ChoiceOptions, generate_file
+from cpm_bee.generate.jsonl import ChoiceOptions, FileOptions, generate_file
 from cpm_bee.generate.options import GenerationOptions
 
 RECORDS = [
@@ -98,8 +98,8 @@ def test_orders_of_options_are_those_of_a_file(server: Served, generator, tmp_pa
     probabilities = []
     for seed in (0, 5):
         output = tmp_path / f"out{seed}.jsonl"
-        choices = ChoiceOptions(orders=2, seed=seed)
-        generate_file(generator, given, GenerationOptions(), str(output), {}, choices=choices)
+        options = FileOptions(GenerationOptions(), choices=ChoiceOptions(orders=2, seed=seed))
+        generate_file(generator, given, str(output), options)
         expected = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
         body = {"choices": True, "average_orders": 2, **({"seed": seed} if seed else {})}
         answered = generated(server, records=records, **body)
