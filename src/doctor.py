@@ -32,7 +32,7 @@ def examine_machine() -> int:
     options = DoctorOptions.parse()
     chosen = steps.choose(options.steps)
     if options.list:
-        print("\n".join(f"{step.name:<14} {step.title}" for step in chosen))
+        print("\n".join(f"{step.name:<14} {said(step.title)}" for step in chosen))
         return 0
     findings, facts = examine(options)
     if options.gpu and options.device != "cpu" and not facts.torch.get("devices"):
@@ -46,9 +46,9 @@ def examine_machine() -> int:
         begin = said(f"{len(chosen)} steps on {options.device}, each in a process of its own")
         print(f"\n{begin}", flush=True)
         results = run_steps(chosen, options.device, len(facts.torch.get("devices", [])))
-        of_steps = [result.finding() for result in results]
-        print(f"\n{report.table(of_steps)}")
-        findings += of_steps
+        shown = [result.finding(said) for result in results]
+        print(f"\n{report.table(shown, translate_names=False)}")
+        findings += [result.finding() for result in results]
         found["steps"] = [result.as_json() for result in results]
     print(f"\n{report.summary(findings)}")
     if options.json is not None:

@@ -16,12 +16,20 @@ from text_flow import CUT, HOLE, SAID, TextFlow
 ERRORS = {"InputError", "RunError", "DamagedFile", "InterruptedRun", "CpmBeeError", "BusyError"}
 ERRORS |= {"MarkupError", "ArgumentTypeError", "ValueError", "UnpicklingError", "BadRow"}
 # Functions that return reasons and are handed on, so that no call can be followed to them.
-MAKE_REASONS = {"validate"}
+MAKE_REASONS = {"validate", "differences", "_changed_log"}
 MAKE_MESSAGE = {"_message_of"}
 # Functions that return lines, which are printed elsewhere.
 MAKE_LINES = {"describe_run", "engine_line", "model_line", "data_lines", "schedule_warnings"}
 MAKE_LINES |= {"checkpointing_line", "_step_lines", "_result_lines", "init_delta_line", "verdict"}
 MAKE_LINES |= {"next_step", "generation_command"}
+MAKE_LINES |= {"reasons_to_differ", "digest_lines", "compared_by_fingerprint"}
+# Fixes that are commands and nothing else: they are the same in all languages.
+_COMMAND = (
+    r"pip (?:un)?install(?: [-\w.=⟨⟩]+)+|export(?: \w+=[^\s,;]+)+|unset(?: [A-Z_]+)+"
+    r"|git config core.autocrlf input|sed -i \S+ \S+|sudo nvidia-smi -i \S+ -c DEFAULT"
+    r"|docker run --gpus all|PYTHON=\S+ bash scripts/\w+\.sh"
+)
+COMMANDS = re.compile(rf"(?:{_COMMAND})(?:(?:; | && )(?:{_COMMAND}))*")
 
 
 class Text(NamedTuple):
@@ -74,6 +82,10 @@ def _errors_of(name: str, call: ast.Call, flow: TextFlow) -> Iterator[str]:
 def _lines_of(name: str, call: ast.Call, flow: TextFlow) -> Iterator[str]:
     if name in SAID and call.args:
         yield from flow.texts(call.args[0])
+    elif name == "Finding":
+        yield from (text for argument in call.args[2:] for text in flow.texts(argument))
+    elif name in ("Step", "TwoProcesses"):
+        yield from flow.texts(call.args[1])
     elif name in ("info", "warning") and _is_of(call, "logger") and call.args:
         yield from (re.sub("%[sd]", HOLE, text) for text in flow.texts(call.args[0]))
     elif name == "line" and (_is_of(call, "reporter") or _is_of(call, "self")) and call.args:

@@ -177,6 +177,39 @@ def test_a_message_of_an_error_in_chinese(
     assert capsys.readouterr().err == "错误: a.jsonl: 没有任何记录（说明：E308）\n"
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "a/x-receipt.json: finished after 6 steps; 4 steps done again on the CPU",
+            "a/x-receipt.json: 已完成（第 6 步后）；在 CPU 上重做了 4 步",
+        ),
+        ("different beforehand: threads: 2 then, 1 now", "事先就不同：线程数: 当时为 2，现在为 1"),
+        (
+            "different beforehand: base: m has other weights than the base of the run",
+            "事先就不同：基座: m 的权重与该运行的基座不同",
+        ),
+        (
+            "different beforehand: data: m: no space left on device",
+            "事先就不同：数据: m: 磁盘空间不足",
+        ),
+        (
+            "bit equality is not to be expected: "
+            "its weights were sharded, and norms summed in parts",
+            "不能期望逐位相同：它的权重是分片的，范数分段求和",
+        ),
+        (
+            "trained tensors: different after 6 steps, at most by 0.1 (a.b)",
+            "训练的张量：在第 6 步后不同，最多相差 0.1（a.b）",
+        ),
+        ("data: 12 records", "data: 12 条记录"),  # a path
+    ],
+)
+def test_a_report_of_verify(text: str, expected: str) -> None:
+    language.choose(["--lang", "zh"])
+    assert language.said(text) == expected
+
+
 HELP = """
 import runpy, sys
 sys.argv = ["finetune_cpm_bee.py", "--lang", "zh", "--help"]

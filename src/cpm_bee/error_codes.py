@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 TABLES = Path(__file__).parent / "messages"
-_NO_CODE = ("parts", "lines")  # tables of texts that belong to others, or are no errors
+_NO_CODE = ("parts", "lines", "doctor")  # tables of texts that belong to others, or are no errors
 _PLACES = "places"  # in the table of parts: what stands before a colon
 _PLACEHOLDER = re.compile(r"\{([a-z]\w*)\}")
 _READ_TOO = ("reason", "error", "kind")

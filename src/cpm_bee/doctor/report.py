@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cpm_bee.language import said
+from cpm_bee.language import is_chinese, said, width, wrapped
 
 OK, WARNING, FAULT = "ok", "warning", "fault"
 # Verdicts of what could not be checked here. They are never counted as "ok".
@@ -36,24 +36,38 @@ def worst(verdicts: Iterable[str]) -> str:
     return given[0] if given else NOT_AVAILABLE
 
 
-def table(findings: Sequence[Finding]) -> str:
-    """Returns the lines of a table; long texts go on below themselves."""
-    verdicts = max((len(f.verdict) for f in findings), default=0)
-    names = max((len(f.name) for f in findings), default=0)
-    indent = verdicts + names + 4
+def table(findings: Sequence[Finding], *, translate_names: bool = True) -> str:
+    """Returns the lines of a table in the user's language; long texts go on below themselves.
+
+    Args:
+        translate_names: False where names are those of steps, which people type.
+    """
+    verdicts = [said(f.verdict) for f in findings]
+    names = [said(f.name) if translate_names else f.name for f in findings]
+    columns = [max(map(width, column), default=0) for column in (verdicts, names)]
+    indent = sum(columns) + 4
     lines = []
-    for finding in findings:
-        first = f"{finding.verdict:<{verdicts}}  {finding.name:<{names}}  "
-        lines += _wrapped(first, finding.text, indent)
+    for finding, verdict, name in zip(findings, verdicts, names, strict=True):
+        first = f"{padded(verdict, columns[0])}  {padded(name, columns[1])}  "
+        lines += _wrapped(first, said(finding.text), indent)
         if finding.fix:
-            lines += _wrapped(" " * indent, f"{said('fix')}: {finding.fix}", indent)
+            lines += _wrapped(" " * indent, f"{said('fix')}: {said(finding.fix)}", indent)
     return "\n".join(line.rstrip() for line in lines)
 
 
+def padded(text: str, columns: int) -> str:
+    """A text with spaces behind it, as wide as so many columns of a terminal."""
+    return text + " " * (columns - width(text))
+
+
 def _wrapped(first: str, text: str, indent: int) -> list[str]:
+    most = max(_WIDTH, indent + 40)
+    if is_chinese():
+        begin, *rest = wrapped(text, most - indent)
+        return [first + begin, *(" " * indent + line for line in rest)]
     return textwrap.wrap(
         text,
-        max(_WIDTH, indent + 40),
+        most,
         initial_indent=first,
         subsequent_indent=" " * indent,
         break_long_words=False,  # paths and commands stay whole

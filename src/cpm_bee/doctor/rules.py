@@ -93,9 +93,9 @@ def threads(facts: Facts) -> Iterator[Finding]:
         fix = f"export OMP_NUM_THREADS={max(1, int(facts.cores))}"
         yield Finding("threads", WARNING, text, fix)
     else:
-        text = f"{count or 'unknown number of'} thread(s) on {cores} cores ({facts.cores_reason})"
-        text += f", OMP_WAIT_POLICY={facts.variables.get('OMP_WAIT_POLICY', 'unset')}"
-        yield Finding("threads", OK, text)
+        policy = facts.variables.get("OMP_WAIT_POLICY", "unset")
+        number = f"{count or 'unknown number of'} thread(s) on {cores} cores"
+        yield Finding("threads", OK, f"{number} ({facts.cores_reason}), OMP_WAIT_POLICY={policy}")
     spinning = [
         f"{name}={value}"
         for name, value in facts.variables.items()

@@ -10,14 +10,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cpm_bee.doctor.facts import SRC
-from cpm_bee.doctor.report import FAULT, NOT_AVAILABLE, Finding, worst
+from cpm_bee.doctor.report import FAULT, NOT_AVAILABLE, Finding, padded, worst
 from cpm_bee.doctor.steps import TOTAL_SECONDS, Step
+from cpm_bee.language import said
 from cpm_bee.progress import print_above_bar
 
 _GRACE = 5.0  # seconds between SIGTERM and SIGKILL
@@ -36,21 +37,24 @@ class StepResult:
     lines: list[dict[str, str]] = field(default_factory=list)
     output: str = ""  # of a step that failed
 
-    def finding(self) -> Finding:
-        if self.reason:
-            text = self.reason
-        else:
-            shown = [line for line in self.lines if line["verdict"] == self.verdict]
-            shown = shown if self.verdict == FAULT else self.lines
-            parts = [f"{line['what']}: {line['text']}" for line in shown if line["text"]]
-            text = "; ".join(parts[:3]) if self.verdict == FAULT else self._counted()
-        return Finding(self.step.name, self.verdict, f"{text} ({self.seconds:.0f} s)")
+    def finding(self, say: Callable[[str], str] = str) -> Finding:
+        """Returns its line of a table.
 
-    def _counted(self) -> str:
-        """How many of its lines have which verdict."""
-        verdicts = [line["verdict"] for line in self.lines]
-        counts = {v: verdicts.count(v) for v in dict.fromkeys(verdicts)}
-        return f"{self.step.title}: " + ", ".join(f"{n} {v}" for v, n in counts.items())
+        Args:
+            say: translates a part of the text; English without it.
+        """
+        if self.reason:
+            text = say(self.reason)
+        elif self.verdict == FAULT:
+            shown = [line for line in self.lines if line["verdict"] == self.verdict]
+            parts = [f"{line['what']}: {line['text']}" for line in shown if line["text"]]
+            text = "; ".join(parts[:3])
+        else:
+            verdicts = [line["verdict"] for line in self.lines]
+            counts = {v: verdicts.count(v) for v in dict.fromkeys(verdicts)}
+            text = ", ".join(say(f"{n} {v}") for v, n in counts.items())
+            text = f"{say(self.step.title)}: {text}"
+        return Finding(self.step.name, self.verdict, f"{text} ({self.seconds:.0f} s)")
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -91,10 +95,10 @@ def run_steps(
 
 
 def _shown(result: StepResult) -> list[str]:
-    lines = [
-        f"{result.step.name}: {result.verdict} ({result.seconds:.1f} s) {result.reason}".rstrip()
-    ]
-    lines += [f"    {line['verdict']:<8}  {line['what']}: {line['text']}" for line in result.lines]
+    verdict, reason = said(result.verdict), said(result.reason)
+    lines = [f"{result.step.name}: {verdict} ({result.seconds:.1f} s) {reason}".rstrip()]
+    for line in result.lines:
+        lines.append(f"    {padded(said(line['verdict']), 8)}  {line['what']}: {line['text']}")
     if result.verdict == FAULT and result.output:
         lines += [f"    | {line}" for line in result.output.splitlines()[-15:]]
     return lines

@@ -41,10 +41,10 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     if deltas[0] != deltas[1]:
         yield "--init-delta: another file than that of the run"
     yield from _of_code(then["code"], now["code"])
-    for name, title in _ENVIRONMENT.items():
+    for name, label in _ENVIRONMENT.items():
         before, after = then["environment"].get(name), now["environment"].get(name)
         if before != after:
-            yield f"{title}: {_named(before)} then, {_named(after)} now"
+            yield f"{label}: {_named(before)} then, {_named(after)} now"
 
 
 def _named(value: Any) -> str:
