@@ -25,7 +25,7 @@ can_share() {
 
 make_venv dev
 cd "$project"
-cores="$(nproc)"
+cores="$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)" # nproc heeds them
 processes="${TEST_PROCESSES:-$((cores < 4 ? cores : 4))}"
 share=()
 if [ "$processes" -gt 1 ] && can_share "$@"; then

@@ -22,7 +22,9 @@ def asked(place: Path, *arguments: str, cores: int = 2, **settings: str) -> str:
     for name in ("test_a.py", "test_b.py"):
         (place / "tests" / name).write_text("")
     (place / "bin").mkdir()
-    for name, line in (("nproc", f"echo {cores}"), ("python", 'echo "$@ [$OMP_NUM_THREADS]"')):
+    # The real nproc heeds OMP_NUM_THREADS too.
+    nproc = f"echo ${{OMP_NUM_THREADS:-{cores}}}"
+    for name, line in (("nproc", nproc), ("python", 'echo "$@ [$OMP_NUM_THREADS]"')):
         (place / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
         (place / "bin" / name).chmod(0o755)
     environment = {n: v for n, v in os.environ.items() if n not in ("OMP_NUM_THREADS", *settings)}
@@ -73,3 +75,7 @@ def test_their_number_and_threads(
     tmp_path: Path, cores: int, settings: dict[str, str], expected: str
 ) -> None:
     assert asked(tmp_path, cores=cores, **settings) == expected
+
+
+def test_threads_that_are_given_are_kept(tmp_path: Path) -> None:
+    assert asked(tmp_path, OMP_NUM_THREADS="1") == f"{SHARED.format(2)} [1]"
