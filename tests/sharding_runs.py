@@ -1,8 +1,9 @@
 """Run under torchrun by tests/engine/test_fsdp.py: each check raises if it fails."""
 
-from __future__ import ctypes
+from __future__ import annotations
 
 import copy
+import ctypes
 import math
 import sys
 from dataclasses import replace
