@@ -42,7 +42,8 @@ from cpm_bee.quantize.cache import cache_path
 from cpm_bee.quantize.formats import FORMATS
 from cpm_bee.records import Record
 from cpm_bee.train.options import Options
-from cpm_bee.train.receipt import Receipt, read_receipt
+from cpm_bee.train.receipt import Receipt
+from cpm_bee.train.receipt_reader import read_receipt
 
 # Before a stage: what is on its disk, and which of it must be whole afterwards.
 Snapshot = dict[str, bytes]

@@ -40,7 +40,7 @@ from cpm_bee.train import replay_report
 from cpm_bee.train.checkpoints import RunFiles
 from cpm_bee.train.options import Options
 from cpm_bee.train.provenance import RunProvenance
-from cpm_bee.train.receipt import read_receipt
+from cpm_bee.train.receipt_reader import read_receipt
 from cpm_bee.train.replay import first_part
 from cpm_bee.train.replay_options import ReplayOptions
 from cpm_bee.train.replay_settings import replay_settings

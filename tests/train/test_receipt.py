@@ -22,7 +22,7 @@ from cpm_bee.errors import InputError, InterruptedRun, RunError
 from cpm_bee.train import digest, hashes
 from cpm_bee.train.environment import code_of
 from cpm_bee.train.options import Options
-from cpm_bee.train.receipt import read_receipt
+from cpm_bee.train.receipt_reader import read_receipt
 
 NAME = "cpm_bee_finetune"
 

@@ -100,12 +100,7 @@ def check(options: Options, *, saves: bool = True) -> Inputs:
             initial_delta = InitialDelta(options)
     delta_config = None if initial_delta is None else initial_delta.config
 
-    datasets: dict[str, BinaryDataset | Mixture] = {}
-    for flag, folder in data_folders(options).items():
-        if flag not in missing:
-            with problems.collecting():
-                is_training = flag == "--dataset"
-                datasets[flag] = open_datasets(folder) if is_training else BinaryDataset(folder)
+    datasets = _open_data(options, missing, problems)
     # Full fine-tuning updates fp32 weights; a frozen base is held in the compute type.
     held = dtype if options.use_delta else torch.float32
     pretrained = _open_pretrained(options, held, missing, problems)
@@ -115,9 +110,8 @@ def check(options: Options, *, saves: bool = True) -> Inputs:
     fresh_start = ""
     shapes = step_shapes(options, num_processes)
     if device is not None and options.attention == flex_attention.FLEX:
-        dropout = 0.0 if pretrained is None else pretrained.model.config.dropout_p
         with problems.collecting():
-            flex_attention.refuse_if_unavailable(device, dropout)
+            _refuse_flex(device, pretrained)
     if pretrained is not None:
         if initial_delta is not None:
             _insert_delta(pretrained, initial_delta, _seed(options), problems)
@@ -137,9 +131,7 @@ def check(options: Options, *, saves: bool = True) -> Inputs:
     problems.raise_if_any("this run cannot start:")
     assert device is not None and pretrained is not None and files is not None
     if saves and RankInfo.of_this_process().rank == 0:  # which writes
-        trained = sum(p.numel() for p in pretrained.model.parameters() if p.requires_grad)
-        goes_on = saved_state is not None and not files.begins_new_run
-        files.require_room(trained, resume=goes_on)
+        _require_room(files, pretrained, saved_state)
     return Inputs(
         num_processes=num_processes,
         device=device,
@@ -153,6 +145,32 @@ def check(options: Options, *, saves: bool = True) -> Inputs:
         saved_state=saved_state,
         fresh_start=fresh_start,
     )
+
+
+def _open_data(
+    options: Options, missing: set[str], problems: Problems
+) -> dict[str, BinaryDataset | Mixture]:
+    """Open the datasets that exist, by flag."""
+    datasets: dict[str, BinaryDataset | Mixture] = {}
+    for flag, folder in data_folders(options).items():
+        if flag not in missing:
+            with problems.collecting():
+                is_training = flag == "--dataset"
+                datasets[flag] = open_datasets(folder) if is_training else BinaryDataset(folder)
+    return datasets
+
+
+def _refuse_flex(device: torch.device, pretrained: PretrainedModel | None) -> None:
+    dropout = 0.0 if pretrained is None else pretrained.model.config.dropout_p
+    flex_attention.refuse_if_unavailable(device, dropout)
+
+
+def _require_room(
+    files: RunFiles, pretrained: PretrainedModel, saved_state: SavedState | None
+) -> None:
+    trained = sum(p.numel() for p in pretrained.model.parameters() if p.requires_grad)
+    goes_on = saved_state is not None and not files.begins_new_run
+    files.require_room(trained, resume=goes_on)
 
 
 def _load_state(

@@ -23,33 +23,22 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cpm_bee import __version__, checksums
-from cpm_bee.checkpoint.reader import checkpoint_file, files_of
 from cpm_bee.checkpoint.verification import sha256_of
-from cpm_bee.data.bin_dataset import BinaryDataset
-from cpm_bee.data.mixture import Mixture, Part
 from cpm_bee.engine import Engine
-from cpm_bee.errors import InputError, InterruptedRun, Problems, RunError, describe, shown
+from cpm_bee.errors import InputError, InterruptedRun, RunError, describe
 from cpm_bee.files import atomic_file
 from cpm_bee.model.network import CPMBee
-from cpm_bee.paths import not_a_file
 from cpm_bee.train.checks import Inputs
 from cpm_bee.train.environment import code_of, environment_of
-from cpm_bee.train.hashes import (
-    SHA256,
-    BackgroundHashes,
-    quick_hash,
-    quick_hash_of_dataset,
-    whole_hash,
-)
-from cpm_bee.train.initial_delta import begins_with_file
+from cpm_bee.train.hashes import quick_hash
+from cpm_bee.train.input_hashes import InputHashes
 from cpm_bee.train.options import Options
+from cpm_bee.train.receipt_reader import FORMAT, read_receipt
 from cpm_bee.train.training_state import TrainingState
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
 RUNNING, FINISHED, INTERRUPTED, FAILED = "running", "finished", "interrupted", "failed"
-_MAX_BYTES = 16 << 20
 # Weights up to this size are read for their hash, which takes about a second.
 _WEIGHTS_TO_READ = 1 << 30
 # Not settings of the run that its file would repeat.
@@ -179,69 +168,6 @@ def last_events(log: Path) -> dict[str, dict[str, Any]]:
     return {kind: json.loads(line) for kind, line in last.items() if kind}
 
 
-class InputHashes:
-    """What a run reads, with hashes: at once for small files, in the background for large ones."""
-
-    def __init__(self, options: Options, inputs: Inputs) -> None:
-        pretrained = inputs.pretrained
-        self._sets = {flag: _datasets(dataset) for flag, dataset in inputs.datasets.items()}
-        self._base: Path | None = None if options.load is None else checkpoint_file(options.load)
-        files = [] if self._base is None else files_of(self._base)
-        self._quick = {path: quick_hash(path) for path in files}
-        of_sets = [d for parts in self._sets.values() for _, d in parts]
-        self._quick_sets = {d.folder: quick_hash_of_dataset(d) for d in of_sets}
-        self._fingerprints = {d.folder: d.fingerprint for d in of_sets}
-        slow = [path for path, found in self._quick.items() if found is None]
-        slow += [p for d in of_sets if self._quick_sets[d.folder] is None for p in d.paths]
-        self.background = BackgroundHashes(slow)
-        self._vocabulary = {
-            "path": os.path.abspath(pretrained.tokenizer.source),
-            "tokens": len(pretrained.tokenizer),
-            "fingerprint": pretrained.tokenizer.fingerprint,
-        }
-        self._fingerprint = pretrained.fingerprint
-        self._delta = None
-        if options.init_delta is not None and begins_with_file(options):
-            path = Path(options.init_delta)
-            self._delta = {"path": os.path.abspath(path), "sha256": sha256_of(path, "")}
-
-    def current(self) -> dict[str, Any]:
-        """Returns all inputs with the hashes that are known by now."""
-        known = dict(self.background.found)
-        files = []
-        for path, found in self._quick.items():
-            later = {"kind": SHA256, "value": known[path]} if path in known else {}
-            files.append({"name": path.name, "bytes": path.stat().st_size, **(found or later)})
-        data = {}
-        for flag, parts in self._sets.items():
-            data[flag.removeprefix("--")] = [self._dataset(part, d, known) for part, d in parts]
-        base = None if self._base is None else os.path.abspath(self._base)
-        return {
-            "data": data,
-            "vocabulary": self._vocabulary,
-            "base": {"path": base, "fingerprint": self._fingerprint, "files": files},
-            "init_delta": self._delta,
-        }
-
-    def _dataset(
-        self, part: Part, dataset: BinaryDataset, known: dict[Path, str]
-    ) -> dict[str, Any]:
-        found = self._quick_sets[dataset.folder] or whole_hash(dataset.paths, known) or {}
-        return {
-            "path": os.path.abspath(dataset.folder),
-            "weight": part.weight,
-            "records": len(dataset),
-            "fingerprint": self._fingerprints[dataset.folder],
-            **found,
-        }
-
-
-def _datasets(dataset: BinaryDataset | Mixture) -> list[tuple[Part, BinaryDataset]]:
-    if isinstance(dataset, Mixture):
-        return list(zip(dataset.parts, dataset.datasets, strict=True))
-    return [(Part(str(dataset.folder), 1.0), dataset)]
-
-
 def _earlier_parts(path: Path, step: int) -> list[dict[str, Any]]:
     """The parts of a resumed run that have done steps which it keeps."""
     try:
@@ -250,78 +176,6 @@ def _earlier_parts(path: Path, step: int) -> list[dict[str, Any]]:
         logger.warning(f"{error}; the new receipt begins after step {step}")
         return []
     return [part for part in parts if part["steps_before"] < step]
-
-
-def read_receipt(path: str | Path) -> dict[str, Any]:
-    """Returns the values of a receipt.
-
-    Raises:
-        InputError: it is not one, or has been changed since it was written.
-    """
-    path = Path(path)
-    if reason := not_a_file(path, "receipt"):
-        raise InputError(f"{path}: {reason}")
-    if path.stat().st_size > _MAX_BYTES:
-        raise InputError(f"{path}: not a receipt, but a file of {path.stat().st_size:,} bytes")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a receipt ({error})") from None
-    if not isinstance(values, dict) or "format" not in values:
-        raise InputError(f"{path}: not a receipt (SAVE_NAME-receipt.json is one)")
-    if not checksums.is_intact(values):
-        raise InputError(
-            f"{path}: this receipt has been changed since it was written (checksum), so nothing "
-            "can be verified by it; put back the one that the run wrote"
-        )
-    if values["format"] != FORMAT:
-        raise InputError(f"{path}: has format {values['format']!r}, this version reads {FORMAT}")
-    problems = Problems()
-    problems.extend(str(path), _shape_problems(values, _SHAPE, ""))
-    problems.raise_if_any("this receipt was not written by cpm_bee:")
-    return values
-
-
-# What a receipt must have to be replayed; `?` marks what may be missing or null.
-_INPUT = {"path": str, "fingerprint": str, "kind?": str, "value?": str}
-_DATASET = {**_INPUT, "records": int}
-_PART = {
-    "steps_before": int,
-    "folder": str,
-    "settings": dict,
-    "code": {"source?": str, "commit?": str, "changed?": bool},
-    "environment": {
-        **{"threads": int, "ranks": int, "dtype": str, "device": str, "attention": str},
-        **{"sharded": bool, "checkpointing": bool, "variables": dict, "gpu?": str},
-    },
-    "data": {"dataset": [{**_DATASET, "weight": float}], "eval-dataset?": [_DATASET]},
-    "vocabulary": _INPUT,
-    "base": {
-        **{"path?": str, "fingerprint": str},
-        "files": [{"name": str, "bytes": int, "kind?": str, "value?": str}],
-    },
-    "init_delta?": {"path": str, "sha256": str},
-}
-_RESULT = {
-    "step?": int,
-    "weights?": {"last?": {"file": str}},
-    "log?": {"bytes": int, "sha256": str},
-}
-_SHAPE = {"status": str, "parts": [_PART], "result?": _RESULT}
-
-
-def _shape_problems(value: Any, shape: Any, where: str) -> Iterator[str]:
-    """Yields what a value lacks of a shape: a type, a list of one, or a dictionary of some."""
-    if isinstance(shape, dict) and isinstance(value, dict):
-        for name, inner in shape.items():
-            found = value.get(name.removesuffix("?"))
-            if not (name.endswith("?") and found is None):
-                yield from _shape_problems(found, inner, f"{where}/{name.removesuffix('?')}")
-    elif isinstance(shape, list) and isinstance(value, list):
-        for number, item in enumerate(value):
-            yield from _shape_problems(item, shape[0], f"{where}/{number}")
-    elif isinstance(shape, (dict, list)) or not isinstance(value, shape):
-        yield f"{where} is {shown(value)}"
 
 
 def _plain(value: Any) -> Any:

@@ -31,9 +31,10 @@ from cpm_bee.train.checks import Inputs, check
 from cpm_bee.train.display import Display
 from cpm_bee.train.environment import code_of, environment_of
 from cpm_bee.train.hashes import STORED_CRC32, STORED_SHA256
+from cpm_bee.train.input_hashes import InputHashes
 from cpm_bee.train.log import log_lines
 from cpm_bee.train.options import Options
-from cpm_bee.train.receipt import InputHashes, read_receipt
+from cpm_bee.train.receipt_reader import read_receipt
 from cpm_bee.train.replay_options import ReplayOptions
 from cpm_bee.train.replay_settings import replay_settings
 from cpm_bee.train.setup import set_up

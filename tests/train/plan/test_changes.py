@@ -13,10 +13,9 @@ from cpm_bee.delta import DeltaConfig
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.train.data_size import DataSize, DataSurvey
 from cpm_bee.train.plan import changes
-from cpm_bee.train.plan.changes import Peaks, possible_changes, smallest_changes
+from cpm_bee.train.plan.changes import KnownPeaks, possible_changes, smallest_changes
 from cpm_bee.train.plan.memory import Situation, on_gpu
-from cpm_bee.train.plan.simulation import STEP
-from cpm_bee.train.plan.simulation import Peaks as Held
+from cpm_bee.train.plan.simulation import STEP, Peaks
 
 CONFIG = ModelConfig(
     vocab_size=500, dim_model=64, num_heads=2, dim_head=32, dim_ff=128, num_layers=2
@@ -42,13 +41,13 @@ LORA = Situation(
 GIB = 2**30
 
 
-def cost(situation: Situation) -> Held:
+def cost(situation: Situation) -> Peaks:
     """A price for each setting, instead of the memory of a model."""
     tokens = situation.max_tokens or situation.rows * situation.max_length
     weights = (4 if situation.quantize == "nf4" else 16) * GIB // situation.shards
     trained = 0 if situation.delta else 48 * GIB // situation.shards
     rest = tokens * GIB // (128 if situation.checkpointing else 64)
-    return Held(weights, trained, 0, {STEP: weights + trained + rest})
+    return Peaks(weights, trained, 0, {STEP: weights + trained + rest})
 
 
 def test_a_real_micro_batch_that_is_split_needs_less() -> None:
@@ -71,7 +70,7 @@ def test_what_is_suggested_fits_and_less_does_not(
     card: int, auto: bool, delta: DeltaConfig | None
 ) -> None:
     situation = replace(LORA, delta=delta)
-    peaks = Peaks(auto)
+    peaks = KnownPeaks(auto)
     assert peaks.fits(situation, card) is None
     possible = {c.flag: c for c in possible_changes(situation, auto)}
     found = smallest_changes(situation, card, peaks, list(possible.values()))

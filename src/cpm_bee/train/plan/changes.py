@@ -17,7 +17,7 @@ import numpy as np
 from cpm_bee.delta import DeltaConfig
 from cpm_bee.errors import InputError
 from cpm_bee.train.plan.memory import Situation, fits, on_gpu, quantizable
-from cpm_bee.train.plan.simulation import Peaks as Held
+from cpm_bee.train.plan.simulation import Peaks
 
 _MOST_CHANGES = 3
 _SHARDS = (2, 4, 8)
@@ -46,14 +46,14 @@ class Fix:
     peak: int
 
 
-class Peaks:
+class KnownPeaks:
     """Predicted peaks on a GPU, each computed once; with `auto`, that of what auto chooses."""
 
     def __init__(self, auto_checkpointing: bool) -> None:
         self._auto = auto_checkpointing
-        self._known: dict[str, Held] = {}
+        self._known: dict[str, Peaks] = {}
 
-    def of(self, situation: Situation) -> Held:
+    def of(self, situation: Situation) -> Peaks:
         key = repr(replace(situation, training=None, evaluation=None))  # type: ignore[arg-type]
         if key not in self._known:
             self._known[key] = on_gpu(situation)
@@ -152,7 +152,7 @@ def _halved(value: int, least: int) -> tuple[int, ...]:
 
 
 def smallest_changes(
-    situation: Situation, card: int, peaks: Peaks, changes: Sequence[Change], most: int = 2
+    situation: Situation, card: int, peaks: KnownPeaks, changes: Sequence[Change], most: int = 2
 ) -> list[Fix]:
     """Returns at most so many fixes for a card of so many GB; none if nothing here helps."""
     found: list[tuple[set[str], Fix]] = []
@@ -177,7 +177,9 @@ def _sets(changes: Sequence[Change]) -> Iterator[tuple[Change, ...]]:
                 yield chosen
 
 
-def _mildest(situation: Situation, card: int, peaks: Peaks, chosen: Sequence[Change]) -> Fix | None:
+def _mildest(
+    situation: Situation, card: int, peaks: KnownPeaks, chosen: Sequence[Change]
+) -> Fix | None:
     def peak_with(values: Sequence[int]) -> int | None:
         changed = functools.reduce(
             lambda s, pair: pair[0].apply(s, pair[1]), zip(chosen, values, strict=True), situation

@@ -14,7 +14,7 @@ from cpm_bee.train.activation_checkpointing import choose_for_run
 from cpm_bee.train.checks import Inputs, check
 from cpm_bee.train.model_options import AUTO
 from cpm_bee.train.options import Options
-from cpm_bee.train.plan.changes import Peaks, possible_changes, smallest_changes
+from cpm_bee.train.plan.changes import KnownPeaks, possible_changes, smallest_changes
 from cpm_bee.train.plan.disk import disk_use
 from cpm_bee.train.plan.measurement import measure
 from cpm_bee.train.plan.memory import CARDS, Situation, for_gpu, on_host
@@ -36,8 +36,7 @@ def run_plan(options: PlanOptions) -> list[str]:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(options.processes))
     run = options.of_run()
     inputs = check(run)
-    lengths = inputs.surveys["--dataset"].lengths
-    if not (lengths <= run.max_length).any():
+    if _none_fits(run, inputs):
         raise InputError(
             f"--max-length {run.max_length}: none of the first records of {run.dataset} fits, "
             "so there is nothing to plan from"
@@ -59,10 +58,13 @@ def _refuse_unwritable(path: str | None) -> None:
         raise InputError(f"--json {path}: {reason}")
 
 
+def _none_fits(options: Options, inputs: Inputs) -> bool:
+    return not (inputs.surveys["--dataset"].lengths <= options.max_length).any()
+
+
 def plan_lines(options: Options, inputs: Inputs) -> list[str]:
     """Returns what plan.py prints; for a dry run."""
-    lengths = inputs.surveys["--dataset"].lengths
-    if not (lengths <= options.max_length).any():
+    if _none_fits(options, inputs):
         return ["plan: none of the first records fits into --max-length"]
     return lines_of(make_plan(options, inputs))
 
@@ -77,7 +79,7 @@ def make_plan(options: Options, inputs: Inputs) -> RunPlan:
     is_cpu = inputs.device.type == "cpu"
     host = on_host(situation) if is_cpu else None
     gpu_situation = for_gpu(situation)
-    peaks = Peaks(options.checkpointing == AUTO)
+    peaks = KnownPeaks(options.checkpointing == AUTO)
     gpu = peaks.of(gpu_situation)
     disk = disk_use(options, inputs)
     total = options.epoch * inputs.surveys["--dataset"].size.min_steps
@@ -161,7 +163,7 @@ def _evaluation_tokens(inputs: Inputs, situation: Situation) -> float:
     return float(lengths.mean()) * found.size.num_records / inputs.num_processes
 
 
-def _cards(situation: Situation, peaks: Peaks, auto_checkpointing: bool) -> list[Card]:
+def _cards(situation: Situation, peaks: KnownPeaks, auto_checkpointing: bool) -> list[Card]:
     changes = possible_changes(situation, auto_checkpointing)
     found = []
     for gigabytes in CARDS:
