@@ -206,6 +206,7 @@ save: true
 --epoch: 2
 quantize: !!python/name:os.system
 lr: 2
+lang: zh
 """
     assert mistakes(tmp_path, text) == [
         "--config FILE: these settings cannot be used:",
@@ -229,6 +230,7 @@ lr: 2
         "  FILE:19: unknown setting '--epoch' (did you mean epoch?)",
         "  FILE:20: quantize: the tag 'tag:yaml.org,2002:python/name:os.system' is not allowed",
         "  FILE:21: lr is also in line 2; keep one of them",
+        "  FILE:22: lang: --lang is given on the command line",
         "see: python finetune_cpm_bee.py --help",
     ]
 

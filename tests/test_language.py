@@ -12,7 +12,7 @@ from support import ROOT
 
 from cpm_bee import language
 from cpm_bee.checkpoint.options import ConvertOptions, MergeOptions
-from cpm_bee.cli import run_command
+from cpm_bee.cli import last_value, run_command
 from cpm_bee.data.forms.options import ConvertDataOptions
 from cpm_bee.data.inspect.options import InspectOptions
 from cpm_bee.data.preprocess.options import PreprocessOptions
@@ -35,7 +35,7 @@ SCRIPTS: list[type[CommandOptions]] = [
 @pytest.fixture(autouse=True)
 def _language_is_forgotten() -> Iterator[None]:
     yield
-    language.choose([])
+    language.choose(None)
 
 
 @pytest.mark.parametrize(
@@ -72,24 +72,27 @@ def test_the_locale_decides(environment: dict[str, str], expected: str) -> None:
     ],
 )
 def test_the_flag_is_read_before_the_command_line_is_parsed(
-    arguments: list[str], expected: str | None
+    arguments: list[str], expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert language.of_arguments(arguments) == expected
+    for locale, otherwise in (("C.UTF-8", "en"), ("zh_CN.UTF-8", "zh")):
+        monkeypatch.setenv("LC_ALL", locale)
+        language.choose(last_value(arguments, "--lang"))
+        assert language.current() == (expected or otherwise)
 
 
 def test_the_flag_wins_over_the_locale(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
-    language.choose([])
+    language.choose(None)
     assert language.current() == "zh"
-    language.choose(["--lang", "en"])
+    language.choose("en")
     assert language.current() == "en"
-    language.choose(["--lang", "auto"])
+    language.choose("auto")
     assert language.current() == "zh"
 
 
 @pytest.mark.parametrize("options", SCRIPTS, ids=lambda o: o.script)
 def test_help_is_chinese(options: type[CommandOptions]) -> None:
-    language.choose(["--lang", "zh"])
+    language.choose("zh")
     text = options.parser().format_help()
     lines = text.splitlines()
     assert lines[0].startswith("用法：") and "选项:" in lines
@@ -160,7 +163,7 @@ def test_wrong_usage_in_chinese(
 
 def test_an_error_and_its_label(capsys: pytest.CaptureFixture[str]) -> None:
     for flag, expected in (("zh", "错误: x\n"), ("en", "error: x\n")):
-        language.choose(["--lang", flag])
+        language.choose(flag)
         report_error("x")
         assert capsys.readouterr().err == expected
 
@@ -206,7 +209,7 @@ def test_a_message_of_an_error_in_chinese(
     ],
 )
 def test_a_report_of_verify(text: str, expected: str) -> None:
-    language.choose(["--lang", "zh"])
+    language.choose("zh")
     assert language.said(text) == expected
 
 

@@ -31,6 +31,20 @@ def shown_default(value: object) -> str:
     return str(value).removesuffix(".0")
 
 
+def last_value(arguments: Sequence[str], flag: str) -> str | None:
+    """The value of a flag on a command line that is not parsed yet, the last one if there are
+    several; None without."""
+    found = None
+    for i, argument in enumerate(arguments):
+        if argument == "--":
+            break
+        if argument == flag and i + 1 < len(arguments):
+            found = arguments[i + 1]
+        elif argument.startswith(f"{flag}="):
+            found = argument.partition("=")[2]
+    return found
+
+
 class _HelpFormatter(argparse.HelpFormatter):
     """Adds "(default: ...)" if there is a default and the help text does not state it."""
 
@@ -242,7 +256,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     is shown. Under torchrun an error is printed once (see `distributed.rank`). A message is in the
     user's language and ends its first line with its code (see `error_codes`).
     """
-    language.choose(sys.argv[1:])
+    language.choose(last_value(sys.argv[1:], "--lang"))
     _prepare_output()
     debug = "--debug" in sys.argv
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _MAX_BYTES = 1 << 20
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = ("null", "bool", "int", "float", "timestamp", "str", "value", "merge")
-_ONLY_TYPED = ("config", "debug", "help")  # flags that make no sense in a file
+_ONLY_TYPED = ("config", "debug", "help", "lang")  # flags that make no sense in a file
 _OF_A_MODEL = "dim_model"  # a key of model configs, which people know as "the config"
 
 
@@ -59,19 +59,6 @@ class Setting(Protocol):
 
 class _WrongValue(Exception):
     """A value that a flag does not take; the text says why."""
-
-
-def given_path(arguments: Sequence[str]) -> str | None:
-    """Returns the file that `--config` names on a command line; None if there is none."""
-    found = None
-    for i, argument in enumerate(arguments):
-        if argument == "--":
-            break
-        if argument == "--config" and i + 1 < len(arguments):
-            found = arguments[i + 1]
-        elif argument.startswith("--config="):
-            found = argument.partition("=")[2]
-    return found
 
 
 def read(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 AUTO, ENGLISH, CHINESE = "auto", "en", "zh"
 LANGUAGES = (AUTO, ENGLISH, CHINESE)
@@ -26,22 +26,10 @@ def of_environment(environment: Mapping[str, str]) -> str:
     return CHINESE if locale.lower().startswith("zh") else ENGLISH
 
 
-def of_arguments(arguments: Sequence[str]) -> str | None:
-    """The language that `--lang` names, the last one if there are several; None without."""
-    found = None
-    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
-        if argument == "--":
-            break
-        name, equals, value = argument.partition("=")
-        if name == "--lang":
-            found = value if equals else following
-    return found if found in (ENGLISH, CHINESE) else None
-
-
-def choose(arguments: Sequence[str]) -> None:
-    """Take the language that a command line asks for, for all that this process prints."""
+def choose(name: str | None) -> None:
+    """Take a language, `en` or `zh`, for all that this process prints; else that of the locale."""
     global _chosen
-    _chosen = of_arguments(arguments)
+    _chosen = name if name in (ENGLISH, CHINESE) else None
 
 
 def current() -> str:

@@ -33,6 +33,7 @@ from cpm_bee.cli import (
     DEBUG_HELP_CHINESE,
     ArgumentParser,
     comma_list,
+    last_value,
     not_negative,
     positive,
     real_number,
@@ -285,10 +286,10 @@ class CommandOptions:
             InputError: flags, or settings in the file, are wrong.
         """
         arguments = sys.argv[1:] if arguments is None else list(arguments)
-        choose(arguments)
+        choose(last_value(arguments, "--lang"))
         parser, flags = cls.parser(), cls.flags()
         values: dict[str, Any] = {}
-        path = config_file.given_path(arguments)
+        path = last_value(arguments, "--config")
         if path is not None and not {"-h", "--help"} & set(arguments):
             values = config_file.read(path, flags, parser.hint, cls.script)
             parser.make_optional(values)

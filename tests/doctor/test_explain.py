@@ -23,7 +23,7 @@ ALL = list(error_codes.entries().values())
 @pytest.fixture(autouse=True)
 def _language_is_forgotten() -> Iterator[None]:
     yield
-    language.choose([])
+    language.choose(None)
 
 
 @pytest.mark.parametrize("entry", ALL, ids=lambda e: e.code)

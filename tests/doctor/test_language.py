@@ -55,9 +55,9 @@ OTHER_MACHINES: list[dict[str, Any]] = [
 
 @pytest.fixture(autouse=True)
 def _chinese() -> Iterator[None]:
-    language.choose(["--lang", "zh"])
+    language.choose("zh")
     yield
-    language.choose([])
+    language.choose(None)
 
 
 def _machines() -> Iterator[Facts]:

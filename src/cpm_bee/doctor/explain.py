@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from cpm_bee import error_codes, language
-from cpm_bee.cli import ArgumentParser
+from cpm_bee.cli import ArgumentParser, last_value
 from cpm_bee.error_codes import Entry
 from cpm_bee.errors import InputError
 from cpm_bee.language import CHINESE, said, width, wrapped
@@ -25,7 +25,7 @@ def explain(arguments: Sequence[str]) -> str:
     Raises:
         InputError: there is no such code, or no message has such a text.
     """
-    language.choose(arguments)
+    language.choose(last_value(arguments, "--lang"))
     words = _parser().parse_args(arguments).what
     if not words:
         return _list()
