@@ -58,6 +58,14 @@ def unwritable_folder(path: str | Path) -> str | None:
     return f"no permission to write in {existing}"
 
 
+def unwritable_file(path: str | Path) -> str | None:
+    """Returns why a file cannot be made or replaced; None if it seems that it can be."""
+    path = Path(path)
+    if path.is_dir():
+        return "this is a folder; a file is needed"
+    return unwritable_folder(path.parent)
+
+
 def _unlike(
     path: Path, expected: str, what: str, is_expected: Callable[[int], bool], access: int
 ) -> str | None:

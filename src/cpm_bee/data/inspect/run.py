@@ -18,7 +18,7 @@ from cpm_bee.data.record_pickle import decode
 from cpm_bee.encoding import Encoder
 from cpm_bee.errors import InputError
 from cpm_bee.files import atomic_file
-from cpm_bee.paths import unwritable_folder
+from cpm_bee.paths import unwritable_file
 from cpm_bee.progress import progress_bar
 from cpm_bee.records import Record
 from cpm_bee.tokenizer import Tokenizer
@@ -84,13 +84,8 @@ def _records(path: Path, escape: bool) -> Iterator[tuple[str, Record]]:
 
 def _check_outputs(options: InspectOptions) -> None:
     for flag, name in (("--picture", options.picture), ("--html", options.html)):
-        if name is None:
-            continue
-        path = Path(name)
-        if path.is_dir():
-            raise InputError(f"{flag} {path}: this is a folder, expected a file")
-        if reason := unwritable_folder(path.parent):
-            raise InputError(f"{flag} {path}: {reason}")
+        if name is not None and (reason := unwritable_file(name)):
+            raise InputError(f"{flag} {name}: {reason}")
     if options.picture is not None:
         if _format_of(Path(options.picture)) not in _PICTURES:
             raise InputError(f"--picture {options.picture}: expected .{', .'.join(_PICTURES)}")

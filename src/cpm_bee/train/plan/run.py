@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 from cpm_bee.engine.select import expected_distribution
 from cpm_bee.errors import InputError
 from cpm_bee.files import atomic_file
-from cpm_bee.paths import unwritable_folder
+from cpm_bee.paths import unwritable_file
 from cpm_bee.train.activation_checkpointing import choose_for_run
 from cpm_bee.train.checks import Inputs, check
 from cpm_bee.train.model_options import AUTO
@@ -31,7 +30,8 @@ def run_plan(options: PlanOptions) -> list[str]:
         InputError: flags, files or data are wrong.
         RunError: a step could not be measured.
     """
-    _refuse_unwritable(options.json)
+    if options.json is not None and (reason := unwritable_file(options.json)):
+        raise InputError(f"--json {options.json}: {reason}")
     if options.processes is not None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(options.processes))
     run = options.of_run()
@@ -47,15 +47,6 @@ def run_plan(options: PlanOptions) -> list[str]:
             json.dump(plan.as_json(), file, indent=1)
             file.write("\n")
     return lines_of(plan)
-
-
-def _refuse_unwritable(path: str | None) -> None:
-    if path is None:
-        return
-    if Path(path).is_dir():
-        raise InputError(f"--json {path}: this is a folder; a file is needed")
-    if reason := unwritable_folder(Path(path).parent):
-        raise InputError(f"--json {path}: {reason}")
 
 
 def _none_fits(options: Options, inputs: Inputs) -> bool:
