@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,18 +107,23 @@ def test_it_measures_the_process_and_a_step(workspace: Workspace, tmp_path: Path
 
 @pytest.mark.slow
 def test_a_real_run_has_about_the_predicted_peak(workspace: Workspace, tmp_path: Path) -> None:
-    """Nearly all of it is the process itself; benchmarks/planned_runs.py has larger models."""
+    """Within the 10 % that plan.py is to keep; benchmarks/planned_runs.py has larger models."""
     values = {"use_delta": True, "eval_dataset": workspace.eval, "max_steps": 3}
     _, plan = planned(workspace, tmp_path, **values)
-    code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='x')"
-    code = code.replace("run_name='x')", "run_name='x')['main']()")
-    code += "; print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    code = (
+        "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])['main'](); "
+        "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    )
     flags = workspace.flags(tmp_path / "run", **values)
-    command = [os.sys.executable, "-c", code, str(train_support.SCRIPT), *flags]  # type: ignore[attr-defined]
-    status, output, errors = train_support.finish(train_support.start(command, tmp_path))
-    assert status == 0, errors
-    peak = 1024 * int(output.splitlines()[-1])
-    assert plan["host_peak"] == pytest.approx(peak, rel=0.25)
+    # A process of its own: one that is forked has the memory of another.
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(train_support.SCRIPT), *flags],
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    peak = 1024 * int(done.stdout.splitlines()[-1])
+    assert plan["host_peak"] == pytest.approx(peak, rel=0.1)
 
 
 @pytest.mark.parametrize(
