@@ -1,4 +1,4 @@
-"""Free memory goes back to the system, so that a server does not grow with the time that it runs.
+"""Free memory goes back to the system, so that a server does not grow for as long as it runs.
 
 Batches have any number of tokens, so their tensors have any size. glibc's malloc keeps what is
 freed for later, but blocks of other sizes seldom fit: they are cut from its end, and the heap grows
