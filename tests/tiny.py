@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from hypothesis import strategies as st
@@ -71,6 +72,27 @@ def anonymous_memory() -> int:
     """Returns the bytes of this process's memory that belong to no mapped file."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
+
+
+class _Mallinfo2(ctypes.Structure):
+    _fields_: ClassVar = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+def allocated_memory() -> int:
+    """Returns the bytes that malloc has handed out: tensors, but no mapped files or small objects.
+
+    Unlike the pages of a process, it does not depend on what the allocator keeps for later.
+    """
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = _Mallinfo2
+    info = mallinfo2()
+    return int(info.uordblks + info.hblkhd)
 
 
 # Known and unknown stretches, specials in and beyond the vocabulary; any sequence is well formed.

@@ -258,16 +258,13 @@ def check_memory(folder: Path) -> None:
     )
     file = make_delta(folder / "d.pt", base, DeltaConfig(targets=TARGETS, rank=1))
     largest = 256 * 512
-    peak = calls = 0
+    peak = 0
 
     def watched(function: Any) -> Any:
         def call(*arguments: Any, **values: Any) -> Any:
-            nonlocal peak, calls
+            nonlocal peak
             result = function(*arguments, **values)
-            calls += 1
-            if calls % 5:  # looking takes time
-                return result
-            peak = max(peak, tiny.anonymous_memory())
+            peak = max(peak, tiny.allocated_memory())
             return result
 
         return call
@@ -276,11 +273,11 @@ def check_memory(folder: Path) -> None:
         patch.setattr(merging, "merged_weight", watched(merging.merged_weight))
         patch.setattr(streamed_logits, "set_parameter", watched(streamed_logits.set_parameter))
         run(base, [file], folder / "first")  # buffers of libraries stay
-        before, peak = tiny.anonymous_memory(), 0
+        before, peak = tiny.allocated_memory(), 0
         run(base, [file], folder / "second")
     model = (base / "pytorch_model.bin").stat().st_size
-    # In double precision and in fp16, and once more what the allocator has not returned.
-    assert peak - before < 2 * largest * (8 + 2) + 4e6 < model / 2
+    # Twice a tensor in double precision and in fp16; the rest is the deltas and the record.
+    assert largest * (8 + 2) < peak - before < 2 * largest * (8 + 2) + 1e6 < model / 2
 
 
 # ------------------------------------------------------------------ refusals
