@@ -130,11 +130,15 @@ def shown_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def existing_parent(folder: str | Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    path = Path(folder).absolute()
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
 def free_space(folder: str | Path) -> int:
     """The bytes that are free for this user where a folder is, or would be made."""
-    path = Path(folder).absolute()
-    existing = next(p for p in (path, *path.parents) if p.exists())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(existing_parent(folder)).free
 
 
 def shortage(folder: str | Path, needed: float, what: str) -> str | None:

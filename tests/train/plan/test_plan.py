@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import train_support
@@ -87,6 +90,18 @@ def test_several_processes_share_the_rows(
 def test_no_record_is_short_enough(workspace: Workspace, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="max-length 3"):
         planned(workspace, tmp_path, max_length=3)
+
+
+@pytest.mark.parametrize("error", [None, OSError(errno.ENOSPC, "No space left on device")])
+def test_a_save_is_timed_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError | None
+) -> None:
+    if error is not None:
+        monkeypatch.setattr(measurement.os, "fsync", Mock(side_effect=error))
+    begin = time.perf_counter()
+    rate = measurement._save_rate(str(tmp_path / "not" / "there"))
+    assert 64 * MIB / rate < time.perf_counter() - begin
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_measurement_that_fails_is_named(workspace: Workspace, tmp_path: Path) -> None:

@@ -15,17 +15,20 @@ import cpm_bee.cli  # sets OMP_WAIT_POLICY, before torch is loaded  # isort: ski
 
 import gc
 import importlib
+import io
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import cpm_bee
+from cpm_bee.disk import existing_parent
 from cpm_bee.errors import RunError
 from cpm_bee.train.options import Options
 
@@ -33,7 +36,7 @@ _RUN = "cpm_bee.train.setup"  # what a run has loaded
 _FLOPS = 1e11  # of a timed step, about: a second or a few
 _LEAST_TOKENS = 64
 _LAYERS = (2, 3)
-_SAVED = 16 << 20  # bytes of a timed save
+_SAVED = 64 << 20  # bytes of a timed save
 _READ = 64 << 20  # bytes of a timed read
 _DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
 
@@ -138,7 +141,7 @@ def _measure(options: Options, request: dict[str, Any]) -> Measured:
     if inputs.device.type == "cpu":
         return_freed_memory()
     read_rate = _read_rate(options, inputs)
-    save_rate = _save_rate()
+    save_rate = _save_rate(options.save)
     step, reason = _step_time(options, inputs, request)
     inputs.pretrained.model.to("meta")
     buffer_pool._storages.clear()
@@ -182,14 +185,26 @@ def _read_rate(options: Options, inputs: Any) -> float:
     return float(value.nbytes / max(1e-6, time.perf_counter() - begin))
 
 
-def _save_rate() -> float:
-    """Bytes per second of `torch.save`, without the disk."""
+def _save_rate(folder: str) -> float:
+    """Bytes of trained values per second, copied and saved to the disk that the results go to."""
+    try:
+        with tempfile.TemporaryFile(dir=existing_parent(folder)) as file:
+            seconds = _save_seconds(file)
+            begin = time.perf_counter()
+            os.fsync(file.fileno())
+            return _SAVED / (seconds + time.perf_counter() - begin)
+    except (OSError, RuntimeError):  # torch's own error where the disk is full, as the plan says
+        return _SAVED / _save_seconds(io.BytesIO())
+
+
+def _save_seconds(file: IO[bytes]) -> float:
     import torch
 
-    with open(os.devnull, "wb") as file:
-        begin = time.perf_counter()
-        torch.save({"values": torch.ones(_SAVED // 4)}, file)
-        return _SAVED / (time.perf_counter() - begin)
+    values = torch.ones(_SAVED // 4)
+    begin = time.perf_counter()
+    torch.save({"values": values.to("cpu", copy=True)}, file)
+    file.flush()
+    return time.perf_counter() - begin
 
 
 def _step_time(
