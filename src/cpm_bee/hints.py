@@ -14,7 +14,7 @@ _MODEL = {
     "pretrained-model-name-or-path",
     "--model-config": "config-name config-file",
     "--vocab": "tokenizer tokenizer-name tokenizer-path tokenizer-name-or-path vocab-file",
-    "--quantize nf4": "load-in-4bit use-4bit bnb-4bit-quant-type quantization-bit",
+    "--quantize nf4": "load-in-4bit use-4bit bnb-4bit-quant-type quantization-bit quant-bits",
     "--quantize int8": "load-in-8bit use-8bit",
     "--dtype bf16": "bf16 bfloat16",
     "--dtype fp16": "fp16 half",
@@ -24,13 +24,13 @@ _MODEL = {
 
 _FINETUNE = _MODEL | {
     "--dataset": "train-file train-data train-data-path train-dataset data data-dir data-path "
-    "dataset-dir dataset-name dataset-path interleave-probs",
+    "dataset-dir dataset-name dataset-path interleave-probs interleave-prob",
     "--eval-dataset": "validation-file validation-data eval-file eval-data eval-data-path "
-    "val-data valid-data dev-file",
+    "val-data val-dataset valid-data dev-file",
     "--max-length": "cutoff-len max-seq-length max-seq-len max-len seq-length seq-len block-size "
     "model-max-length context-length",
     "--drop-last": "dataloader-drop-last",
-    "--use-delta": "delta use-lora lora use-peft peft finetuning-type",
+    "--use-delta": "delta use-lora lora use-peft peft finetuning-type train-type tuner-type",
     "--delta-rank": "lora-rank lora-r lora-dim r",
     "--delta-alpha": "lora-alpha",
     "--delta-targets": "lora-target-modules lora-target lora-targets target-modules",
@@ -50,7 +50,7 @@ _FINETUNE = _MODEL | {
     "--loss-scale-steps": "loss-scale-window",
     "--seed": "random-seed data-seed",
     "--eval-interval": "eval-steps eval-every eval-freq val-check-interval",
-    "--early-stop-patience": "early-stopping-patience patience",
+    "--early-stop-patience": "early-stopping-patience patience early-stop-interval",
     "--save": "output-dir output-path output out-dir save-dir save-path",
     "--save-interval": "save-steps save-every save-freq checkpoint-interval checkpointing-steps",
     "--resume": "resume-from-checkpoint resume-from",
@@ -71,12 +71,13 @@ _FINETUNE = _MODEL | {
 _GENERATE = _MODEL | {
     "--input": "input-file input-path prompt-file prompts-file test-file dataset",
     "--output": "output-file output-path output-dir save",
-    "--delta": "adapter adapter-path adapter-name-or-path lora lora-path lora-weights peft-model",
+    "--delta": "adapter adapters adapter-path adapter-name-or-path lora lora-path "
+    "lora-weights peft-model",
     "--beam-size": "num-beams beams beam-width",
     "--max-length": "max-new-tokens max-gen-len num-predict",
     "--repetition-penalty": "repeat-penalty",
     "--repetition-window": "repeat-last-n",
-    "--instruction": "system-prompt system",
+    "--instruction": "system-prompt system default-system",
     "--stream": "streaming",
     "--examples": "few-shot fewshot few-shot-file few-shot-examples shots demonstrations demos",
 }
@@ -86,14 +87,14 @@ _PREPROCESS = {
     "--output-path": "output output-dir output-folder output-prefix out-dir",
     "--output-name": "output-file dataset-name",
     "--vocab": _MODEL["--vocab"],
-    "--workers": "num-workers num-proc preprocessing-num-workers nproc processes",
+    "--workers": "num-workers num-proc dataset-num-proc preprocessing-num-workers nproc processes",
     "--seed": "random-seed",
     "--overwrite": "force overwrite-output-dir overwrite-cache",
 }
 
 _CONVERSION = {
     "--columns": "column mapping column-mapping columns-mapping",
-    "--turns last": "mask-history",
+    "--turns last": "mask-history loss-scale",
     "--eval-share": "val-size split-dataset-ratio test-size validation-split eval-ratio",
     "--encoding": "charset",
     "--sheet": "sheet-name worksheet",
