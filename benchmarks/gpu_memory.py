@@ -42,12 +42,12 @@ from cpm_bee.quantize.linear import QuantizedLinear, quantize_
 from cpm_bee.train.memory_estimate import (
     TrainingSetup,
     estimate,
-    estimate_sharded,
     meta_model,
     set_parameters,
     typical_batch,
 )
 from cpm_bee.train.plan.released import released_sizes
+from cpm_bee.train.sharded_estimate import estimate_sharded
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB, MIB = 2**30, 2**20

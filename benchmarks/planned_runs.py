@@ -3,8 +3,9 @@
     python benchmarks/planned_runs.py --work FOLDER --data TRAIN.jsonl --vocab bee.txt [--only NAME]
 
 Writes a checkpoint of random weights and datasets to FOLDER once. For each setting it plans, then
-runs finetune_cpm_bee.py, and reads the peak resident memory (VmHWM) of that process from the kernel
-just before it ends. Fails where a prediction of memory is more than --tolerance from it.
+runs finetune_cpm_bee.py, and reads the peak resident memory (VmHWM) of that process, or of rank 0,
+from the kernel just before it ends. Fails where a prediction of memory is more than --tolerance
+from it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ CONFIG = {"vocab_size": 86_583, **MODEL, "half": True}
 EVALUATION = 60  # records; the first ones
 SMALL = ["--max-length", "512", "--batch-size", "4"]
 LONG = ["--max-length", "2048", "--batch-size", "4", "--max-tokens", "2048"]
+SHARDED = ["--parallel", "fsdp", *SMALL]  # by two processes
 SETTINGS = {
     "LoRA": ["--use-delta", *SMALL],
     "LoRA, nf4": ["--use-delta", "--quantize", "nf4", *SMALL],
@@ -32,11 +34,15 @@ SETTINGS = {
     "longer rows, --max-tokens": ["--use-delta", *LONG],
     "evaluation dominates": ["--use-delta", "--max-length", "512", "--batch-size", "16",
                              "--max-tokens", "256", "--checkpointing", "full"],
+    "LoRA, two processes, FSDP": ["--use-delta", *SHARDED],
+    "in full, two processes, FSDP": SHARDED,
 }  # fmt: skip
 # Runs the script in a process that writes its own peak, and its CPU time, when it ends.
 RUN = """
-import atexit, json, runpy, sys, time
+import atexit, json, os, runpy, sys, time
 def write():
+    if os.environ.get("RANK", "0") != "0":
+        return
     status = open("/proc/self/status").read().split("VmHWM:")[1].split()[0]
     json.dump({"peak": 1024 * int(status), "cpu": time.process_time()}, open(sys.argv_own, "w"))
 sys.argv_own = sys.argv[1]
@@ -86,16 +92,22 @@ def compare(work: Path, name: str, steps: int) -> dict[str, float]:
     flags = flags_of(work, name, steps)
     plan_file, peak_file = work / "plan.json", work / "peak.json"
     script = str(ROOT / "src" / "plan.py")
+    processes = 2 if "fsdp" in flags else 1
     subprocess.run(
-        [sys.executable, script, *flags, "--json", str(plan_file)],
+        [sys.executable, script, *flags, "--json", str(plan_file), "--processes", str(processes)],
         check=True,
         stdout=subprocess.DEVNULL,
     )
     plan: dict[str, Any] = json.loads(plan_file.read_text())
+    runner = work / "run.py"
+    runner.write_text(RUN)
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     script = str(ROOT / "src" / "finetune_cpm_bee.py")
     begin = time.perf_counter()
     subprocess.run(
-        [sys.executable, "-c", RUN, str(peak_file), script, *flags],
+        [*launcher, str(runner), str(peak_file), script, *flags],
         check=True,
         stdout=subprocess.DEVNULL,
     )

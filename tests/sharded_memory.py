@@ -1,11 +1,12 @@
-"""Run by tests/train/test_memory_estimate.py: what rank 0 of two allocates in steps with FSDP.
+"""Run by tests/train/test_sharded_estimate.py: what rank 0 of two allocates with FSDP.
 
 There is one process. Its collectives go to PyTorch's fake process group, which does not send
 anything; values that another rank would send are replaced by this rank's own, so that they are
 finite. Gloo would add copies of its own, which NCCL does not make. All allocations are counted, by
 PyTorch's profiler.
 
-Prints the largest number of bytes in use at a time, by case.
+Prints the largest number of bytes in use at a time, by case and phase: two steps, an
+evaluation, and saving.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cpm_bee import delta
 from cpm_bee.checkpoint.reader import LazyTensor
+from cpm_bee.data.batch import Batch
 from cpm_bee.distributed import process_group
 from cpm_bee.engine import OptimizerSettings
 from cpm_bee.engine.torch_engine import TorchEngine
@@ -32,12 +34,15 @@ from cpm_bee.model.frozen import buffers
 from cpm_bee.model.initialization import initial_values
 from cpm_bee.model.network import CPMBee
 from cpm_bee.train.memory_estimate import TrainingSetup, typical_batch
+from cpm_bee.train.plan.simulation import EVALUATION, SAVING, STEP
 
 # 20 MiB of embedding and 5 MiB a layer in fp32: more than activations, so that each is seen.
 CONFIG = ModelConfig(
     vocab_size=20_000, dim_model=256, num_heads=4, dim_head=64, dim_ff=1400, num_layers=4
 )
 BATCH = typical_batch([40, 20], 8, CONFIG.vocab_size)
+BATCHES = {"few targets": BATCH, "many targets": typical_batch([400, 300], 100, CONFIG.vocab_size)}
+EVALUATION_BATCH = typical_batch([400, 300], 100, CONFIG.vocab_size, as_generated=True)
 FULL = TrainingSetup(torch.float32)
 LORA = TrainingSetup(torch.float32, delta.DeltaConfig())
 CASES = {
@@ -76,7 +81,14 @@ def meta_model(training: TrainingSetup) -> CPMBee:
     return model
 
 
-def peak(training: TrainingSetup) -> int:
+def evaluate(engine: TorchEngine, model: CPMBee) -> None:
+    model.eval()
+    with torch.no_grad(), engine.autocast():
+        model.score(EVALUATION_BATCH)
+    model.train()
+
+
+def peaks(training: TrainingSetup, batch: Batch) -> dict[str, int]:
     gc.collect()  # of the case before: what is freed below would be counted
     engine = TorchEngine(torch.device("cpu"), training.dtype)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -88,28 +100,43 @@ def peak(training: TrainingSetup) -> int:
         engine.load_model(base, "fsdp", offload=False)
         engine.prepare(model, OptimizerSettings(0.01, 1.0, 1.0, 2.0, 512))
         gc.collect()
-        with torch.profiler.record_function("steps"):
+        # Whether trained tensors have gradients or not, an evaluation needs the same besides.
+        with torch.profiler.record_function(STEP):
             for _ in range(2):
                 with engine.autocast():
-                    loss = model.loss(BATCH)
-                engine.backward(loss / BATCH.num_targets)
+                    loss = model.loss(batch)
+                engine.backward(loss / batch.num_targets)
+                del loss
                 engine.step(1e-3)
+        with torch.profiler.record_function(EVALUATION):
+            evaluate(engine, model)
+        with torch.profiler.record_function(SAVING):
+            engine.training_state()
     events = profiler.profiler.kineto_results.events()
-    begin = next(e.start_ns() for e in events if e.name() == "steps")
-    used = most = 0
+    begins = {e.name(): e.start_ns() for e in events if e.name() in (STEP, EVALUATION, SAVING)}
+    used, phase = 0, ""
+    found = dict.fromkeys(begins, 0)
     for event in sorted(events, key=lambda e: e.start_ns()):
+        if event.name() in begins:
+            phase = event.name()
+            found[phase] = used
         if event.name() == "[memory]":
             used += event.nbytes()
-            if event.start_ns() > begin:
-                most = max(most, used)
-    return most
+            if phase:
+                found[phase] = max(found[phase], used)
+    return found
 
 
 def main() -> None:
     buffers._use_count = None  # turns off the buffer pool, which is not part of the prediction
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(SHARDS)}
     process_group.join = join
-    print(json.dumps({name: peak(training) for name, training in CASES.items()}))
+    found = {
+        f"{name}, {kind}": peaks(training, batch)
+        for name, training in CASES.items()
+        for kind, batch in BATCHES.items()
+    }
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from dataclasses import replace
 
-import forked
 import numpy as np
 import pytest
-import sharded_memory
 import tiny
 import torch
-import train_support
-from support import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpm_bee import delta
@@ -29,9 +22,9 @@ from cpm_bee.train.live_storages import LiveStorages
 from cpm_bee.train.memory_estimate import (
     TrainingSetup,
     estimate,
-    estimate_sharded,
     typical_batch,
 )
+from cpm_bee.train.sharded_estimate import estimate_sharded
 
 CONFIG = ModelConfig(
     vocab_size=2000, dim_model=128, num_heads=4, dim_head=32, dim_ff=192, num_layers=4
@@ -107,27 +100,6 @@ def test_the_bound_is_one(dtype: torch.dtype, lengths: list[int]) -> None:
         if lengths == [7]:  # the worst case: what is gathered does not depend on the batch
             most = memory_estimate.upper_bound(config, training, batch, 2)
             assert estimate_sharded(config, training, batch, 2).peak < most
-
-
-@pytest.mark.slow
-def test_peaks_with_fsdp_are_those_of_a_real_step() -> None:
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
-    script = ROOT / "tests" / "sharded_memory.py"
-    environment = train_support.environment(PYTHONPATH=path)
-    done = forked.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, encoding="utf-8"
-    )
-    assert done.returncode == 0, done.stderr
-    measured = json.loads(done.stdout.splitlines()[-1])
-    # In bf16, PyTorch adds the embedding's two gradients in place, but not those of fake tensors.
-    embedding = 4 * sharded_memory.CONFIG.vocab_size * sharded_memory.CONFIG.dim_model
-    for name, training in sharded_memory.CASES.items():
-        found = estimate_sharded(
-            sharded_memory.CONFIG, training, sharded_memory.BATCH, sharded_memory.SHARDS
-        )
-        in_place = training.delta is None and training.dtype == torch.bfloat16
-        expected = measured[name] + in_place * embedding
-        assert found.peak == pytest.approx(expected, rel=0.01), name
 
 
 def test_a_typical_batch_is_one_that_records_could_make() -> None:

@@ -16,10 +16,10 @@ from cpm_bee.train.memory_estimate import (
     TrainingSetup,
     batch_of_data,
     estimate,
-    estimate_sharded,
     upper_bound,
 )
 from cpm_bee.train.options import AUTO, Options
+from cpm_bee.train.sharded_estimate import estimate_sharded
 
 # Allows for fragmentation and for memory inside kernels.
 MARGIN = 1.2

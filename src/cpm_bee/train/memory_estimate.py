@@ -3,14 +3,12 @@
 The step is the real one: `CPMBee.loss`, its backward pass, the torch engine's clipping and AdamW.
 The weights are PyTorch's fake tensors. The batch is real, so that what depends on its values (which
 records are grouped) is the same as in training.
-
-Of a step with FSDP, only the pass is run. What FSDP itself holds is added (`estimate_sharded`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -96,88 +94,6 @@ def estimate(config: ModelConfig, training: TrainingSetup, batch: Batch) -> Memo
         clip_by_global_norm(list(found.values()), 1.0)
         optimizer.step(trained, found, 1e-3)
     return MemoryEstimate(weights, gradients, moments, live.peak - weights - gradients - moments)
-
-
-def estimate_sharded(
-    config: ModelConfig, training: TrainingSetup, batch: Batch, shards: int
-) -> MemoryEstimate:
-    """Estimates the peak of one of `shards` processes that divide a model (FSDP2); see `estimate`.
-
-    Beside its part of weights, gradients and moments, a process holds
-
-    - at the begin of the pass, twice what is outside the layers (the embedding above all), as it
-      is gathered into a flat buffer and copied from there; the first layers are gathered then too;
-    - for the rest of the pass, what is outside the layers, and its gradients once there are some;
-    - two layers, the one that computes and the next one, in the type of `engine.fsdp`;
-    - when a layer's backward pass ends, its gradients, and a flat fp32 copy of them to be summed;
-    - when the pass ends, such a copy of the gradients outside the layers.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    model = meta_model(config, training)
-    layers = list(model.encoder.layers)
-    set_parameters(model, training, _on_meta)
-    held = sum(p.nbytes for p in model.parameters())
-    trained, inside = _trained(model), [_trained(layer) for layer in layers]
-    outside = trained - sum(inside)
-    if training.delta is None:
-        for layer in layers:
-            set_parameters(layer, replace(training, held=training.dtype), _on_meta)
-    gathered = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
-    root = sum(p.nbytes for p in model.parameters()) - sum(gathered)
-    reduced = max(
-        sum(p.nbytes + 4 * p.numel() for p in layer.parameters() if p.requires_grad)
-        for layer in layers
-    )
-
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with LiveStorages(fake) as live:
-        for name, p in list(model.named_parameters()):
-            with fake:
-                set_parameter(model, name, torch.empty(p.shape, dtype=p.dtype, device="cpu"))
-        for layer in layers:
-            for p in layer.parameters():
-                if p.requires_grad:  # counted in `reduced`
-                    p.register_post_accumulate_grad_hook(_drop_gradient)
-        live.peak = live.live
-        in_layers = 0
-
-        def end_layers(_: torch.Tensor) -> None:
-            nonlocal in_layers
-            in_layers, live.peak = live.peak, live.live
-
-        def watch(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            if args[0].requires_grad:
-                args[0].register_hook(end_layers)
-
-        layers[0].register_forward_pre_hook(watch)
-        with torch.autocast("cpu", training.dtype, enabled=training.dtype != torch.float32):
-            loss = model.loss(batch)
-        (loss / batch.num_targets).backward()
-        del loss
-    # The layers are in `live` all the time. `gradients` below is complete only when the pass ends.
-    absent = sum(gathered) + 4 * outside // shards
-    stages = (
-        2 * root + 2 * max(gathered),
-        (in_layers or live.peak) + 2 * max(gathered) + reduced - absent,
-        live.peak + 4 * inside[0] - absent,
-        live.live + 4 * outside - absent,
-    )
-    return MemoryEstimate(
-        held // shards, 4 * trained // shards, 2 * 4 * trained // shards, max(stages)
-    )
-
-
-def _trained(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
-def _drop_gradient(parameter: torch.Tensor) -> None:
-    parameter.grad = None
-
-
-def _on_meta(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def meta_model(config: ModelConfig, training: TrainingSetup) -> CPMBee:

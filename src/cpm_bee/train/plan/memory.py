@@ -13,9 +13,10 @@ from cpm_bee.errors import InputError
 from cpm_bee.model.config import ModelConfig
 from cpm_bee.train.activation_checkpointing import MARGIN
 from cpm_bee.train.data_size import DataSurvey, StepShape
-from cpm_bee.train.memory_estimate import TrainingSetup, estimate_sharded
+from cpm_bee.train.memory_estimate import TrainingSetup
 from cpm_bee.train.plan.batches import PlannedBatches
-from cpm_bee.train.plan.simulation import STEP, Peaks, Workload, simulate
+from cpm_bee.train.plan.sharded import simulate_sharded
+from cpm_bee.train.plan.simulation import Peaks, Workload, simulate
 
 CARDS = (8, 12, 16, 24, 40, 80)  # GB of GPUs
 GIB = 2**30
@@ -85,24 +86,19 @@ class Situation:
 
 def on_host(situation: Situation) -> Peaks:
     """The tensors of a process that trains on the CPU."""
-    if situation.shards > 1:
-        return _sharded(situation)
-    return simulate(situation.config, situation.setup, situation.workload())
+    return _simulated(situation, situation.workload(), on_gpu=False)
 
 
 def on_gpu(situation: Situation) -> Peaks:
     """The tensors on the GPU of a process, predicted; nothing here was measured on a GPU."""
-    if situation.shards > 1:
-        return _sharded(situation)
-    return simulate(situation.config, situation.setup, situation.workload(2), on_gpu=True)
+    return _simulated(situation, situation.workload(2), on_gpu=True)
 
 
-def _sharded(situation: Situation) -> Peaks:
-    largest = max(
-        (b for step in situation.batches().heaviest(2) for b in step), key=lambda b: b.num_tokens
-    )
-    found = estimate_sharded(situation.config, situation.setup, largest, situation.shards)
-    return Peaks(found.weights, found.gradients, found.moments, {STEP: found.peak})
+def _simulated(situation: Situation, work: Workload, on_gpu: bool) -> Peaks:
+    config, setup, shards = situation.config, situation.setup, situation.shards
+    if shards > 1:
+        return simulate_sharded(config, setup, work, shards, on_gpu=on_gpu)
+    return simulate(config, setup, work, on_gpu=on_gpu)
 
 
 def fits(peak: int, card: int) -> bool:

@@ -88,7 +88,8 @@ def make_plan(options: Options, inputs: Inputs) -> RunPlan:
         saved=disk.weights // 2 + disk.states // options.save_total_limit,
     )
     overhead = measured.anonymous + measured.mapped
-    copies = 3 * held.gradients  # weights and moments, copied to the host to be saved
+    # Weights and moments, copied whole to the host of rank 0 to be saved.
+    copies = 3 * held.gradients * situation.shards
     return RunPlan(
         host=host,
         gpu=gpu,

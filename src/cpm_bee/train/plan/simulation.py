@@ -121,21 +121,10 @@ def _simulate(config: ModelConfig, training: TrainingSetup, work: Workload, on_g
         with fake:
             return torch.empty(shape, dtype=dtype, device="cpu")
 
-    def storage(nbytes: int) -> torch.UntypedStorage:
-        return torch.empty(nbytes, dtype=torch.uint8).untyped_storage()
-
     model = meta_model(config, training)
     if on_gpu:
         _dequantize_whole(model)
-    pool = (
-        contextlib.nullcontext()
-        if on_gpu
-        else buffer_pool.simulated(
-            storage,
-            FakeTensorMode.cache_clear,  # whose keys refer to storages
-        )
-    )
-    with LiveStorages(fake) as live, pool:
+    with LiveStorages(fake) as live, simulated_pool(on_gpu):
         set_parameters(model, training, make)
         run = _Run(model, training, live, config.half, on_gpu)
         if work.evaluation:
@@ -147,6 +136,19 @@ def _simulate(config: ModelConfig, training: TrainingSetup, work: Workload, on_g
             run.evaluate(work.evaluation)
         run.save()
         return Peaks(run.weights, run.gradients, run.moments, run.phases)
+
+
+def simulated_pool(on_gpu: bool) -> AbstractContextManager[None]:
+    """`buffer_pool` without values, inside `LiveStorages`; a GPU's allocator needs none."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def storage(nbytes: int) -> torch.UntypedStorage:
+        return torch.empty(nbytes, dtype=torch.uint8).untyped_storage()
+
+    if on_gpu:
+        return contextlib.nullcontext()
+    # The keys of the cache refer to storages.
+    return buffer_pool.simulated(storage, FakeTensorMode.cache_clear)
 
 
 class _Run:
