@@ -493,7 +493,6 @@ def test_a_dataset_can_be_read_on_a_full_disk(tmp_path: Path) -> None:
 NOT_NAMED = {
     ("distributed/rank.py", "write_text"),
     ("checkpoint/writer.py", "open"),
-    ("train/plan/measurement.py", "open"),
 }
 
 
