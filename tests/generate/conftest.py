@@ -45,7 +45,7 @@ def tiny_models(tiny_tokenizer: Tokenizer) -> list[CPMBee]:
     model = make_model(tiny_tokenizer, 2)
     with torch.no_grad():
         model.input_embedding.weight[tiny_tokenizer.eos] *= 4
-    return [*models, model]
+    return [m.eval() for m in (*models, model)]
 
 
 @pytest.fixture(scope="session")
