@@ -109,6 +109,7 @@ def test_phases_are_those_of_a_real_run(way: str) -> None:
     assert found.peak == max(found.phases.values()) == found.phases[found.worst]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["LoRA", "in full"])
 def test_a_deep_model_is_continued_from_shallow_ones(
     way: str, monkeypatch: pytest.MonkeyPatch
@@ -123,6 +124,7 @@ def test_a_deep_model_is_continued_from_shallow_ones(
         assert continued.phases[phase] == pytest.approx(peak, rel=0.01), phase
 
 
+@pytest.mark.slow
 def test_an_evaluation_leaves_its_buffers_for_the_rest_of_the_run() -> None:
     without = simulate(CONFIG, LORA, replace(WORK, evaluation=()))
     large = replace(WORK, evaluation=batches([[30] * 80], as_generated=True))
