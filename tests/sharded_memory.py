@@ -100,7 +100,6 @@ def peaks(training: TrainingSetup, batch: Batch) -> dict[str, int]:
         engine.load_model(base, "fsdp", offload=False)
         engine.prepare(model, OptimizerSettings(0.01, 1.0, 1.0, 2.0, 512))
         gc.collect()
-        # Whether trained tensors have gradients or not, an evaluation needs the same besides.
         with torch.profiler.record_function(STEP):
             for _ in range(2):
                 with engine.autocast():
@@ -128,7 +127,7 @@ def peaks(training: TrainingSetup, batch: Batch) -> dict[str, int]:
 
 
 def main() -> None:
-    buffers._use_count = None  # turns off the buffer pool, which is not part of the prediction
+    buffers._use_count = None  # turns off the buffer pool, as in the prediction
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(SHARDS)}
     process_group.join = join
     found = {

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cpm_bee.errors import naming
+from cpm_bee.paths import existing_parent
 
 
 class NamedFile(io.FileIO):
@@ -128,12 +129,6 @@ def shown_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
-
-
-def existing_parent(folder: str | Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    path = Path(folder).absolute()
-    return next(p for p in (path, *path.parents) if p.exists())
 
 
 def free_space(folder: str | Path) -> int:

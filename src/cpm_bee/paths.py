@@ -38,6 +38,12 @@ def not_a_file_or_folder(path: str | Path, what: str) -> str | None:
     return not_a_folder(path, what) if path.is_dir() else not_a_file(path, what)
 
 
+def existing_parent(folder: str | Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    path = Path(folder).absolute()
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
 def unwritable_folder(path: str | Path) -> str | None:
     """Returns why a folder cannot be made or written to; None if it seems that it can be."""
     try:
@@ -46,7 +52,7 @@ def unwritable_folder(path: str | Path) -> str | None:
             path.stat()  # raises for a loop of links, or a name that is too long
         if path.exists() and not path.is_dir():
             return "is a file; a folder is needed" if path.is_file() else not_a_folder(path)
-        existing = next(p for p in (path, *path.parents) if p.exists())
+        existing = existing_parent(path)
     except (OSError, ValueError) as error:
         return str(getattr(error, "strerror", None) or error).lower()
     if not existing.is_dir():

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cpm_bee.paths import existing_parent
+
 SRC = Path(__file__).resolve().parents[2]
 ROOT = SRC.parent
 
@@ -260,7 +262,7 @@ def _size(folder: str) -> int:
 def _disk(folder: Path) -> dict[str, Any]:
     """The free space where a folder is or would be made, and whether files can be made there."""
     folder = folder.absolute()
-    place = next(p for p in (folder, *folder.parents) if p.exists())
+    place = existing_parent(folder)
     found: dict[str, Any] = {"path": str(folder), "error": "", "free": 0, "noexec": False}
     try:
         status = os.statvfs(place)

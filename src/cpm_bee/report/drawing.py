@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 _SOURCE = Path(__file__).resolve().parent.parent.parent
 _TIMEOUT = 120  # seconds
-# Times as long as a drawing took, before the next one begins: together with the first one, under 1%
-# of a core in any run that is as long as 100 drawings.
+# Times as long as a drawing took, before the next one begins: together with the first one, at most
+# 1% of a core in any run that is as long as 100 drawings.
 _REST = 200
 
 

@@ -21,7 +21,7 @@ from cpm_bee.disk import open_to_write
 from cpm_bee.errors import InputError, Problems
 from cpm_bee.files import atomic_file
 from cpm_bee.json_lines import parse_line
-from cpm_bee.paths import unwritable_folder
+from cpm_bee.paths import existing_parent, unwritable_folder
 from cpm_bee.progress import progress_bar
 from cpm_bee.records import Record
 
@@ -113,9 +113,8 @@ def _line(record: Record) -> str:
 @contextlib.contextmanager
 def _spool(folder: Path) -> Iterator[IO[bytes]]:
     """A file without a name where the results will be, to be written and then read."""
-    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     with (
-        tempfile.TemporaryFile(dir=existing) as file,
+        tempfile.TemporaryFile(dir=existing_parent(folder)) as file,
         open_to_write(os.dup(file.fileno()), "r+b", shown=folder) as spool,
     ):
         yield spool

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import cpm_bee
-from cpm_bee.disk import existing_parent
 from cpm_bee.errors import RunError
+from cpm_bee.paths import existing_parent
 from cpm_bee.train.options import Options
 
 _RUN = "cpm_bee.train.setup"  # what a run has loaded

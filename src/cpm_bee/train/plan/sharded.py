@@ -39,24 +39,25 @@ def simulate_sharded(
     def note(phase: str, rest: int) -> None:
         phases[phase] = max(phases.get(phase, 0), own + rest)
 
+    def evaluate() -> None:
+        for batch in work.evaluation:
+            note(EVALUATION, model.evaluate(batch))
+
     def save() -> None:
-        if not on_gpu:
-            # What is outside the layers stays gathered after an evaluation. Both moments are
-            # copied, then the weights; each is gathered first.
-            gathered = model.root if work.evaluation else 0
-            copies = 2 * model.trained + max(model.trained, 2 * model.largest)
-            note(SAVING, model.kept + gathered + copies)
+        # What is outside the layers stays gathered after an evaluation. Both moments are copied,
+        # then the weights; each is gathered first.
+        gathered = model.root if work.evaluation else 0
+        copies = 2 * model.trained + max(model.trained, 2 * model.largest)
+        note(SAVING, model.kept + gathered + copies)
 
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with LiveStorages(fake) as live, simulated_pool(on_gpu):
         model.begin(live, fake)
-        for batch in work.evaluation:
-            note(EVALUATION, model.evaluate(batch))
-        save()
+        evaluate()
         for step in work.steps:
             for batch in step:
                 note(STEP, model.train(batch))
-        for batch in work.evaluation:
-            note(EVALUATION, model.evaluate(batch))
-        save()
+        if not on_gpu:  # beside the buffers that the steps have left, which only grow
+            evaluate()
+            save()
     return Peaks(model.weights, model.gradients, model.moments, phases)
